@@ -1,0 +1,135 @@
+"""Make the data of one task exactly once, whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .digits import SPLIT_SIZES
+from .errors import QuickstartDataError
+from .scenes import (
+    DIGIT_HEIGHT,
+    DIGITS_PER_SCENE,
+    PHOTOS,
+    SCENE_COUNTS,
+    SCENE_SIZE,
+)
+from .writers import CLS_IMAGE_SIZE, Progress, write_cls, write_det, write_seg
+
+_VERSION = 1
+_MANIFEST = 'manifest.json'
+_SCENES = {
+    'scene_counts': SCENE_COUNTS,
+    'scene_size': SCENE_SIZE,
+    'digits_per_scene': DIGITS_PER_SCENE,
+    'digit_height': DIGIT_HEIGHT,
+    'photos': PHOTOS,
+}
+_PARAMETERS = {
+    'cls': {'split_sizes': SPLIT_SIZES, 'image_size': CLS_IMAGE_SIZE},
+    'det': _SCENES,
+    'seg': _SCENES,
+}
+_WRITERS: dict[str, Callable[[Path, Progress], int]] = {
+    'cls': write_cls,
+    'det': write_det,
+    'seg': write_seg,
+}
+_NEEDED_MIB = {'cls': 16, 'det': 96, 'seg': 96}
+
+TASKS: tuple[str, ...] = tuple(_WRITERS)
+
+
+def prepare(
+    task: str, root: str | Path, *, progress: Progress | None = None, force: bool = False
+) -> bool:
+    """Write the data of ``task`` to ``root/<task>`` unless it is there already.
+
+    The tree is built in a temporary folder beside its final place and renamed when it is whole, so
+    an interrupted run leaves nothing that looks like a data set.
+
+    Args:
+        task: 'cls', 'det' or 'seg'.
+        root: the folder that gets ``<task>/``; made when missing.
+        progress: called with (files written, files in all).
+        force: make the data again even when it is complete.
+
+    Returns:
+        Whether data was written; False when it was already complete.
+
+    Raises:
+        ValueError: unknown task.
+        QuickstartDataError: a package is missing, or the folder cannot be written, is full or holds
+            something else.
+    """
+    if task not in _WRITERS:
+        raise ValueError(f'task must be one of {list(TASKS)}, got {task!r}')
+    root = Path(root)
+    target = root / task
+    wanted = json.loads(json.dumps({'version': _VERSION, 'task': task, **_PARAMETERS[task]}))
+    if target.exists():
+        found = _read_manifest(target)
+        if not force and found is not None and _is_complete(target, found, wanted):
+            return False
+        if found is None and (not target.is_dir() or any(target.iterdir())):
+            raise QuickstartDataError(
+                f'{target} exists and is no quickstart data (no {_MANIFEST}): '
+                'move it away or choose another folder with --out'
+            )
+    try:
+        _build(task, root, target, wanted, progress or (lambda done, total: None))
+    except OSError as error:
+        raise QuickstartDataError(_explain(error, root)) from error
+    return True
+
+
+def _build(task: str, root: Path, target: Path, wanted: dict, progress: Progress) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free // 2**20
+    if free < _NEEDED_MIB[task]:
+        raise QuickstartDataError(
+            f'{root} has {free} MiB free and the {task} data needs {_NEEDED_MIB[task]} MiB: '
+            'free some space or choose another folder with --out'
+        )
+    partial = Path(tempfile.mkdtemp(prefix=f'.{task}-partial-', dir=root))
+    try:
+        tree = partial / task
+        tree.mkdir()
+        count = _WRITERS[task](tree, progress)
+        with open(tree / _MANIFEST, 'w') as file:
+            json.dump({**wanted, 'files': count}, file, indent=2)
+        if target.exists():
+            target.replace(partial / 'old')
+        tree.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read_manifest(target: Path) -> dict | None:
+    try:
+        with open(target / _MANIFEST) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def _is_complete(target: Path, found: dict, wanted: dict) -> bool:
+    if {k: v for k, v in found.items() if k != 'files'} != wanted:
+        return False
+    files = sum(len(names) for _, _, names in os.walk(target)) - 1
+    return files == found['files']
+
+
+def _explain(error: OSError, root: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        hint = 'the disk is full: free some space or choose another folder with --out'
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = 'the folder cannot be written: choose another one with --out'
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+        hint = 'a file is in the way: move it or choose another folder with --out'
+    else:
+        hint = 'nothing was left behind; choose another folder with --out if it happens again'
+    return f'cannot write the quickstart data to {root} ({error}): {hint}'
