@@ -1,0 +1,81 @@
+# Everything from a fresh checkout; `make help` lists the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORK_DIR ?= work_dirs/quickstart
+DATA_DIR ?= data/quickstart
+TEST_JOBS ?= 2
+TEST_ARGS ?=
+PY = $(VENV)/bin/python
+
+export PYTHON
+
+INSTALLED = $(VENV)/.mmvim-installed
+BUILT = $(VENV)/.mmvim-built
+SOURCES = $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart quickstart-det quickstart-seg test test-slow lint format docs \
+	cuda-compile clean distclean
+
+help: ## list the targets
+	@echo 'usage: make [PYTHON=python3.12] [VENV=.venv] TARGET'
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo 'Variables: TORCH_SPEC and PIP_ARGS choose other PyTorch builds and indexes (see'
+	@echo 'tools/setup_venv.sh), TEST_JOBS the processes of the tests, TEST_ARGS more pytest arguments.'
+
+setup: $(BUILT) ## make .venv, install everything, compile the extension
+
+$(INSTALLED): pyproject.toml tools/setup_venv.sh
+	@sh tools/setup_venv.sh install $(VENV)
+	@touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	@sh tools/setup_venv.sh build $(VENV)
+	@$(PY) -m mmvim
+	@touch $@
+
+quickstart: $(BUILT) ## train and test a small Vim on real handwritten digits
+	@$(PY) tools/quickstart/run.py cls --work-dir $(WORK_DIR) --data-dir $(DATA_DIR)
+
+quickstart-det: $(BUILT) ## the same for detection: digits on photographs
+	@$(PY) tools/quickstart/run.py det --work-dir $(WORK_DIR) --data-dir $(DATA_DIR)
+
+quickstart-seg: $(BUILT) ## the same for semantic segmentation
+	@$(PY) tools/quickstart/run.py seg --work-dir $(WORK_DIR) --data-dir $(DATA_DIR)
+
+test: $(BUILT) ## the tests (minutes)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m 'not slow' -n $(TEST_JOBS) $(TEST_ARGS)
+
+test-slow: $(BUILT) ## the tests that train (longer)
+	$(PY) -m pytest -v -m slow $(TEST_ARGS)
+
+lint: $(BUILT) ## check style and formatting of Python and C++
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+		xargs -r $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(BUILT) ## put Python and C++ into the project's style
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | \
+		xargs -r $(VENV)/bin/clang-format -i
+
+docs: $(BUILT) ## build the documentation; warnings are errors
+	@$(PY) -c 'import furo, myst_parser, sphinx' 2>/dev/null || \
+		EXTRAS=docs sh tools/setup_venv.sh install $(VENV)
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo 'documentation: docs/_build/html/index.html'
+
+cuda-compile: ## compile the CUDA sources for sm_90 (no GPU needed; skipped without nvcc)
+	@sh tools/cuda_compile.sh sm_90
+
+clean: ## remove what was built, but not .venv, data and results
+	rm -rf build docs/_build .pytest_cache .ruff_cache .hypothesis
+	find mmvim tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv and what the quickstarts made
+	rm -rf $(VENV) $(DATA_DIR) $(WORK_DIR) *.egg-info
