@@ -1,0 +1,32 @@
+"""State-space operators on tensors; needs torch alone.
+
+Every function has a PyTorch implementation that runs on any device and, where it is built, a compiled
+one for CPU and CUDA. Layout is (batch, length, channels) throughout.
+"""
+
+from . import extension
+from .add_norm import add_rms_norm
+from .backend import get_backend, set_backend, use_backend
+from .bidirectional import ScanInputs, bidirectional_scan
+from .causal_conv1d import bidirectional_conv1d, causal_conv1d
+from .discretization import DISCRETIZATIONS
+from .extension import backend_info, build
+from .selective_scan import selective_scan
+
+__all__ = [
+    'DISCRETIZATIONS',
+    'ScanInputs',
+    'add_rms_norm',
+    'backend_info',
+    'bidirectional_conv1d',
+    'bidirectional_scan',
+    'build',
+    'causal_conv1d',
+    'get_backend',
+    'selective_scan',
+    'set_backend',
+    'use_backend',
+]
+
+# The ops are defined by the imports above; compiled kernels register to them.
+extension.load()

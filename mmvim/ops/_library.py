@@ -1,0 +1,76 @@
+"""How every op is defined: one schema, two namespaces, one PyTorch implementation.
+
+``mmvim::<op>`` is what compiled kernels register to (dispatch keys ``CPU`` and ``CUDA``); the PyTorch
+implementation sits below them as ``CompositeExplicitAutograd``, so the dispatcher itself is the
+fallback. ``mmvim_torch::<op>`` has the same schema and the same implementation and never gets a
+compiled kernel: choosing a backend is choosing a namespace. The autograd formula of a namespace calls
+the backward op of that namespace, so a choice made in forward holds in backward, on any thread.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+NAMESPACES = ('mmvim', 'mmvim_torch')
+_LIBRARIES = {name: torch.library.Library(name, 'DEF') for name in NAMESPACES}
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """Run ``function`` with autocast off: it chooses its own precision."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args):
+        device_type = first.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return function(first, *args)
+        return function(first, *args)
+
+    return call
+
+
+def _no_double_backward(name: str) -> Callable:
+    def backward(ctx, *grads):
+        raise NotImplementedError(f'{name} cannot be differentiated a second time')
+
+    return backward
+
+
+def define(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> None:
+    """Define an op in both namespaces.
+
+    Args:
+        schema: ``name(arguments) -> returns``; the first argument is a tensor.
+        implementation: The PyTorch implementation (no autograd inside).
+        fake: Shapes, dtypes and strides of the results, for symbolic shapes too.
+        setup_context: ``(ctx, inputs, output)``: what forward keeps for backward.
+        backward: ``(namespace, ctx, *grads)``: the gradient of each input, computed with the ops of
+            ``namespace``. An op without one refuses to be differentiated.
+    """
+    name = schema.partition('(')[0]
+    for namespace, library in _LIBRARIES.items():
+        library.define(schema)
+        library.impl(name, _without_autocast(implementation), 'CompositeExplicitAutograd')
+        qualified = f'{namespace}::{name}'
+        torch.library.register_fake(qualified, fake, lib=library)
+        if backward is None:
+            formula = _no_double_backward(name)
+        else:
+            formula = functools.partial(backward, getattr(torch.ops, namespace))
+        torch.library.register_autograd(
+            qualified, formula, setup_context=setup_context, lib=library
+        )
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of parameters and of all arithmetic for activations of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,111 @@
+"""Which implementation runs: compiled kernels or PyTorch.
+
+Precedence: the ``backend=`` argument of a function > :func:`use_backend` > :func:`set_backend` >
+the environment variable ``MMVIM_BACKEND`` (read at import) > ``'auto'``.
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+from . import extension
+
+BACKENDS = ('auto', 'compiled', 'torch')
+
+_scoped: ContextVar[str | None] = ContextVar('mmvim_backend', default=None)
+_warned = False
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f'{source} must be one of {BACKENDS}, got {name!r}')
+    return name
+
+
+_process = _checked(os.environ.get('MMVIM_BACKEND', 'auto'), 'MMVIM_BACKEND')
+
+
+def set_backend(name: str) -> None:
+    """Choose the backend of this process, for all threads.
+
+    Args:
+        name: ``'auto'`` (compiled kernels where they exist, else PyTorch), ``'compiled'`` (an error
+            where they do not) or ``'torch'``.
+
+    Raises:
+        ValueError: For any other name.
+    """
+    global _process
+    _process = _checked(name, 'backend')
+
+
+def get_backend() -> str:
+    """The backend in force here: that of the innermost :func:`use_backend`, else the process's."""
+    return _scoped.get() or _process
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Choose the backend for a block of code, in this thread (or task) only.
+
+    Gradients of what is computed inside use the same backend, wherever ``backward()`` is called.
+
+    Args:
+        name: As for :func:`set_backend`.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
+    token = _scoped.set(_checked(name, 'backend'))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def _compiled(requested: str, op: str, device_type: str, dtype: torch.dtype) -> bool:
+    """Whether ``op`` is to run compiled. What is installed does not change while a graph lives."""
+    global _warned
+    if requested == 'torch':
+        return False
+    if extension.supports(op, device_type, dtype):
+        return True
+    if requested == 'compiled':
+        raise RuntimeError(
+            f"backend 'compiled': no compiled kernel of {op} for {dtype} on {device_type!r}: "
+            f'{extension.why_not()}'
+        )
+    if device_type == 'cuda' and not _warned:
+        _warned = True
+        warnings.warn(
+            f'mmvim runs {op} on a CUDA device through PyTorch, which is much slower than its '
+            f"compiled kernels: {extension.why_not()}. backend='torch' silences this warning.",
+            stacklevel=2,
+        )
+    return False
+
+
+def resolve(backend: str | None, op: str, tensor: torch.Tensor) -> object:
+    """The namespace of ops (``torch.ops.mmvim`` or ``torch.ops.mmvim_torch``) to call.
+
+    Args:
+        backend: The caller's ``backend=`` argument; None and ``'auto'`` state no preference, so the
+            next level of the precedence decides.
+        op: Name of the op.
+        tensor: The tensor whose device and dtype count.
+
+    Raises:
+        ValueError: If ``backend`` is unknown.
+        RuntimeError: If compiled kernels are demanded and there is none for this device and dtype.
+    """
+    if backend is not None:
+        _checked(backend, 'backend')
+    requested = get_backend() if backend is None or backend == 'auto' else backend
+    if _compiled(requested, op, tensor.device.type, tensor.dtype):
+        return torch.ops.mmvim
+    return torch.ops.mmvim_torch

@@ -1,0 +1,243 @@
+"""Two selective scans in opposite directions whose outputs are summed and gated once."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _validation as check
+from ._autocast import autocast_dtype, to_activation, to_parameter
+from ._library import compute_dtype, define
+from ._scan import checkpoint_shape, scan_backward, scan_forward
+from .backend import resolve
+from .selective_scan import checkpoint_interval, gate_backward, grouped
+
+
+class ScanInputs(NamedTuple):
+    """Inputs of one direction, as for :func:`mmvim.ops.selective_scan`."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    delta_bias: Tensor | None = None
+
+
+def bidirectional_scan(
+    forward: ScanInputs,
+    backward: ScanInputs,
+    z: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    delta_softplus: bool = False,
+    discretization: str = 'zoh',
+    backend: str | None = None,
+) -> Tensor:
+    """Scan forwards and backwards over time and add: the core of a bidirectional Mamba block.
+
+    Equals ``scale * (selective_scan(*forward) + selective_scan(*backward, reverse=True)) * silu(z)``,
+    computed in one call and rounded once. Nothing is flipped: both directions' inputs are in the order
+    of time.
+
+    Args:
+        forward: Inputs of the scan from the first step to the last; u (b, l, d), and so on.
+        backward: Inputs of the scan from the last step to the first; same shapes and dtypes.
+        z: Gate (b, l, d), dtype of u.
+        scale: Factor of the sum, e.g. 0.5 for the mean.
+        delta_softplus: Apply softplus to delta (+ delta_bias), in both directions.
+        discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
+        backend: See :func:`mmvim.ops.selective_scan`.
+
+    Returns:
+        The output (b, l, d), dtype of u.
+
+    Raises:
+        TypeError: For a wrong type or dtype.
+        ValueError: For a wrong shape, device, method or value (A must be negative).
+        RuntimeError: If compiled kernels are demanded and there are none.
+    """
+    for name, inputs in (('forward', forward), ('backward', backward)):
+        check.check_negative(f'A of {name}', ScanInputs(*inputs).A)
+    return bidirectional_scan_unchecked(
+        forward,
+        backward,
+        z,
+        scale=scale,
+        delta_softplus=delta_softplus,
+        discretization=discretization,
+        backend=backend,
+    )
+
+
+def bidirectional_scan_unchecked(
+    forward: ScanInputs,
+    backward: ScanInputs,
+    z: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    delta_softplus: bool = False,
+    discretization: str = 'zoh',
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`bidirectional_scan` without a look at the values of A.
+
+    See :func:`mmvim.ops.selective_scan.selective_scan_unchecked`.
+    """
+    forward, backward = ScanInputs(*forward), ScanInputs(*backward)
+    dtype = autocast_dtype(forward.u)
+    if dtype is not None:
+        forward, backward = (_autocast(x, dtype) for x in (forward, backward))
+        (z,) = to_activation(dtype, z)
+    forward, backward = (x._replace(B=grouped(x.B), C=grouped(x.C)) for x in (forward, backward))
+    for name, x, gate in (('forward', forward, z), ('backward', backward, None)):
+        u, delta, A, B, C, D, delta_bias = x
+        check.check_scan(
+            u, delta, A, B, C, D, gate, delta_bias, discretization, suffix=f' of {name}'
+        )
+    name, first = 'u of backward', forward.u
+    check.check_shape(name, backward.u, 'b l d', first.shape)
+    check.check_dtype(name, backward.u, first.dtype, why='as u of forward')
+    check.check_device(name, backward.u, 'u of forward', first.device)
+    check.check_shape('A of backward', backward.A, 'd n', forward.A.shape)
+    ops = resolve(backend, 'bidirectional_scan', first)
+    return ops.bidirectional_scan(
+        *forward,
+        *backward,
+        z,
+        float(scale),
+        delta_softplus,
+        discretization,
+        checkpoint_interval(*forward, *backward, z),
+    )[0]
+
+
+def _autocast(x: ScanInputs, dtype: torch.dtype) -> ScanInputs:
+    u, delta, B, C = to_activation(dtype, x.u, x.delta, x.B, x.C)
+    A, D, delta_bias = to_parameter(dtype, x.A, x.D, x.delta_bias)
+    return ScanInputs(u, delta, A, B, C, D, delta_bias)
+
+
+def _split(inputs):
+    """The directions' inputs, and what follows them."""
+    return ScanInputs(*inputs[:7]), ScanInputs(*inputs[7:14]), inputs[14:]
+
+
+def _forward(*inputs):
+    forward, backward, (z, scale, delta_softplus, discretization, interval) = _split(inputs)
+    results = [
+        scan_forward(*x, None, delta_softplus, discretization, reverse, False, interval)
+        for x, reverse in ((forward, False), (backward, True))
+    ]
+    (y, _, checkpoints_f), (y_b, _, checkpoints_b) = results
+    y.add_(y_b)
+    dtype = forward.u.dtype
+    keep = z is not None and interval > 0
+    pregate = y.to(dtype, copy=True) if keep else y.new_empty(0, dtype=dtype)
+    if scale != 1:
+        y.mul_(scale)
+    if z is not None:
+        y.mul_(F.silu(z.to(y.dtype)))
+    return y.to(dtype), pregate, checkpoints_f, checkpoints_b
+
+
+def _forward_fake(*inputs):
+    forward, backward, (z, _, _, _, interval) = _split(inputs)
+    u, A = forward.u, forward.A
+    return (
+        u.new_empty(u.shape),
+        u.new_empty(u.shape if z is not None and interval > 0 else (0,)),
+        A.new_empty(checkpoint_shape(u, A.shape[1], interval)),
+        A.new_empty(checkpoint_shape(u, backward.A.shape[1], interval)),
+    )
+
+
+def _backward(grad_out, *inputs):
+    forward, backward, rest = _split(inputs)
+    z, pregate, checkpoints_f, checkpoints_b, scale, delta_softplus, discretization, interval = rest
+    dtype = compute_dtype(grad_out.dtype)
+    grad_y = grad_out.to(dtype)
+    if scale != 1:
+        grad_y = grad_y * scale
+    grad_scaled = grad_y
+    if z is not None:
+        grad_y = grad_y * F.silu(z.to(dtype))
+    need_y = z is not None and interval == 0
+    results = [
+        scan_backward(
+            grad_y,
+            None,
+            *x,
+            None,
+            checkpoints,
+            delta_softplus,
+            discretization,
+            reverse,
+            interval,
+            need_y,
+        )
+        for x, checkpoints, reverse in (
+            (forward, checkpoints_f, False),
+            (backward, checkpoints_b, True),
+        )
+    ]
+    if z is None:
+        dz = forward.A.new_empty(0)
+    else:
+        y = results[0].y.add_(results[1].y) if need_y else pregate.to(dtype)
+        dz = gate_backward(grad_scaled, y, z)[1].to(z.dtype)
+    return (*results[0][:7], *results[1][:7], dz)
+
+
+def _backward_fake(grad_out, *inputs):
+    forward, backward, rest = _split(inputs)
+    return tuple(
+        forward.A.new_empty(0) if x is None else x.new_empty(x.shape)
+        for x in (*forward, *backward, rest[0])
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:15], *output[1:])
+    ctx.options = inputs[15:]
+
+
+def _autograd(ops, ctx, grad_out, *_):
+    if grad_out is None:
+        return (None,) * 19
+    grads = ops.bidirectional_scan_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+    return tuple(
+        grad if needed else None
+        for grad, needed in zip((*grads, *(None,) * 4), ctx.needs_input_grad, strict=True)
+    )
+
+
+_INPUTS = ', '.join(
+    f'Tensor u_{x}, Tensor delta_{x}, Tensor A_{x}, Tensor B_{x}, Tensor C_{x}, Tensor? D_{x}, '
+    f'Tensor? delta_bias_{x}'
+    for x in 'fb'
+)
+_GRADIENTS = ', '.join(
+    f'Tensor du_{x}, Tensor ddelta_{x}, Tensor dA_{x}, Tensor dB_{x}, Tensor dC_{x}, '
+    f'Tensor dD_{x}, Tensor ddelta_bias_{x}'
+    for x in 'fb'
+)
+_OPTIONS = 'float scale, bool delta_softplus, str discretization, int checkpoint_interval'
+define(
+    f'bidirectional_scan_backward(Tensor grad_out, {_INPUTS}, Tensor? z, Tensor pregate, '
+    f'Tensor checkpoints_f, Tensor checkpoints_b, {_OPTIONS}) -> ({_GRADIENTS}, Tensor dz)',
+    _backward,
+    _backward_fake,
+)
+define(
+    f'bidirectional_scan({_INPUTS}, Tensor? z, {_OPTIONS}) '
+    '-> (Tensor out, Tensor pregate, Tensor checkpoints_f, Tensor checkpoints_b)',
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+)

@@ -1,0 +1,206 @@
+r"""Discretizations of the diagonal state-space model h' = A h + v(t), v = B u.
+
+With Δ the step, z = ΔA, every method is a recurrence
+
+.. math:: h_t = a\,h_{t-1} + w_0\,v_t + w_1\,v_{t-1}
+
+whose coefficients are built from φ0 = e^z, φ1 = (φ0 − 1)/z, φ2 = (φ1 − 1)/z, φ3 = (φ2 − ½)/z
+(Hochbruck and Ostermann, *Exponential integrators*, Acta Numerica 2010):
+
+============== ===================== ============================== ===========
+name           a                     w0                             w1
+============== ===================== ============================== ===========
+``zoh``        φ0                    Δ                              –
+``zoh_exact``  φ0                    Δ φ1                           –
+``foh``        φ0                    Δ² φ2                          –
+``bilinear``   (1 + z/2)/(1 − z/2)   Δ/(1 − z/2)                    –
+``poly``       φ0                    Δ φ1 + ½Δ² φ2                  –
+``highorder``  φ0                    Δ φ1 + Δ² φ2 + ½Δ³ φ3          –
+``rk4``        φ0                    Δ(1 + z/2 + z²/6 + z³/24)      –
+``foh_hold``   φ0                    Δ φ2                           Δ(φ1 − φ2)
+``tustin``     (1 + z/2)/(1 − z/2)   Δ/(2(1 − z/2))                 = w0
+============== ===================== ============================== ===========
+
+``zoh`` is Mamba's simplified zero-order hold (Gu and Dao, arXiv 2312.00752, and its code), which
+released checkpoints use; ``zoh_exact`` is that paper's equation 4. ``foh`` to ``rk4`` are the methods of the
+VisionMambaUpgrades documents, in closed form rather than as truncated series. ``foh_hold`` (input
+linear between samples) and ``tustin`` (trapezoidal rule) are the textbook second-order methods.
+``rk4`` is a polynomial in z and grows for large −z.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DISCRETIZATIONS = (
+    'zoh',
+    'zoh_exact',
+    'foh',
+    'bilinear',
+    'poly',
+    'highorder',
+    'rk4',
+    'foh_hold',
+    'tustin',
+)
+"""Names of the methods."""
+
+TWO_TAP = frozenset({'foh_hold', 'tustin'})
+"""Methods that also use the previous input, which is then part of the state."""
+
+
+class Coefficients(NamedTuple):
+    """Coefficients of one step; ``w1`` is None for one-tap methods."""
+
+    a: Tensor
+    w0: Tensor
+    w1: Tensor | None
+
+
+class Derivatives(NamedTuple):
+    """Partial derivatives with respect to Δ (at fixed z) and z (at fixed Δ); None where zero."""
+
+    a_z: Tensor
+    w0_delta: Tensor
+    w0_z: Tensor | None
+    w1_delta: Tensor | None
+    w1_z: Tensor | None
+
+
+# Below this |z| the closed forms lose digits to cancellation and the Taylor series takes over.
+_SERIES_RADIUS = 1.0
+# Terms after which the remainder of the series of φ_k, |z| < 1, is below half a unit in the last place.
+_SERIES_TERMS = {torch.float32: 11, torch.float64: 19}
+
+
+def phi_functions(z: Tensor, highest: int) -> list[Tensor]:
+    """φ0 … φ_highest of z (any sign), each to a few units in the last place.
+
+    For |z| < 1 the highest one is a Taylor series and the others follow by the stable downward
+    recurrence φ_{k−1} = z φ_k + 1/(k−1)!; elsewhere the closed forms are used.
+
+    Args:
+        z: float32 or float64.
+        highest: 0 to 4.
+    """
+    exp = torch.exp(z)
+    if highest == 0:
+        return [exp]
+    small = z.abs() < _SERIES_RADIUS
+    # The series only matters inside its radius; the clamp keeps it finite outside.
+    x = z.clamp(-_SERIES_RADIUS, _SERIES_RADIUS)
+    terms = _SERIES_TERMS[z.dtype]
+    series = torch.full_like(x, 1 / math.factorial(highest + terms))
+    for k in reversed(range(terms)):
+        series.mul_(x).add_(1 / math.factorial(highest + k))
+    near = [series]
+    for k in reversed(range(1, highest)):
+        near.append(x * near[-1] + 1 / math.factorial(k))
+    near.reverse()
+    result = [exp]
+    far = torch.expm1(z).div_(z)
+    for k in range(1, highest + 1):
+        if k > 1:
+            far = (far - 1 / math.factorial(k - 1)).div_(z)
+        result.append(torch.where(small, near[k - 1], far))
+    return result
+
+
+def _phi_derivative(phi: list[Tensor], z: Tensor, k: int) -> Tensor:
+    """φ_k′ from φ_{k−1}, φ_k, φ_{k+1}, without cancellation: φ_k − kφ_{k+1} = (φ_{k−1} − kφ_k)/z."""
+    near = phi[k] - k * phi[k + 1]
+    far = (phi[k - 1] - k * phi[k]).div_(z)
+    return torch.where(z.abs() < _SERIES_RADIUS, near, far)
+
+
+def coefficients(method: str, delta: Tensor, z: Tensor) -> Coefficients:
+    """Coefficients of ``method``.
+
+    Args:
+        method: One of :data:`DISCRETIZATIONS`.
+        delta: Δ, broadcastable to ``z``.
+        z: ΔA. Not modified.
+
+    Returns:
+        ``w0`` has the shape of ``delta`` for ``'zoh'``, else of ``z``.
+    """
+    if method == 'zoh':
+        return Coefficients(torch.exp(z), delta, None)
+    if method in ('bilinear', 'tustin'):
+        r = torch.rsub(z, 1, alpha=0.5).reciprocal_()
+        a = (1 + 0.5 * z).mul_(r)
+        if method == 'bilinear':
+            return Coefficients(a, r.mul_(delta), None)
+        w = r.mul_(0.5 * delta)
+        return Coefficients(a, w, w)
+    if method == 'rk4':
+        return Coefficients(torch.exp(z), _rk4(z).mul_(delta), None)
+    if method == 'zoh_exact':
+        a, phi1 = phi_functions(z, 1)
+        return Coefficients(a, phi1.mul_(delta), None)
+    if method == 'foh':
+        a, _, phi2 = phi_functions(z, 2)
+        return Coefficients(a, phi2.mul_(delta * delta), None)
+    if method == 'poly':
+        a, phi1, phi2 = phi_functions(z, 2)
+        return Coefficients(a, phi1.addcmul_(phi2, 0.5 * delta).mul_(delta), None)
+    if method == 'highorder':
+        a, phi1, phi2, phi3 = phi_functions(z, 3)
+        phi2.addcmul_(phi3, 0.5 * delta)
+        return Coefficients(a, phi1.addcmul_(phi2, delta).mul_(delta), None)
+    if method == 'foh_hold':
+        phi = phi_functions(z, 2)
+        # φ1 − φ2 = φ1′, which has a form that does not cancel for large −z.
+        w1 = _phi_derivative(phi, z, 1).mul_(delta)
+        return Coefficients(phi[0], phi[2] * delta, w1)
+    raise ValueError(f'discretization must be one of {DISCRETIZATIONS}, got {method!r}')
+
+
+def derivatives(method: str, delta: Tensor, z: Tensor, a: Tensor) -> Derivatives:
+    """Partial derivatives of the coefficients of ``method``.
+
+    Args:
+        method: One of :data:`DISCRETIZATIONS`.
+        delta: Δ, broadcastable to ``z``.
+        z: ΔA.
+        a: The coefficient a, from :func:`coefficients`. Nothing is modified; results may alias ``a``.
+    """
+    if method == 'zoh':
+        return Derivatives(a, torch.ones_like(delta), None, None, None)
+    if method in ('bilinear', 'tustin'):
+        r = torch.rsub(z, 1, alpha=0.5).reciprocal_()
+        r2 = r * r
+        if method == 'bilinear':
+            return Derivatives(r2, r, 0.5 * delta * r2, None, None)
+        half, w_z = 0.5 * r, 0.25 * delta * r2
+        return Derivatives(r2, half, w_z, half, w_z)
+    if method == 'rk4':
+        slope = (z * 0.125).add_(1 / 3).mul_(z).add_(0.5)
+        return Derivatives(a, _rk4(z), slope.mul_(delta), None, None)
+    if method == 'zoh_exact':
+        phi = phi_functions(z, 2)
+        return Derivatives(a, phi[1], _phi_derivative(phi, z, 1).mul_(delta), None, None)
+    phi = phi_functions(z, 4 if method == 'highorder' else 3)
+    d1, d2 = _phi_derivative(phi, z, 1), _phi_derivative(phi, z, 2)
+    if method == 'foh':
+        return Derivatives(a, 2 * delta * phi[2], d2.mul_(delta * delta), None, None)
+    if method == 'poly':
+        w_z = d1.addcmul_(d2, 0.5 * delta).mul_(delta)
+        return Derivatives(a, torch.addcmul(phi[1], phi[2], delta), w_z, None, None)
+    if method == 'highorder':
+        d3 = _phi_derivative(phi, z, 3)
+        w_delta = torch.addcmul(phi[1], phi[2], 2 * delta).addcmul_(phi[3], 1.5 * delta * delta)
+        w_z = d1.addcmul_(d2.addcmul_(d3, 0.5 * delta), delta).mul_(delta)
+        return Derivatives(a, w_delta, w_z, None, None)
+    if method == 'foh_hold':
+        # w1 = Δφ1′, so its slope is φ1″ = φ1′ − φ2′ = (φ0 − 2φ1′)/z.
+        near, far = d1 - d2, (phi[0] - 2 * d1).div_(z)
+        second = torch.where(z.abs() < _SERIES_RADIUS, near, far)
+        return Derivatives(a, phi[2], d2.mul_(delta), d1, second.mul_(delta))
+    raise ValueError(f'discretization must be one of {DISCRETIZATIONS}, got {method!r}')
+
+
+def _rk4(z: Tensor) -> Tensor:
+    return (z / 24).add_(1 / 6).mul_(z).add_(0.5).mul_(z).add_(1)
