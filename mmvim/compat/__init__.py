@@ -1,0 +1,46 @@
+"""Shims for third-party packages: each in a module of its own, with its reason and its end.
+
+:func:`install` puts all of them in place. It imports none of the packages: a shim acts when its
+package is imported, and not at all where it is not needed.
+"""
+
+import importlib
+from types import ModuleType
+
+from . import mmcv_ops
+
+__all__ = ['install', 'require']
+
+_INSTALL_COMMAND = "pip install 'mmvim[onedl]'"
+
+
+def install() -> None:
+    """Put every shim in place. Cheap, and harmless when called again."""
+    for shim in (mmcv_ops,):
+        shim.install()
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Import a task library, or say in one line what is missing, for what, and how to get it.
+
+    Args:
+        module: Import name, such as ``'mmdet'``.
+        purpose: What needs it, as in "mmdet is needed for <purpose>".
+
+    Raises:
+        ImportError: The module, or something that it imports, is missing or fails to import.
+    """
+    install()
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        missing = getattr(error, 'name', None)
+        if isinstance(error, ModuleNotFoundError) and missing == module.partition('.')[0]:
+            reason = 'is not installed'
+        else:
+            reason = f'cannot be imported ({error})'
+        raise ImportError(
+            f'{module} is needed for {purpose} and {reason}. '
+            f'Install the task libraries with: {_INSTALL_COMMAND}',
+            name=missing,
+        ) from error

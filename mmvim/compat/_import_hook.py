@@ -1,0 +1,83 @@
+"""Run a function on a module of another package as soon as that module is imported.
+
+Standard library only. Nothing is imported before somebody else asks for it, which is what keeps
+``import mmvim`` light and independent of the packages that the shims are for.
+"""
+
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+Callback = Callable[[ModuleType], None]
+
+_callbacks: dict[str, list[Callback]] = {}
+
+
+class _PostImportFinder(importlib.abc.MetaPathFinder):
+    """First on ``sys.meta_path``: finds watched modules as usual and hooks their execution."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in _callbacks:
+            return None
+        spec = self._find_with_the_others(fullname, path, target)
+        if spec is None or isinstance(spec.loader, type) or not hasattr(spec.loader, 'exec_module'):
+            return spec
+        loader = spec.loader
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            # A loader may serve several modules: put its own method back before anything else.
+            if loader.__dict__.get('exec_module') is exec_module:
+                del loader.exec_module
+            execute(module)
+            if module.__name__ == fullname:
+                _run_callbacks(module)
+
+        loader.exec_module = exec_module
+        return spec
+
+    def _find_with_the_others(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
+    ) -> importlib.machinery.ModuleSpec | None:
+        for finder in list(sys.meta_path):
+            find_spec = getattr(finder, 'find_spec', None)
+            if finder is self or find_spec is None:
+                continue
+            spec = find_spec(fullname, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+
+def _run_callbacks(module: ModuleType) -> None:
+    for callback in _callbacks.get(module.__name__, ()):
+        callback(module)
+
+
+def when_imported(name: str, callback: Callback) -> None:
+    """Call ``callback(module)`` after module ``name`` has been executed, now if it has been.
+
+    The callback runs again when the module is executed again (after a reload or a removal from
+    ``sys.modules``), so it must leave a patched module as it is.
+
+    Args:
+        name: Full module name, such as ``'mmengine.config.utils'``.
+        callback: Function of the module object. Its exceptions reach whoever imports the module.
+    """
+    if not any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PostImportFinder())
+    registered = _callbacks.setdefault(name, [])
+    if callback in registered:
+        return
+    registered.append(callback)
+    module = sys.modules.get(name)
+    spec = getattr(module, '__spec__', None)
+    if module is not None and not getattr(spec, '_initializing', False):
+        callback(module)
