@@ -1,0 +1,42 @@
+"""mmvim: Mamba vision backbones for OpenMMLab.
+
+``mmvim.ops`` and ``mmvim.layers`` need torch alone; ``mmvim.models`` needs mmengine.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from . import layers, models, ops
+    from .models import SimpleFPN, Vim
+
+_SUBMODULES = ('compat', 'datasets', 'engine', 'layers', 'models', 'ops', 'registry', 'utils')
+_MODELS = ('SimpleFPN', 'Vim', 'VisionMamba')
+
+__all__ = ['SimpleFPN', 'Vim', '__version__', 'layers', 'models', 'ops']
+
+
+def __getattr__(name: str) -> object:
+    """Import submodules and models when they are first used: ``import mmvim`` stays quick."""
+    if name in _SUBMODULES:
+        return importlib.import_module(f'{__name__}.{name}')
+    if name in _MODELS:
+        return getattr(importlib.import_module(f'{__name__}.models'), name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+    """List the lazily imported names too."""
+    return sorted({*globals(), *_SUBMODULES, *_MODELS})
+
+
+if importlib.util.find_spec('mmengine') is not None:
+    from .compat import install
+    from .registry import register_plain_names
+
+    install()
+    register_plain_names()
+    del install, register_plain_names

@@ -1,0 +1,41 @@
+"""Layers made of :mod:`mmvim.ops`, for any PyTorch program (torch is all they need)."""
+
+from .bimamba import BiMamba
+from .conv import CausalConv1d
+from .drop import DropPath
+from .mamba import Mamba, MambaState
+from .norm import LayerNorm, LayerNorm2d, RMSNorm, build_norm
+from .patch_embed import PatchEmbed
+from .position import (
+    CLS_TOKEN_PLACES,
+    apply_rotary,
+    insert_tokens,
+    resize_pos_embed,
+    rotary_table_2d,
+    split_tokens,
+    token_positions,
+)
+from .stack import MambaBlock, MambaStack, drop_path_rates
+
+__all__ = [
+    'CLS_TOKEN_PLACES',
+    'BiMamba',
+    'CausalConv1d',
+    'DropPath',
+    'LayerNorm',
+    'LayerNorm2d',
+    'Mamba',
+    'MambaBlock',
+    'MambaStack',
+    'MambaState',
+    'PatchEmbed',
+    'RMSNorm',
+    'apply_rotary',
+    'build_norm',
+    'drop_path_rates',
+    'insert_tokens',
+    'resize_pos_embed',
+    'rotary_table_2d',
+    'split_tokens',
+    'token_positions',
+]

@@ -1,0 +1,159 @@
+"""The bidirectional Mamba mixer of Vision Mamba."""
+
+import torch
+from torch import Tensor, nn
+
+from mmvim import ops
+
+from ._common import as_param_dtype, check_choice
+from .conv import CausalConv1d
+from .mamba import DeltaProjection, MixerBase
+
+
+class BiMamba(MixerBase):
+    """Bidirectional Mamba mixer (Zhu et al., Vision Mamba, https://arxiv.org/abs/2401.09417).
+
+    A forward and a backward branch read the same ``in_proj`` and are added before the shared
+    ``out_proj``. Nothing is flipped in memory: the backward branch runs its convolution and its
+    scan from the end. Parameter names are those of the official Vim.
+
+    Args:
+        d_model (int): Channels of input and output.
+        bimamba (str): 'v2' gives the backward branch its own convolution, projections and skip
+            (``conv1d_b``, ``x_proj_b``, ``dt_proj_b``, ``A_b_log``, ``D_b``); 'v1' shares all of
+            these but ``A_b_log``. Defaults to 'v2'.
+        merge (str, optional): 'mean' halves the sum of the branches, 'sum' does not. Defaults to
+            None, which is 'mean' for v2 and 'sum' for v1, as in the official models.
+        d_state, d_conv, expand, dt_rank, conv_bias, bias, layer_scale, discretization, dt_min,
+            dt_max, ops_backend: As in :class:`mmvim.layers.Mamba`.
+        dt_init (str): 'proper' gives both branches Mamba's initialisation of Δ. 'official' does
+            what the official Vim does: the backward branch of v2 starts with a zero Δ bias, so
+            with Δ near 0.69. Defaults to 'proper'.
+        reverse (bool): Whether to exchange the roles of the two branches, which equals flipping
+            input and output. Defaults to False.
+
+    Raises:
+        ValueError: If an argument is not among the allowed ones.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int | float = 2,
+        dt_rank: int | str = 'auto',
+        bimamba: str = 'v2',
+        merge: str | None = None,
+        conv_bias: bool = True,
+        bias: bool = False,
+        layer_scale: float | None = None,
+        discretization: str = 'zoh',
+        dt_init: str = 'proper',
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        reverse: bool = False,
+        ops_backend: str = 'auto',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_choice('bimamba', bimamba, ('v1', 'v2'))
+        check_choice('merge', merge, (None, 'mean', 'sum'))
+        super().__init__(
+            d_model,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand,
+            dt_rank=dt_rank,
+            conv_bias=conv_bias,
+            bias=bias,
+            layer_scale=layer_scale,
+            discretization=discretization,
+            dt_init=dt_init,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            reverse=reverse,
+            ops_backend=ops_backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.bimamba = bimamba
+        self.merge = merge or ('mean' if bimamba == 'v2' else 'sum')
+        self.A_b_log = self._initial_a_log()
+        if bimamba == 'v1':
+            return
+        self.conv1d_b = CausalConv1d(
+            self.d_inner,
+            d_conv,
+            bias=conv_bias,
+            activation='silu',
+            mode='causal' if reverse else 'reverse',
+            ops_backend=ops_backend,
+            **self._factory,
+        )
+        self.x_proj_b = nn.Linear(
+            self.d_inner, self.dt_rank + 2 * d_state, bias=False, **self._factory
+        )
+        self.dt_proj_b = DeltaProjection(
+            self.dt_rank,
+            self.d_inner,
+            init='proper' if dt_init == 'proper' else 'zero',
+            dt_min=dt_min,
+            dt_max=dt_max,
+            **self._factory,
+        )
+        self.D_b = nn.Parameter(torch.ones(self.d_inner, device=device))
+
+    def _branches(self, u: Tensor) -> tuple[ops.ScanInputs, ops.ScanInputs]:
+        """Inputs of the branch with the plain names and of the branch with the ``_b`` names."""
+        if self.bimamba == 'v1':
+            u = self.conv1d(u)
+            own = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
+            return own, own._replace(A=-torch.exp(as_param_dtype(self.A_b_log)))
+        first, second = self.conv1d, self.conv1d_b
+        if self.reverse:
+            first, second = second, first
+        u, u_b = ops.bidirectional_conv1d(
+            u,
+            first.taps,
+            first.bias,
+            second.taps,
+            second.bias,
+            activation='silu',
+            backend=self._backend,
+        )
+        if self.reverse:
+            u, u_b = u_b, u
+        return (
+            self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D),
+            self._scan_inputs(u_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix along the sequence in both directions.
+
+        Args:
+            x (Tensor): (batch, length, d_model).
+
+        Returns:
+            Tensor: (batch, length, d_model).
+        """
+        self._check_input(x)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        forward, backward = self._branches(u)
+        if self.reverse:
+            forward, backward = backward, forward
+        y = ops.bidirectional_scan(
+            forward,
+            backward,
+            z,
+            scale=0.5 if self.merge == 'mean' else 1.0,
+            delta_softplus=True,
+            discretization=self.discretization,
+            backend=self._backend,
+        )
+        return self._project_out(y)
+
+    def extra_repr(self) -> str:
+        """Describe the layer."""
+        return f'{super().extra_repr()}, bimamba={self.bimamba!r}, merge={self.merge!r}'

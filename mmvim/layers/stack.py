@@ -1,0 +1,219 @@
+"""Pre-norm blocks and stacks of Mamba mixers."""
+
+import torch
+from torch import Tensor, nn
+
+from ._common import check_choice, check_positive
+from .bimamba import BiMamba
+from .drop import DropPath
+from .mamba import Mamba, MambaState
+from .norm import build_norm
+
+
+def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
+    """Stochastic-depth rates of a stack: one for the input of each layer and one for the output.
+
+    A block adds its input, the output of the layer before, to the residual stream, so layer ``i``
+    drops what layer ``i - 1`` made: ``[0] + linspace(0, drop_path_rate, depth)`` for the inputs
+    (of which the last is not used) and ``drop_path_rate`` for the output of the last layer.
+    """
+    if depth == 1:
+        return [0.0, drop_path_rate]
+    inner = [drop_path_rate * i / (depth - 1) for i in range(depth - 1)]
+    return [0.0, *inner, drop_path_rate]
+
+
+class MambaBlock(nn.Module):
+    """Add, norm, mix: ``residual += hidden; hidden = mixer(norm(residual))``.
+
+    Args:
+        d_model (int): Channels.
+        bidirectional (str, optional): None for :class:`Mamba`, 'v1' or 'v2' for
+            :class:`BiMamba`. Defaults to None.
+        norm (str): 'RMSNorm' or 'LayerNorm'. Defaults to 'RMSNorm'.
+        norm_eps (float): Defaults to 1e-5.
+        residual_in_fp32 (bool): Whether the residual stream is float32. Defaults to True.
+        drop_path (float): Rate of ``self.drop_path``, which the owner of the block applies to the
+            incoming hidden state. Defaults to 0.
+        ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
+        **mixer: Further arguments of the mixer.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        bidirectional: str | None = None,
+        norm: str = 'RMSNorm',
+        norm_eps: float = 1e-5,
+        residual_in_fp32: bool = True,
+        drop_path: float = 0.0,
+        ops_backend: str = 'auto',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **mixer: object,
+    ) -> None:
+        super().__init__()
+        check_choice('bidirectional', bidirectional, (None, 'v1', 'v2'))
+        factory = {'device': device, 'dtype': dtype}
+        self.norm = build_norm(norm, d_model, norm_eps, residual_in_fp32, ops_backend, **factory)
+        self.drop_path = DropPath(drop_path)
+        mixer.update(ops_backend=ops_backend, **factory)
+        if bidirectional is None:
+            self.mixer = Mamba(d_model, **mixer)
+        else:
+            self.mixer = BiMamba(d_model, bimamba=bidirectional, **mixer)
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Add, norm and mix.
+
+        Args:
+            hidden (Tensor): (batch, length, d_model), what the block before made.
+            residual (Tensor, optional): (batch, length, d_model), the stream so far. None before
+                the first block.
+
+        Returns:
+            tuple: The mixer's output and the stream, both (batch, length, d_model).
+        """
+        hidden, residual = self.norm(hidden, residual, return_residual=True)
+        return self.mixer(hidden), residual
+
+
+class MambaStack(nn.Module):
+    """Pre-norm stack of Mamba mixers over (batch, length, d_model).
+
+    Args:
+        d_model (int): Channels.
+        n_layers (int): Number of layers.
+        d_state (int): States per channel. Defaults to 16.
+        d_conv (int): Convolution width. Defaults to 4.
+        expand (int | float): Inner expansion. Defaults to 2.
+        bidirectional (str, optional): None, 'v1' or 'v2' (see :class:`BiMamba`). Only None has
+            states. Defaults to None.
+        norm (str): 'RMSNorm' or 'LayerNorm'. Defaults to 'RMSNorm'.
+        norm_eps (float): Defaults to 1e-5.
+        residual_in_fp32 (bool): Whether the residual stream is float32. Defaults to True.
+        drop_path_rate (float): Largest stochastic-depth rate. Defaults to 0.
+        discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`. Defaults to 'zoh'.
+        ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
+        **mixer: Further arguments of the mixer, such as ``dt_rank`` or ``layer_scale``.
+
+    Raises:
+        TypeError: If a mixer argument is unknown.
+        ValueError: If an argument is not among the allowed ones.
+
+    Example:
+        >>> stack = MambaStack(d_model=64, n_layers=4)
+        >>> y = stack(torch.randn(2, 100, 64))
+        >>> state = stack.init_state(batch_size=2)
+        >>> y0, state = stack.step(torch.randn(2, 64), state)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_layers: int = 6,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int | float = 2,
+        bidirectional: str | None = None,
+        norm: str = 'RMSNorm',
+        norm_eps: float = 1e-5,
+        residual_in_fp32: bool = True,
+        drop_path_rate: float = 0.0,
+        discretization: str = 'zoh',
+        ops_backend: str = 'auto',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **mixer: object,
+    ) -> None:
+        super().__init__()
+        check_positive(n_layers=n_layers)
+        rates = drop_path_rates(drop_path_rate, n_layers)
+        shared = {
+            'norm': norm,
+            'norm_eps': norm_eps,
+            'residual_in_fp32': residual_in_fp32,
+            'ops_backend': ops_backend,
+            'device': device,
+            'dtype': dtype,
+        }
+        self.layers = nn.ModuleList(
+            MambaBlock(
+                d_model,
+                bidirectional=bidirectional,
+                drop_path=rates[i],
+                d_state=d_state,
+                d_conv=d_conv,
+                expand=expand,
+                discretization=discretization,
+                **shared,
+                **mixer,
+            )
+            for i in range(n_layers)
+        )
+        self.drop_path = DropPath(rates[-1])
+        self.norm_f = build_norm(
+            norm, d_model, norm_eps, residual_in_fp32, ops_backend, device=device, dtype=dtype
+        )
+        self.bidirectional = bidirectional
+
+    def _require_states(self) -> None:
+        if self.bidirectional is not None:
+            raise ValueError(
+                f'a stack with bidirectional={self.bidirectional!r} has no states: its backward '
+                'branch needs the whole sequence'
+            )
+
+    def init_state(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> list[MambaState]:
+        """Return the states of all layers before the first token (see :meth:`Mamba.init_state`)."""
+        self._require_states()
+        return [layer.mixer.init_state(batch_size, device, dtype) for layer in self.layers]
+
+    def forward(
+        self,
+        x: Tensor,
+        state: list[MambaState] | None = None,
+        return_state: bool = False,
+    ) -> Tensor | tuple[Tensor, list[MambaState]]:
+        """Run the stack.
+
+        Args:
+            x (Tensor): (batch, length, d_model).
+            state (list[MambaState], optional): One per layer; never modified. Defaults to the
+                states before the first token.
+            return_state (bool): Whether to return the new states as well. Defaults to False.
+
+        Returns:
+            Tensor or tuple: (batch, length, d_model), and the states with ``return_state``.
+
+        Raises:
+            ValueError: If states are asked of a bidirectional stack, or their number is wrong.
+        """
+        streaming = state is not None or return_state
+        if streaming:
+            self._require_states()
+            if state is not None and len(state) != len(self.layers):
+                raise ValueError(f'{len(state)} states were given to {len(self.layers)} layers')
+        hidden, residual, new_state = x, None, []
+        for i, layer in enumerate(self.layers):
+            hidden = layer.drop_path(hidden)
+            if not streaming:
+                hidden, residual = layer(hidden, residual)
+                continue
+            hidden, residual = layer.norm(hidden, residual, return_residual=True)
+            hidden, layer_state = layer.mixer(
+                hidden, None if state is None else state[i], return_state=True
+            )
+            new_state.append(layer_state)
+        out = self.norm_f(self.drop_path(hidden), residual)
+        return (out, new_state) if return_state else out
+
+    def step(self, x: Tensor, state: list[MambaState]) -> tuple[Tensor, list[MambaState]]:
+        """Process one token (batch, d_model); returns its output and the new states."""
+        out, state = self.forward(x.unsqueeze(1), state, return_state=True)
+        return out.squeeze(1), state

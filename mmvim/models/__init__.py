@@ -1,0 +1,10 @@
+"""Models, registered in :data:`mmvim.registry.MODELS`."""
+
+from mmvim.registry import MODELS, register_plain_names
+
+from .backbones import Vim
+from .necks import SimpleFPN
+
+register_plain_names()
+
+__all__ = ['MODELS', 'SimpleFPN', 'Vim']

@@ -1,0 +1,643 @@
+"""Vision Mamba (Vim).
+
+Zhu, Liao, Zhang, Wang, Liu and Wang: Vision Mamba: Efficient Visual Representation Learning with
+Bidirectional State Space Model, ICML 2024, https://arxiv.org/abs/2401.09417. Official code:
+https://github.com/hustvl/Vim (Apache-2.0). This is a new implementation that reads the official
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmvim.layers import (
+    CLS_TOKEN_PLACES,
+    DropPath,
+    MambaBlock,
+    PatchEmbed,
+    apply_rotary,
+    build_norm,
+    drop_path_rates,
+    insert_tokens,
+    resize_pos_embed,
+    rotary_table_2d,
+    split_tokens,
+    token_positions,
+)
+from mmvim.layers._common import check_choice
+from mmvim.layers.patch_embed import to_2tuple
+from mmvim.registry import MODELS
+
+from ..utils.checkpoint import (
+    keys_under,
+    layer_count,
+    rename_keys,
+    size_mismatches,
+    unwrap_state_dict,
+)
+
+_LAYER_KEY = r'layers\.(\d+)\.(mixer|norm)\.'
+_HEAD_KEYS = ('head.weight', 'head.bias')
+
+
+@MODELS.register_module(name=['Vim', 'VisionMamba'])
+class Vim(BaseModule):
+    """Vision Mamba backbone.
+
+    Patches and a class token pass a stack of pre-norm bidirectional Mamba blocks. Images of any
+    size at least as large as a patch are accepted, square or not: the position embedding is
+    resized. Official checkpoints load as they are (raw, or wrapped in ``{'model': …}``), also
+    those trained at another image size.
+
+    Args:
+        arch (str | dict): 'tiny', 'small', 'base', or a dict with ``embed_dims`` and ``depth``
+            and, optionally, ``d_state`` (16), ``d_conv`` (4), ``expand`` (2) and ``dt_rank``
+            ('auto'). Defaults to 'tiny'.
+        img_size (int | tuple): Height and width in pixels that the position embedding is made
+            for. Defaults to 224.
+        patch_size (int | tuple): Side of a patch in pixels. Defaults to 16.
+        stride (int | tuple, optional): Distance of patches, for instance 8 with patches of 16.
+            Defaults to None, which means ``patch_size``.
+        in_channels (int): Channels of the image. Defaults to 3.
+        cls_token (str): Place of the class token: 'middle', 'head', 'tail', 'double' (one at each
+            end) or 'none'. Defaults to 'middle'.
+        out_type (str): What each output is. 'cls_token': (batch, channels), the class token (the
+            mean of the two of 'double'), or the patches pooled by ``pool`` if there is none.
+            'featmap': (batch, channels, rows, columns) without class tokens. 'avg_featmap':
+            (batch, channels), the mean of the patches. 'raw': (batch, length, channels), all
+            tokens in order. Defaults to 'cls_token'.
+        out_indices (int | Sequence[int]): Layers whose outputs are returned, ascending; negative
+            ones count from the end. Layers after the last of them are not run. Defaults to -1.
+        pool (str): How ``out_type='cls_token'`` pools without class token: 'mean', 'max' (over
+            the features; the official model takes the maximum of the logits instead), 'last' (the
+            last patch) or 'all' (no pooling). Defaults to 'mean'.
+        out_norm (str): Norm of the outputs. An output is the residual stream after its layer,
+            hidden state plus residual. 'final': the last layer's goes through ``norm_f``, the
+            others stay as they are. 'shared': all go through ``norm_f``. 'separate': the last
+            layer's goes through ``norm_f``, the output of layer i through a norm of its own,
+            ``norm{i}``. 'none': all stay as they are and there is no ``norm_f`` (the paper's
+            detection recipe). Defaults to 'final'.
+        abs_pos_embed (bool): Whether to add a learnt position embedding. Defaults to True.
+        rope (bool): Whether to rotate the hidden state by a 2-D rotary embedding before each
+            layer. Each patch is rotated by its own row and column whatever the place of the class
+            token, the stride and the image size. Defaults to False.
+        rope_residual (bool): Whether to rotate the residual stream too. Defaults to False.
+        rope_pt_size (int): Rows and columns of the grid that the angles are scaled to (the
+            official ``pt_hw_seq_len``). Defaults to 14.
+        interpolate_mode (str): How the position embedding is resized. Defaults to 'bicubic'.
+        bimamba (str): 'v2' (own convolution, projections and state matrix for the backward
+            branch), 'v1' (own state matrix only) or 'none' (one direction). Defaults to 'v2'.
+        merge (str, optional): 'mean' or 'sum' of the directions. Defaults to None, which is what
+            the official model does: 'mean' for v2, 'sum' for v1 and for ``if_bidirectional``.
+        if_bidirectional (bool): Whether layers form pairs, the second of which reads the sequence
+            from its end, whose hidden states and residuals are merged. Defaults to False.
+        norm (str): 'RMSNorm' or 'LayerNorm'. Defaults to 'RMSNorm'.
+        norm_eps (float): Defaults to 1e-5.
+        residual_in_fp32 (bool): Whether the residual stream is kept in float32. Defaults to True.
+        layer_scale (float, optional): Initial value of a learnt scale of each mixer's output.
+            Defaults to None, which means no scale.
+        drop_rate (float): Dropout after the position embedding. Defaults to 0.
+        drop_path_rate (float): Largest stochastic-depth rate; rates grow linearly from 0 over the
+            layers and the last layer's output has the largest. Defaults to 0.
+        discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`; released checkpoints use
+            'zoh'. Defaults to 'zoh'.
+        dt_init (str): 'proper' initialises Δ of both directions in [1e-3, 0.1]; 'official' leaves
+            the backward Δ of v2 near 0.69, as the official code does. Defaults to 'proper'.
+        frozen_stages (int): -1 freezes nothing, 0 the patch embedding, the tokens and the
+            position embedding, k > 0 the first k layers as well (and ``norm_f`` if these are
+            all). Defaults to -1.
+        with_cp (bool): Whether to recompute each layer in the backward pass to save memory.
+            Defaults to False.
+        ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
+        init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
+
+    Raises:
+        TypeError: If an argument is unknown.
+        ValueError: If an argument is not among the allowed ones, or a checkpoint does not fit.
+
+    Example:
+        >>> model = Vim(arch='tiny', out_type='featmap', out_indices=(5, 11, 17, 23))
+        >>> [tuple(f.shape) for f in model(torch.randn(1, 3, 224, 224))]
+        [(1, 192, 14, 14), (1, 192, 14, 14), (1, 192, 14, 14), (1, 192, 14, 14)]
+    """
+
+    arch_zoo: dict = {  # noqa: RUF012
+        'tiny': {'embed_dims': 192, 'depth': 24},
+        'small': {'embed_dims': 384, 'depth': 24},
+        'base': {'embed_dims': 768, 'depth': 24},
+    }
+    OUT_TYPES = ('cls_token', 'featmap', 'avg_featmap', 'raw')
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        stride: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        cls_token: str = 'middle',
+        out_type: str = 'cls_token',
+        out_indices: int | Sequence[int] = -1,
+        pool: str = 'mean',
+        out_norm: str = 'final',
+        abs_pos_embed: bool = True,
+        rope: bool = False,
+        rope_residual: bool = False,
+        rope_pt_size: int = 14,
+        interpolate_mode: str = 'bicubic',
+        bimamba: str = 'v2',
+        merge: str | None = None,
+        if_bidirectional: bool = False,
+        norm: str = 'RMSNorm',
+        norm_eps: float = 1e-5,
+        residual_in_fp32: bool = True,
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        discretization: str = 'zoh',
+        dt_init: str = 'proper',
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        ops_backend: str = 'auto',
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        check_choice('cls_token', cls_token, CLS_TOKEN_PLACES)
+        check_choice('out_type', out_type, self.OUT_TYPES)
+        check_choice('pool', pool, ('mean', 'max', 'last', 'all'))
+        check_choice('out_norm', out_norm, ('final', 'shared', 'separate', 'none'))
+        check_choice('bimamba', bimamba, ('v1', 'v2', 'none'))
+        check_choice('merge', merge, (None, 'mean', 'sum'))
+        if discretization == 'rk4' and dt_init == 'official' and bimamba == 'v2':
+            print_log(
+                "Vim: discretization='rk4' grows without bound for a large Δ, and "
+                "dt_init='official' starts the backward branch with one; use dt_init='proper'",
+                logger='current',
+                level=logging.WARNING,
+            )
+        self.arch = self._parse_arch(arch)
+        self.embed_dims: int = self.arch['embed_dims']
+        self.num_layers: int = self.arch['depth']
+        if rope and self.embed_dims % 4:
+            raise ValueError(
+                f'rope=True needs embed_dims to be a multiple of 4, not {self.embed_dims}'
+            )
+        if if_bidirectional and self.num_layers % 2:
+            raise ValueError(f'if_bidirectional=True needs an even depth, not {self.num_layers}')
+        self.cls_token_place = cls_token
+        self.out_type = out_type
+        self.pool = pool
+        self.out_norm = out_norm
+        self.rope = rope
+        self.rope_residual = rope_residual
+        self.rope_pt_size = rope_pt_size
+        self.interpolate_mode = interpolate_mode
+        self.bimamba = bimamba
+        self.merge = merge
+        self.if_bidirectional = if_bidirectional
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        self.out_indices = self._parse_out_indices(out_indices)
+
+        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, stride)
+        self.img_size = to_2tuple('img_size', img_size)
+        self.grid = self.patch_embed.grid(*self.img_size)
+        if cls_token == 'double':
+            self.cls_token_head = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
+            self.cls_token_tail = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
+        elif cls_token != 'none':
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
+        if abs_pos_embed:
+            num_tokens = math.prod(self.grid) + self.num_extra_tokens
+            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, self.embed_dims))
+        else:
+            self.register_parameter('pos_embed', None)
+        self.drop_after_pos = nn.Dropout(drop_rate)
+
+        rates = drop_path_rates(drop_path_rate, self.num_layers)
+        norm_args = {
+            'eps': norm_eps, 'residual_in_fp32': residual_in_fp32, 'ops_backend': ops_backend
+        }  # fmt: skip
+        mixer = {k: v for k, v in self.arch.items() if k not in ('embed_dims', 'depth')}
+        if bimamba != 'none':
+            mixer['merge'] = merge
+        self.layers = nn.ModuleList(
+            MambaBlock(
+                self.embed_dims,
+                bidirectional=None if bimamba == 'none' else bimamba,
+                norm=norm,
+                norm_eps=norm_eps,
+                residual_in_fp32=residual_in_fp32,
+                drop_path=rates[i],
+                ops_backend=ops_backend,
+                layer_scale=layer_scale,
+                discretization=discretization,
+                dt_init=dt_init,
+                reverse=if_bidirectional and i % 2 == 1,
+                **mixer,
+            )
+            for i in range(self.num_layers)
+        )
+        self.drop_path = DropPath(rates[-1])
+        if out_norm != 'none':
+            self.norm_f = build_norm(norm, self.embed_dims, **norm_args)
+        if out_norm == 'separate':
+            for i in self.out_indices:
+                if i != self.num_layers - 1:
+                    self.add_module(f'norm{i}', build_norm(norm, self.embed_dims, **norm_args))
+
+        self._reset_tokens_and_outputs()
+        self._register_state_dict_hook(_save_grid)
+        self._freeze_stages()
+
+    @property
+    def num_extra_tokens(self) -> int:
+        """Number of class tokens in the sequence."""
+        return len(token_positions(self.cls_token_place, 1))
+
+    def _parse_arch(self, arch: str | dict) -> dict:
+        if isinstance(arch, str):
+            check_choice('arch', arch, tuple(self.arch_zoo))
+            return dict(self.arch_zoo[arch])
+        if not isinstance(arch, Mapping):
+            raise TypeError(f'arch={arch!r} must be one of {sorted(self.arch_zoo)} or a dict')
+        allowed = {'embed_dims', 'depth', 'd_state', 'd_conv', 'expand', 'dt_rank'}
+        unknown, missing = set(arch) - allowed, {'embed_dims', 'depth'} - set(arch)
+        if unknown or missing:
+            raise ValueError(
+                f'arch has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; '
+                f'allowed: {sorted(allowed)}'
+            )
+        for key in ('embed_dims', 'depth'):
+            if not isinstance(arch[key], int) or arch[key] < 1:
+                raise ValueError(f'arch[{key!r}]={arch[key]!r} must be a positive integer')
+        return dict(arch)
+
+    def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
+        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        depth = self.num_layers
+        indices = tuple(i + depth if i < 0 else i for i in given)
+        if not indices or any(not 0 <= i < depth for i in indices):
+            raise ValueError(f'out_indices={out_indices!r} must be layers of 0 .. {depth - 1}')
+        if any(a >= b for a, b in itertools.pairwise(indices)):
+            raise ValueError(f'out_indices={out_indices!r} must be ascending, each layer once')
+        if self.if_bidirectional and any(i % 2 == 0 for i in indices):
+            raise ValueError(
+                f'out_indices={out_indices!r}: with if_bidirectional=True layers (0, 1), (2, 3) … '
+                'form pairs and only the second of a pair, an odd index, has an output'
+            )
+        return indices
+
+    def _reset_tokens_and_outputs(self) -> None:
+        for name in ('cls_token', 'cls_token_head', 'cls_token_tail', 'pos_embed'):
+            parameter = getattr(self, name, None)
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
+        for layer in self.layers:
+            # The outputs of all layers add up: keep their sum's variance as GPT-2 does.
+            nn.init.kaiming_uniform_(layer.mixer.out_proj.weight, a=math.sqrt(5))
+            with torch.no_grad():
+                layer.mixer.out_proj.weight /= math.sqrt(self.num_layers)
+
+    def _freeze_stages(self) -> None:
+        if not -1 <= self.frozen_stages <= self.num_layers:
+            raise ValueError(
+                f'frozen_stages={self.frozen_stages!r} must be in -1 .. {self.num_layers}'
+            )
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        if self.frozen_stages >= 0:
+            for name, parameter in self.named_parameters(recurse=False):
+                if name.startswith(('cls_token', 'pos_embed')):
+                    parameter.requires_grad_(False)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        modules = [self.patch_embed, self.drop_after_pos, *self.layers[: self.frozen_stages]]
+        if self.frozen_stages == self.num_layers:
+            modules.append(self.drop_path)
+            modules += [m for name, m in self.named_children() if name.startswith('norm')]
+        return modules
+
+    def train(self, mode: bool = True) -> Vim:
+        """Switch to training mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return the depth of a parameter, for layer-wise learning-rate decay.
+
+        Args:
+            param_name (str): Full name of the parameter.
+            prefix (str): What stands before this backbone's own names, such as ``'backbone.'``.
+                Defaults to ''.
+
+        Returns:
+            tuple[int, int]: The depth, and the number of depths. Depth 0 is the patch embedding,
+            the tokens and the position embedding, ``i + 1`` layer ``i``, and the last everything
+            after the layers, other modules of the model included.
+        """
+        num_depths = self.num_layers + 2
+        if not param_name.startswith(prefix):
+            return num_depths - 1, num_depths
+        name = param_name[len(prefix) :]
+        if name.startswith(('patch_embed.', 'cls_token', 'pos_embed')):
+            return 0, num_depths
+        match = re.match(r'layers\.(\d+)\.', name)
+        return (int(match[1]) + 1 if match else num_depths - 1), num_depths
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the features.
+
+        Args:
+            x (Tensor): (batch, in_channels, height, width).
+
+        Returns:
+            tuple[Tensor, ...]: One output, as ``out_type`` says, for each of ``out_indices``.
+
+        Raises:
+            ValueError: If the shape is wrong or the image is smaller than a patch.
+        """
+        hidden, grid = self._embed(x)
+        residual = None
+        positions = token_positions(self.cls_token_place, math.prod(grid))
+        table = None
+        if self.rope:
+            table = rotary_table_2d(
+                self.embed_dims, grid, self.rope_pt_size, positions, device=x.device
+            )
+        outputs = []
+        step = 2 if self.if_bidirectional else 1
+        for last in range(step - 1, self.out_indices[-1] + 1, step):
+            if table is not None:
+                hidden = apply_rotary(hidden, *table)
+                if self.rope_residual and residual is not None:
+                    residual = apply_rotary(residual, *table)
+            if self.if_bidirectional:
+                hidden, residual = self._run_pair(last, hidden, residual)
+            else:
+                hidden, residual = self._run_layer(self.layers[last], hidden, residual)
+                # What a layer makes is dropped once, for its output and for the next layer.
+                hidden = self._drop_path_after(last)(hidden)
+            if last in self.out_indices:
+                outputs.append(self._output(last, hidden, residual, grid, positions))
+        return tuple(outputs)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        patches, grid = self.patch_embed(x)
+        if self.cls_token_place == 'double':
+            tokens = [self.cls_token_head, self.cls_token_tail]
+        else:
+            tokens = [] if self.cls_token_place == 'none' else [self.cls_token]
+        positions = token_positions(self.cls_token_place, math.prod(grid))
+        hidden = insert_tokens(patches, tokens, positions).contiguous()
+        if self.pos_embed is not None:
+            hidden = hidden + resize_pos_embed(
+                self.pos_embed, self.grid, grid, self.cls_token_place, self.interpolate_mode
+            )
+        return self.drop_after_pos(hidden), grid
+
+    def _run_layer(
+        self, layer: MambaBlock, hidden: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.with_cp and self.training:
+            return checkpoint(layer, hidden, residual, use_reentrant=False)
+        return layer(hidden, residual)
+
+    def _run_pair(
+        self, second: int, hidden: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer before ``second``, and ``second``, which reads from the end, and merge."""
+        (hidden, residual), (hidden_b, residual_b) = (
+            self._run_layer(layer, layer.drop_path(hidden), residual)
+            for layer in self.layers[second - 1 : second + 1]
+        )
+        hidden, residual = hidden + hidden_b, residual + residual_b
+        return (hidden / 2, residual / 2) if self.merge == 'mean' else (hidden, residual)
+
+    def _drop_path_after(self, index: int) -> DropPath:
+        is_last = index == self.num_layers - 1
+        return self.drop_path if is_last else self.layers[index + 1].drop_path
+
+    def _output(
+        self,
+        index: int,
+        hidden: Tensor,
+        residual: Tensor,
+        grid: tuple[int, int],
+        positions: tuple[int, ...],
+    ) -> Tensor:
+        """Make the output of layer ``index`` out of its hidden state and residual."""
+        is_last = index == self.num_layers - 1
+        norm = None
+        if self.out_norm == 'shared' or (is_last and self.out_norm != 'none'):
+            norm = self.norm_f
+        elif self.out_norm == 'separate':
+            norm = getattr(self, f'norm{index}')
+        if self.if_bidirectional:
+            hidden = self._drop_path_after(index)(hidden)
+        if norm is None:
+            x = (hidden + residual).to(hidden.dtype)
+        else:
+            x = norm(hidden, residual)
+        if self.out_type == 'raw':
+            return x
+        if self.out_type == 'cls_token' and positions:
+            tokens = [x[:, p] for p in positions]
+            return tokens[0] if len(tokens) == 1 else (tokens[0] + tokens[1]) / 2
+        patches, _ = split_tokens(x, positions)
+        if self.out_type == 'featmap':
+            return patches.transpose(1, 2).unflatten(2, grid)
+        pool = 'mean' if self.out_type == 'avg_featmap' else self.pool
+        if pool == 'mean':
+            return patches.mean(dim=1)
+        if pool == 'max':
+            return patches.amax(dim=1)
+        return patches[:, -1] if pool == 'last' else patches
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: dict,
+        *args: Any,
+    ) -> None:
+        """Fit an official or resized checkpoint to this model before loading it."""
+        if not prefix:
+            unwrap_state_dict(state_dict)
+        self._fit_state_dict(state_dict, prefix, local_metadata)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _checkpoint_filter(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Let a classifier load an official checkpoint, its head included.
+
+        mmpretrain's ``ImageClassifier`` calls this before loading. Keys of the bare official model
+        get the names that they have in a classifier.
+        """
+        if not prefix:
+            unwrap_state_dict(state_dict)
+        keys = keys_under(state_dict, prefix)
+        if any(k.startswith('backbone.') for k in keys) or not layer_count(keys, _LAYER_KEY):
+            return
+        heads = {k: k.replace('head.', 'head.fc.') for k in _HEAD_KEYS}
+        names = {prefix + k: prefix + heads.get(k, f'backbone.{k}') for k in keys}
+        rename_keys(state_dict, names)
+
+    def _fit_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping
+    ) -> None:
+        keys = keys_under(state_dict, prefix)
+        own = {name for name, _ in self.named_parameters()}
+        if any('_flat_param' in key for key in keys) or not own:
+            return  # shards of FSDP's own format
+        self._check_keys(keys, own, prefix)
+        for key in _HEAD_KEYS:
+            if state_dict.pop(prefix + key, None) is not None:
+                print_log(
+                    f"Vim: '{key}' of the checkpoint is the classifier's and is not loaded",
+                    logger='current',
+                    level=logging.DEBUG,
+                )
+        if self.out_norm == 'none':
+            state_dict.pop(f'{prefix}norm_f.weight', None)
+            state_dict.pop(f'{prefix}norm_f.bias', None)
+        self._take_rope(state_dict, prefix)
+        self._fit_pos_embed(state_dict, prefix, local_metadata)
+        wrong = size_mismatches(self, state_dict, prefix)
+        if wrong:
+            name, given, expected = wrong[0]
+            more = f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''
+            self._reject(f'{prefix}{name} is {given} there and {expected} here{more}')
+
+    def _reject(self, reason: str) -> None:
+        raise ValueError(
+            f'the checkpoint does not fit this Vim (embed_dims={self.embed_dims}, '
+            f'depth={self.num_layers}, bimamba={self.bimamba!r}, '
+            f'cls_token={self.cls_token_place!r}): {reason}'
+        )
+
+    def _check_keys(self, keys: list[str], own: set[str], prefix: str) -> None:
+        if prefix and not keys:
+            self._reject(f"it has no key that starts with '{prefix}'")
+        depth = layer_count(keys, r'layers\.(\d+)\.mixer\.A_log$')
+        foreign = [k for k in keys if k not in own and k not in _HEAD_KEYS]
+        if foreign and not layer_count(keys, _LAYER_KEY):
+            found = next((re.match(rf'(.*\.){_LAYER_KEY}', k) for k in keys if 'mixer.' in k), None)
+            hint = (
+                f"; a Vim's keys stand under '{prefix}{found[1]}': give that prefix"
+                if found
+                else ''
+            )
+            self._reject(f"its keys are another model's: {', '.join(foreign[:3])} …{hint}")
+        if not depth:
+            return
+        if depth != self.num_layers:
+            self._reject(f'its depth is {depth}')
+        if 'layers.0.mixer.conv1d_b.weight' in keys:
+            bimamba = 'v2'
+        else:
+            bimamba = 'v1' if 'layers.0.mixer.A_b_log' in keys else 'none'
+        if bimamba != self.bimamba:
+            self._reject(f'its bimamba is {bimamba!r}')
+
+    def _take_rope(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+        """Drop the tables of rotary angles, which are computed here, after comparing them."""
+        cos = state_dict.pop(f'{prefix}rope.freqs_cos', None)
+        state_dict.pop(f'{prefix}rope.freqs_sin', None)
+        if cos is None:
+            return
+        if not self.rope:
+            self._reject('it has a rotary embedding (rope.freqs_cos), and here rope=False')
+        side = math.isqrt(cos.shape[0])
+        if cos.shape[1] != self.embed_dims or side * side != cos.shape[0]:
+            self._reject(f'{prefix}rope.freqs_cos is {tuple(cos.shape)}')
+        expected, _ = rotary_table_2d(self.embed_dims, (side, side), self.rope_pt_size)
+        if not torch.allclose(cos.float().cpu()[:, ::2], expected.cpu(), atol=1e-3):
+            self._reject(f'its rotary angles were not made with rope_pt_size={self.rope_pt_size}')
+
+    def _fit_pos_embed(
+        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping
+    ) -> None:
+        """Resize a position embedding of another image size; drop an unwanted class token."""
+        pos_embed = state_dict.get(f'{prefix}pos_embed')
+        single, double = f'{prefix}cls_token', f'{prefix}cls_token_head'
+        place = self.cls_token_place
+        if double in state_dict:
+            place = 'double'
+        elif single in state_dict:
+            # A checkpoint does not say where its class token stands. All released ones have it in
+            # the middle.
+            place = 'middle' if place in ('double', 'none') else place
+        elif pos_embed is not None and keys_under(state_dict, f'{prefix}layers.'):
+            place = 'none'
+        if place != self.cls_token_place and self.cls_token_place != 'none':
+            self._reject(f'its class token is {place!r}')
+        if place != self.cls_token_place:
+            for name in ('cls_token', 'cls_token_head', 'cls_token_tail'):
+                state_dict.pop(prefix + name, None)
+            print_log(
+                f'Vim: the checkpoint has a class token ({place}) and this model has none; the '
+                'token and its position embedding are not loaded',
+                logger='current',
+                level=logging.WARNING,
+            )
+        if pos_embed is None or self.pos_embed is None:
+            return
+        if pos_embed.dim() != 3 or pos_embed.shape[2] != self.embed_dims:
+            return  # reported with the other sizes
+        positions = token_positions(place, pos_embed.shape[1])
+        source = self._source_grid(pos_embed.shape[1] - len(positions), local_metadata)
+        if place != self.cls_token_place:
+            positions = token_positions(place, math.prod(source))
+            pos_embed = split_tokens(pos_embed, positions)[0]
+        if source != self.grid:
+            pos_embed = resize_pos_embed(
+                pos_embed, source, self.grid, self.cls_token_place, self.interpolate_mode
+            )
+            print_log(
+                f'Vim: resized the position embedding from {source} to {self.grid} patches',
+                logger='current',
+                level=logging.INFO,
+            )
+        state_dict[f'{prefix}pos_embed'] = pos_embed
+
+    def _source_grid(self, num_patches: int, local_metadata: Mapping) -> tuple[int, int]:
+        """Rows and columns of a checkpoint's position embedding.
+
+        Our own checkpoints say it in their metadata. Otherwise the same number of patches means
+        the same grid, and another number a square or, if it is none, our aspect ratio.
+        """
+        saved = local_metadata.get('pos_grid')
+        if saved is not None and math.prod(saved) == num_patches:
+            return tuple(saved)
+        if num_patches == math.prod(self.grid):
+            return self.grid
+        side = math.isqrt(num_patches)
+        if side * side == num_patches:
+            return side, side
+        rows = round(math.sqrt(num_patches * self.grid[0] / self.grid[1]))
+        if rows and num_patches % rows == 0:
+            return rows, num_patches // rows
+        self._reject(f'its position embedding has {num_patches} patches, which is no grid')
+        raise AssertionError('unreachable')
+
+
+def _save_grid(module: Vim, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    """Write into a checkpoint's metadata which grid its position embedding is for."""
+    local_metadata['pos_grid'] = list(module.grid)

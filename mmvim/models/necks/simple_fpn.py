@@ -1,0 +1,107 @@
+"""The simple feature pyramid of ViTDet.
+
+Li, Mao, Girshick and He: Exploring Plain Vision Transformer Backbones for Object Detection, ECCV
+2022, https://arxiv.org/abs/2203.16527.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmvim.layers import LayerNorm2d
+from mmvim.layers._common import check_positive
+from mmvim.registry import MODELS
+
+
+@MODELS.register_module()
+class SimpleFPN(BaseModule):
+    """Build a feature pyramid from one map.
+
+    From a map of stride 16, branches of scale 4, 2, 1 and 1/2 make maps of stride 4, 8, 16 and 32
+    (P2 .. P5): transposed convolutions of stride 2, nothing, or a maximum over 2 x 2. Each then
+    passes a 1 x 1 and a 3 x 3 convolution, each followed by a layer norm over the channels. Further
+    levels halve the last one (P6).
+
+    Args:
+        in_channels (int): Channels of the map. Defaults to 192.
+        out_channels (int): Channels of each level. Defaults to 256.
+        num_outs (int): Number of levels, at least 4. Defaults to 5.
+        norm_eps (float): Defaults to 1e-6.
+        init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
+
+    Raises:
+        ValueError: If an argument is not among the allowed ones.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 192,
+        out_channels: int = 256,
+        num_outs: int = 5,
+        norm_eps: float = 1e-6,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        check_positive(in_channels=in_channels, out_channels=out_channels)
+        if in_channels % 4:
+            raise ValueError(f'in_channels={in_channels!r} must be a multiple of 4')
+        if num_outs < 4:
+            raise ValueError(f'num_outs={num_outs!r} must be at least 4')
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.num_outs = num_outs
+        half, quarter = in_channels // 2, in_channels // 4
+        self.scales = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.ConvTranspose2d(in_channels, half, 2, stride=2),
+                    LayerNorm2d(half, eps=norm_eps),
+                    nn.GELU(),
+                    nn.ConvTranspose2d(half, quarter, 2, stride=2),
+                ),
+                nn.ConvTranspose2d(in_channels, half, 2, stride=2),
+                nn.Identity(),
+                nn.MaxPool2d(2),
+            ]
+        )
+        self.outputs = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, out_channels, 1, bias=False),
+                LayerNorm2d(out_channels, eps=norm_eps),
+                nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+                LayerNorm2d(out_channels, eps=norm_eps),
+            )
+            for channels in (quarter, half, in_channels, in_channels)
+        )
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Build the pyramid.
+
+        Args:
+            x (Tensor | Sequence[Tensor]): The map (batch, in_channels, rows, columns), or a
+                sequence that holds just it, as a backbone returns it.
+
+        Returns:
+            tuple[Tensor, ...]: ``num_outs`` maps (batch, out_channels, …), finest first.
+
+        Raises:
+            ValueError: If there is more than one map or its shape is wrong.
+        """
+        if not isinstance(x, Tensor):
+            if len(x) != 1:
+                raise ValueError(
+                    f'SimpleFPN wants one map, got {len(x)}: set out_indices to one layer'
+                )
+            x = x[0]
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'SimpleFPN wants (batch, {self.in_channels}, rows, columns), got {tuple(x.shape)}'
+            )
+        levels = [out(scale(x)) for scale, out in zip(self.scales, self.outputs, strict=True)]
+        while len(levels) < self.num_outs:
+            levels.append(F.max_pool2d(levels[-1], kernel_size=1, stride=2))
+        return tuple(levels)

@@ -1,0 +1,58 @@
+"""Helpers that fit the checkpoints of official models to ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, MutableMapping
+from typing import Any
+
+from torch import nn
+
+_WRAPPERS = ('model', 'state_dict')
+
+
+def unwrap_state_dict(state_dict: MutableMapping[str, Any]) -> None:
+    """Replace ``{'model': weights, 'optimizer': …}`` by the weights, in place.
+
+    ``{'state_dict': weights}`` is unwrapped too, and the ``module.`` that a data-parallel wrapper
+    puts before each key is removed.
+    """
+    for wrapper in _WRAPPERS:
+        if isinstance(state_dict.get(wrapper), Mapping):
+            inner = dict(state_dict[wrapper])
+            state_dict.clear()
+            state_dict.update(inner)
+    if state_dict and all(key.startswith('module.') for key in state_dict):
+        rename_keys(state_dict, {key: key[len('module.') :] for key in state_dict})
+
+
+def rename_keys(state_dict: MutableMapping[str, Any], names: Mapping[str, str]) -> None:
+    """Rename keys in place."""
+    moved = {new: state_dict.pop(old) for old, new in names.items()}
+    state_dict.update(moved)
+
+
+def keys_under(state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+    """Return the keys that start with ``prefix``, without it."""
+    return [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
+
+
+def layer_count(keys: Iterable[str], pattern: str) -> int:
+    """Return one more than the highest index that ``pattern``'s first group finds in ``keys``."""
+    found = (re.match(pattern, key) for key in keys)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def size_mismatches(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """List (name, size in the checkpoint, size in the module) where the two sizes differ."""
+    wrong = []
+    for name, own in [*module.named_parameters(), *module.named_buffers()]:
+        given = state_dict.get(prefix + name)
+        # A parameter that is sharded over processes is empty here and checked by its owner.
+        if given is None or own.numel() == 0 or not hasattr(given, 'shape'):
+            continue
+        if given.shape != own.shape:
+            wrong.append((name, tuple(given.shape), tuple(own.shape)))
+    return wrong
