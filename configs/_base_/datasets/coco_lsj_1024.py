@@ -1,4 +1,4 @@
-# COCO 2017 boxes and masks with large-scale jittering as in ViTDet: flip, resize to 0.1 to 2.0 times
+# COCO 2017 boxes and masks with large-scale jittering as in ViTDet: flip, resize to 0.1..2.0 times
 # 1024, crop at most 1024x1024. The model pads to 1024x1024 (`pad_size_divisor` of its data
 # preprocessor). The sampler has no end: runs are counted in iterations.
 dataset_type = 'CocoDataset'

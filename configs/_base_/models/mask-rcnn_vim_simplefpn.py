@@ -15,7 +15,7 @@ model = dict(
         img_size=224,
         drop_path_rate=0.1,
         out_type='featmap',
-        out_indices=(-1,),
+        out_norm='none',
     ),
     neck=dict(type='mmvim.SimpleFPN', in_channels=192, out_channels=256, num_outs=5),
     rpn_head=dict(

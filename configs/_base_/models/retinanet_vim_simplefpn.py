@@ -14,9 +14,9 @@ model = dict(
         img_size=224,
         drop_path_rate=0.1,
         out_type='featmap',
-        out_indices=(-1,),
+        out_norm='none',
     ),
-    neck=dict(type='mmvim.SimpleFPN', in_channels=192, out_channels=256, num_outs=5),
+    neck=dict(type='mmvim.SimpleFPN', in_channels=192, out_channels=256, start_level=1, num_outs=5),
     bbox_head=dict(
         type='RetinaHead',
         num_classes=80,

@@ -1,10 +1,8 @@
 # UPerNet on four of Vim's layers, brought to strides 4, 8, 16 and 32.
 #
-# Batch norms become synchronised ones in distributed runs, and only there: a run on one device or on
-# the CPU needs no other config.
+# Batch norms become synchronised ones in distributed runs, and only there.
 sync_bn = 'torch'
 norm_cfg = dict(type='BN', requires_grad=True)
-crop_size = (512, 512)
 
 model = dict(
     type='EncoderDecoder',
@@ -15,15 +13,16 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255,
-        size=crop_size,
+        size=(512, 512),
     ),
     pretrained=None,
     backbone=dict(
         type='mmvim.Vim',
         arch='tiny',
-        img_size=224,
+        img_size=512,
         drop_path_rate=0.1,
         out_type='featmap',
+        out_norm='none',
         out_indices=(5, 11, 17, 23),
     ),
     neck=dict(type='Feature2Pyramid', embed_dim=192, rescales=[4, 2, 1, 0.5], norm_cfg=norm_cfg),
@@ -53,5 +52,5 @@ model = dict(
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=0.4),
     ),
     train_cfg=dict(),
-    test_cfg=dict(mode='slide', crop_size=crop_size, stride=(341, 341)),
+    test_cfg=dict(mode='slide', crop_size=(512, 512), stride=(341, 341)),
 )

@@ -1,8 +1,5 @@
 # ViTDet's 100 epochs on COCO as Vim uses them: 184,375 iterations of 64 images with AdamW, learning
 # rates that fall towards the input, two steps down; 1e-4 is for a batch of 64 in total.
-max_iters = 184375
-interval = 5000
-
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.1),
@@ -24,7 +21,7 @@ param_scheduler = [
         type='MultiStepLR',
         by_epoch=False,
         begin=0,
-        end=max_iters,
+        end=184375,
         milestones=[163889, 177546],
         gamma=0.1,
     ),
@@ -33,17 +30,11 @@ param_scheduler = [
 # The last interval is shorter, so that the final weights are evaluated as well.
 train_cfg = dict(
     type='IterBasedTrainLoop',
-    max_iters=max_iters,
-    val_interval=interval,
-    dynamic_intervals=[(max_iters // interval * interval + 1, max_iters)],
+    max_iters=184375,
+    val_interval=5000,
+    dynamic_intervals=[(180001, 184375)],
 )
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-
-default_hooks = dict(
-    logger=dict(log_metric_by_epoch=False),
-    checkpoint=dict(by_epoch=False, interval=interval, save_last=True),
-)
-log_processor = dict(by_epoch=False)
 
 auto_scale_lr = dict(enable=False, base_batch_size=64)
