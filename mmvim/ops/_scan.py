@@ -16,7 +16,7 @@ from .discretization import TWO_TAP, coefficients, derivatives
 
 # Values of (chunk, b, d, n) held per temporary. On a CPU the handful of temporaries should stay in
 # the caches; elsewhere a chunk must be long enough to keep the device busy.
-_CHUNK_VALUES_CPU = 2**18
+_CHUNK_VALUES_CPU = 2**19
 _CHUNK_VALUES = 2**24
 # A CPU walks a chunk step by step unless a step has fewer values than this; then, and on every other
 # device, where each step would cost a launch, the scan is a tree of logarithmic depth.
@@ -48,7 +48,7 @@ def linear_scan_(a: Tensor, h: Tensor, reverse: bool) -> None:
     steps = a.shape[0]
     if steps == 0 or a.numel() == 0:
         return
-    if a.device.type == 'cpu' and a.numel() >= _STEP_VALUES_CPU * steps:
+    if not _in_tree(a):
         coefficient, state = a.unbind(0), h.unbind(0)
         if reverse:
             for t in range(steps - 1, -1, -1):
@@ -109,6 +109,7 @@ class _Direction:
         self.delta_bias = None if delta_bias is None else delta_bias.to(self.dtype)
         self.delta_softplus, self.method, self.reverse = delta_softplus, method, reverse
         self.two_tap = method in TWO_TAP
+        self.exact_matmul = self.dtype == torch.float64 or _full_precision_matmul()
         per_step = max(self.batch * self.channels * self.states, 1)
         budget = _CHUNK_VALUES_CPU if u.device.type == 'cpu' else _CHUNK_VALUES
         self.chunk = max(budget // per_step, 1)
@@ -121,6 +122,20 @@ class _Direction:
     def outward(self, x: Tensor) -> Tensor:
         """(..., g, n, m) to (..., d, n)."""
         return x.transpose(-1, -2).flatten(-3, -2)
+
+    def over_states(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Σ_n of weight (t, b, g, n, 1) times x (t, b, g, n, m): (t, b, g, 1, m)."""
+        if self.exact_matmul:
+            return torch.matmul(weight.transpose(-1, -2), x)
+        return (weight * x).sum(-2, keepdim=True)
+
+    def over_channels(self, weight: Tensor, x: Tensor) -> Tensor:
+        """Σ_m of weight (t, b, g, 1, m) times x (t, b, g, n, m): (b, t, g, n)."""
+        if self.exact_matmul:
+            total = torch.matmul(weight, x.transpose(-1, -2)).squeeze(-2)
+        else:
+            total = (weight * x).sum(-1)
+        return total.transpose(0, 1)
 
     def memory(self, start: int, stop: int) -> slice:
         """Where steps start to stop, in scan order, lie in memory."""
@@ -197,15 +212,34 @@ class _Chunk:
 
     def run(self, reverse: bool, keep_a: bool) -> None:
         """Turn the drive in ``h`` into states."""
-        linear_scan_(self.a.clone() if keep_a and _destroys(self.a) else self.a, self.h, reverse)
+        linear_scan_(self.a.clone() if keep_a and _in_tree(self.a) else self.a, self.h, reverse)
 
     def end(self) -> tuple[Tensor, Tensor | None]:
         """State and drive after the last step."""
         return self.h[self.last], None if self.v is None else self.v[self.last]
 
 
-def _destroys(a: Tensor) -> bool:
+def _in_tree(a: Tensor) -> bool:
+    """Whether to treat the steps of ``a`` (t, ...) together rather than one by one."""
     return a.device.type != 'cpu' or a.numel() < _STEP_VALUES_CPU * a.shape[0]
+
+
+def _full_precision_matmul() -> bool:
+    """Whether a float32 matmul is one, and not TF32 or bfloat16 as a process may choose."""
+    try:
+        return torch.get_float32_matmul_precision() == 'highest'
+    except RuntimeError:
+        # Chosen per device, by the newer interface.
+        return False
+
+
+def _accumulate_(total: Tensor, x: Tensor, weight: Tensor) -> None:
+    """total += Σ_t x weight, for x (t, b, ...)."""
+    if _in_tree(x):
+        total += (x * weight).sum(0)
+        return
+    for x_t, weight_t in zip(x.unbind(0), weight.unbind(0), strict=True):
+        total.addcmul_(x_t, weight_t)
 
 
 def _save_checkpoints(
@@ -258,7 +292,7 @@ def scan_forward(
 def _output(scan: _Direction, chunk: _Chunk) -> Tensor:
     """C h + D u of a chunk, (t, b, d)."""
     C = scan.states_of(scan.C, chunk.where)
-    y = torch.matmul(C.transpose(-1, -2), chunk.h[chunk.now]).flatten(-3)
+    y = scan.over_states(C, chunk.h[chunk.now]).flatten(-3)
     if scan.D is not None:
         y.addcmul_(chunk.u.flatten(-3), scan.D)
     return y
@@ -297,15 +331,15 @@ def scan_backward(
     scan = _Direction(u, delta, A, B, C, D, delta_bias, delta_softplus, method, reverse)
     states = scan.states
     new = {'dtype': scan.dtype, 'device': u.device}
+    carry_shape = (scan.batch, scan.groups, states, scan.width)
     # Freshly allocated and contiguous, whatever the strides of the inputs.
     du, ddelta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, delta))
     dB, dC = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (B, C))
-    dA = torch.zeros_like(scan.A)
+    dA = torch.zeros(carry_shape, **new)
     dbias = torch.zeros(scan.channels, **new) if delta_bias is not None else torch.empty(0, **new)
     dD = torch.zeros(scan.channels, **new) if D is not None else torch.empty(0, **new)
     y = torch.empty(u.shape, **new) if need_y else None
 
-    carry_shape = (scan.batch, scan.groups, states, scan.width)
     # Gradients that flow back from later steps into the state and the drive at the end of a chunk.
     carry = torch.zeros(carry_shape, **new)
     carry_v = torch.zeros(carry_shape, **new) if scan.two_tap else None
@@ -326,14 +360,14 @@ def scan_backward(
         gy = scan.channels_of(grad_y, where)
         C_t = scan.states_of(C, where)
         h_now, h_before = chunk.h[chunk.now], chunk.h[chunk.before]
-        dC[:, where] = torch.matmul(h_now, gy.transpose(-1, -2)).squeeze(-1).transpose(0, 1)
+        dC[:, where] = scan.over_channels(gy, h_now)
 
         # The adjoint recurrence: g_t = C_t gy_t + a_{t+1} g_{t+1}, walked against the scan.
         first, last = (-1, 0) if reverse else (0, -1)
         g = gy * C_t
         g[last] += carry
         inner = a[:-1] if reverse else a[1:]
-        linear_scan_(inner.clone() if _destroys(inner) else inner, g, not reverse)
+        linear_scan_(inner.clone() if _in_tree(inner) else inner, g, not reverse)
         carry = a[first] * g[first]
 
         a_z, w0_delta, w0_z, w1_delta, w1_z = derivatives(method, chunk.delta, chunk.z, a)
@@ -341,8 +375,8 @@ def scan_backward(
         gz = (g * h_before).mul_(a_z)
         if w0_z is None:
             # w0 is the same for all states: sums over them come first.
-            gB = torch.matmul(chunk.B.transpose(-1, -2), g)
-            dB_t = torch.matmul(g, chunk.w0_u.transpose(-1, -2))
+            gB = scan.over_states(chunk.B, g)
+            dB[:, where] = scan.over_channels(chunk.w0_u, g)
             du_t = gB * w0
             ddelta_t = (gB * chunk.u).mul_(w0_delta)
         else:
@@ -361,12 +395,12 @@ def scan_backward(
                     g_v[:-1] += g_w1[1:]
                 carry_v = g_w1[first].clone()
             gz.addcmul_(gv0, w0_z)
-            dB_t = torch.matmul(g_v, chunk.u.transpose(-1, -2))
-            du_t = torch.matmul(chunk.B.transpose(-1, -2), g_v)
+            dB[:, where] = scan.over_channels(chunk.u, g_v)
+            du_t = scan.over_states(chunk.B, g_v)
             ddelta_t = gv0.mul_(w0_delta).sum(-2, keepdim=True)
             if w1 is not None:
                 ddelta_t += gv1.mul_(w1_delta).sum(-2, keepdim=True)
-        dA += (gz * chunk.delta).sum((0, 1))
+        _accumulate_(dA, gz, chunk.delta)
         ddelta_t += gz.mul_(scan.A).sum(-2, keepdim=True)
 
         du_t, ddelta_t, u_t, gy_t = (x.flatten(-3) for x in (du_t, ddelta_t, chunk.u, gy))
@@ -380,7 +414,6 @@ def scan_backward(
             dbias += ddelta_t.sum((0, 1))
         du[:, where] = du_t.transpose(0, 1)
         ddelta[:, where] = ddelta_t.transpose(0, 1)
-        dB[:, where] = dB_t.squeeze(-1).transpose(0, 1)
 
     if initial_state is None:
         dinitial = torch.empty(0, **new)
@@ -390,7 +423,7 @@ def scan_backward(
             dinitial = torch.cat((dinitial, scan.outward(carry_v)), -1)
         dinitial = dinitial.to(initial_state.dtype).contiguous()
     return ScanGradients(
-        du, ddelta, scan.outward(dA).to(A.dtype).contiguous(), dB, dC, dD, dbias, dinitial, y
+        du, ddelta, scan.outward(dA.sum(0)).to(A.dtype).contiguous(), dB, dC, dD, dbias, dinitial, y
     )
 
 
