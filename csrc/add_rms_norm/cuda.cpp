@@ -1,0 +1,173 @@
+// Glue of the CUDA add_rms_norm: checks, allocation, dispatch on the dtype, registration.
+
+#include "cuda.h"
+
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../common/cuda_glue.h"
+
+namespace mmvim {
+namespace norm {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// Four columns at a time are read as one word.
+Tensor aligned(const Tensor& t) {
+  Tensor c = t.contiguous();
+  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : c.clone();
+}
+
+DType float_or(DType own, at::ScalarType type, const char* name, at::ScalarType own_type) {
+  TORCH_CHECK(type == at::kFloat || type == own_type, name, " must be float32 or ", own_type,
+              ", got ", type);
+  return type == at::kFloat ? DType::kFloat : own;
+}
+
+template <class Arguments>
+void launch(DType dtype, const Arguments& p) {
+  auto* stream = c10::cuda::getCurrentCUDAStream().stream();
+  int error = 0;
+  if constexpr (std::is_same_v<Arguments, Forward>) {
+    switch (dtype) {
+      case DType::kBFloat16:
+        error = launch_forward<DType::kBFloat16>(p, stream);
+        break;
+      case DType::kHalf:
+        error = launch_forward<DType::kHalf>(p, stream);
+        break;
+      default:
+        error = launch_forward<DType::kFloat>(p, stream);
+    }
+    check_launch(error, "add_rms_norm");
+  } else {
+    switch (dtype) {
+      case DType::kBFloat16:
+        error = launch_backward<DType::kBFloat16>(p, stream);
+        break;
+      case DType::kHalf:
+        error = launch_backward<DType::kHalf>(p, stream);
+        break;
+      default:
+        error = launch_backward<DType::kFloat>(p, stream);
+    }
+    check_launch(error, "add_rms_norm_backward");
+  }
+}
+
+Tensor checked_weight(const Tensor& weight, const Tensor& x) {
+  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.size(-1) && weight.device() == x.device(),
+              "weight must be (", x.size(-1), ") on ", x.device(), ", got ", weight.sizes(), " on ",
+              weight.device());
+  return aligned(weight.to(at::kFloat));
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptTensor& residual_in,
+                                           const Tensor& weight_in, double eps,
+                                           bool residual_in_fp32) {
+  TORCH_CHECK(x_in.dim() >= 1 && x_in.is_cuda(), "x must be (..., d) on a CUDA device, got ",
+              x_in.sizes(), " on ", x_in.device());
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const DType dtype = dtype_of(x_in, "x");
+  const Tensor x = aligned(x_in), weight = checked_weight(weight_in, x);
+  Tensor residual;
+  Forward p;
+  at::ScalarType residual_type = x.scalar_type();
+  if (residual_in.has_value()) {
+    TORCH_CHECK(residual_in->sizes() == x.sizes() && residual_in->device() == x.device(),
+                "residual must be ", x.sizes(), " on ", x.device(), ", got ", residual_in->sizes(),
+                " on ", residual_in->device());
+    residual = aligned(*residual_in);
+    residual_type = residual.scalar_type();
+    p.residual = residual.const_data_ptr();
+    p.residual_type = float_or(dtype, residual_type, "residual", x.scalar_type());
+  }
+  const auto out_type = residual_in_fp32 ? at::kFloat : residual_type;
+  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor residual_out = at::empty(x.sizes(), x.options().dtype(out_type));
+  Tensor rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  p.x = x.const_data_ptr();
+  p.weight = weight.const_data_ptr<float>();
+  p.out = out.mutable_data_ptr();
+  p.residual_out = residual_out.mutable_data_ptr();
+  p.rstd = rstd.mutable_data_ptr<float>();
+  p.residual_out_type = float_or(dtype, out_type, "residual", x.scalar_type());
+  p.rows = rstd.numel();
+  p.columns = x.size(-1);
+  p.eps = static_cast<float>(eps);
+  launch(dtype, p);
+  return {out, residual_out, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
+                                            const OptTensor& grad_residual_out,
+                                            const Tensor& residual_out_in, const Tensor& weight_in,
+                                            const Tensor& rstd_in, bool has_residual,
+                                            at::ScalarType x_type, at::ScalarType residual_type) {
+  const c10::cuda::CUDAGuard guard(residual_out_in.device());
+  TORCH_CHECK(residual_out_in.is_cuda() && grad_out.sizes() == residual_out_in.sizes() &&
+                  grad_out.scalar_type() == x_type && grad_out.device() == residual_out_in.device(),
+              "grad_out must be ", residual_out_in.sizes(), " ", x_type, " on ",
+              residual_out_in.device(), ", got ", grad_out.sizes(), " ", grad_out.scalar_type(),
+              " on ", grad_out.device());
+  const DType dtype = dtype_of(grad_out, "grad_out");
+  const Tensor grad = aligned(grad_out), residual_out = aligned(residual_out_in),
+               weight = checked_weight(weight_in, residual_out),
+               rstd = rstd_in.to(at::kFloat).contiguous();
+  TORCH_CHECK(rstd.numel() * residual_out.size(-1) == residual_out.numel() &&
+                  rstd.device() == grad.device(),
+              "rstd must be ", residual_out.sizes().slice(0, residual_out.dim() - 1), ", got ",
+              rstd.sizes());
+  Backward p;
+  Tensor grad_residual;
+  if (grad_residual_out.has_value()) {
+    TORCH_CHECK(grad_residual_out->sizes() == residual_out.sizes() &&
+                    grad_residual_out->scalar_type() == residual_out.scalar_type() &&
+                    grad_residual_out->device() == residual_out.device(),
+                "grad_residual_out must be like residual_out, got ", grad_residual_out->sizes(),
+                " ", grad_residual_out->scalar_type());
+    grad_residual = aligned(*grad_residual_out);
+    p.grad_residual = grad_residual.const_data_ptr();
+  }
+  const auto options = residual_out.options();
+  Tensor dx = at::empty(residual_out.sizes(), options.dtype(x_type));
+  Tensor dresidual = has_residual ? at::empty(residual_out.sizes(), options.dtype(residual_type))
+                                  : at::empty({0}, options.dtype(at::kFloat));
+  if (has_residual) {
+    p.dresidual = dresidual.mutable_data_ptr();
+    p.residual_type = float_or(dtype, residual_type, "residual", x_type);
+  }
+  p.residual_out_type = float_or(dtype, residual_out.scalar_type(), "residual_out", x_type);
+  p.grad_out = grad.const_data_ptr();
+  p.residual_out = residual_out.const_data_ptr();
+  p.weight = weight.const_data_ptr<float>();
+  p.rstd = rstd.const_data_ptr<float>();
+  p.dx = dx.mutable_data_ptr();
+  p.rows = rstd.numel();
+  p.columns = residual_out.size(-1);
+  const int64_t most = 4 * static_cast<int64_t>(multiprocessor_count());
+  p.slots = std::max<int64_t>(std::min<int64_t>((p.rows + 3) / 4, most), 1);
+  // A block's sums for the weight lie in shared memory.
+  TORCH_CHECK(p.columns <= 12288, "add_rms_norm_backward takes at most 12288 columns on CUDA, got ",
+              p.columns);
+  Tensor partial = at::empty({p.slots, p.columns}, options.dtype(at::kFloat));
+  Tensor dweight = at::empty(weight_in.sizes(), options.dtype(at::kFloat));
+  p.partial = partial.mutable_data_ptr<float>();
+  p.dweight = dweight.mutable_data_ptr<float>();
+  launch(dtype, p);
+  return {dx, dresidual, dweight.to(weight_in.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mmvim, CUDA, m) {
+  m.impl("add_rms_norm", forward);
+  m.impl("add_rms_norm_backward", backward);
+}
+
+}  // namespace norm
+}  // namespace mmvim

@@ -1,0 +1,278 @@
+// Glue of the CUDA convolutions: checks, allocation, dispatch on the dtype, registration.
+
+#include "cuda.h"
+
+#include <torch/library.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "../common/cuda_glue.h"
+
+namespace mmvim {
+namespace conv {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// Parameters as the kernels want them; the copies live as long as this object.
+struct Parameters {
+  Tensor weight, bias;
+  Taps taps;
+
+  Parameters(const Tensor& w, const OptTensor& b, const Tensor& x, int left, bool reverse) {
+    const int64_t d = x.size(2);
+    TORCH_CHECK(w.dim() == 2 && w.size(0) == d && w.size(1) >= 2 && w.size(1) <= 4,
+                "weight must be (", d, ", 2..4), got ", w.sizes());
+    TORCH_CHECK(w.device() == x.device(), "weight must be on ", x.device(), ", got ", w.device());
+    weight = w.to(at::kFloat).contiguous();
+    taps.weight = weight.const_data_ptr<float>();
+    if (b.has_value()) {
+      TORCH_CHECK(b->dim() == 1 && b->size(0) == d && b->device() == x.device(), "bias must be (",
+                  d, ") on ", x.device(), ", got ", b->sizes(), " on ", b->device());
+      bias = b->to(at::kFloat).contiguous();
+      taps.bias = bias.const_data_ptr<float>();
+    }
+    taps.left = left;
+    taps.reverse = reverse;
+  }
+};
+
+Parameters parameters(const Tensor& weight, const OptTensor& bias, const Tensor& x,
+                      std::string_view mode) {
+  const int width = weight.dim() == 2 ? static_cast<int>(weight.size(1)) : 0;
+  TORCH_CHECK(mode == "causal" || mode == "reverse" || mode == "same",
+              "mode must be 'causal', 'reverse' or 'same', got '", mode, "'");
+  const int left = mode == "causal" ? width - 1 : mode == "same" ? (width - 1) / 2 : 0;
+  return Parameters(weight, bias, x, left, mode == "reverse");
+}
+
+Input input(const Tensor& x, int64_t width, bool silu) {
+  Input in;
+  in.x = x.const_data_ptr();
+  in.stride_b = x.stride(0);
+  in.stride_l = x.stride(1);
+  in.batch = x.size(0);
+  in.length = x.size(1);
+  in.channels = x.size(2);
+  in.width = static_cast<int>(width);
+  in.silu = silu;
+  in.vectorized = rows_are_aligned(x);
+  return in;
+}
+
+State state(const OptTensor& s, Tensor& keep, const Tensor& x, int64_t width, const char* name) {
+  State result;
+  if (!s.has_value()) return result;
+  TORCH_CHECK(s->dim() == 3 && s->size(0) == x.size(0) && s->size(1) == x.size(2) &&
+                  s->size(2) == width - 1,
+              name, " must be (", x.size(0), ", ", x.size(2), ", ", width - 1, "), got ",
+              s->sizes());
+  TORCH_CHECK(s->device() == x.device() &&
+                  (s->scalar_type() == x.scalar_type() || s->scalar_type() == at::kFloat),
+              name, " must be ", x.scalar_type(), " or float32 on ", x.device(), ", got ",
+              s->scalar_type(), " on ", s->device());
+  keep = s->contiguous();
+  result.data = keep.const_data_ptr();
+  result.is_float = keep.scalar_type() == at::kFloat;
+  return result;
+}
+
+template <class Arguments>
+void launch(DType dtype, const Arguments& p) {
+  auto* stream = c10::cuda::getCurrentCUDAStream().stream();
+  int error = 0;
+  if constexpr (std::is_same_v<Arguments, Forward>) {
+    switch (dtype) {
+      case DType::kBFloat16:
+        error = launch_forward<DType::kBFloat16>(p, stream);
+        break;
+      case DType::kHalf:
+        error = launch_forward<DType::kHalf>(p, stream);
+        break;
+      default:
+        error = launch_forward<DType::kFloat>(p, stream);
+    }
+    check_launch(error, p.both ? "bidirectional_conv1d" : "causal_conv1d");
+  } else {
+    switch (dtype) {
+      case DType::kBFloat16:
+        error = launch_backward<DType::kBFloat16>(p, stream);
+        break;
+      case DType::kHalf:
+        error = launch_backward<DType::kHalf>(p, stream);
+        break;
+      default:
+        error = launch_backward<DType::kFloat>(p, stream);
+    }
+    check_launch(error, p.both ? "bidirectional_conv1d_backward" : "causal_conv1d_backward");
+  }
+}
+
+void check_input(const Tensor& x) {
+  TORCH_CHECK(x.dim() == 3 && x.is_cuda(), "x must be (b, l, d) on a CUDA device, got ", x.sizes(),
+              " on ", x.device());
+}
+
+Tensor gradient_of(const Tensor& grad, const Tensor& x, const char* name) {
+  TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() &&
+                  grad.device() == x.device(),
+              name, " must be like x, got ", grad.sizes(), " ", grad.scalar_type(), " on ",
+              grad.device());
+  return with_unit_stride(grad);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, const OptTensor& bias,
+                                   const OptTensor& initial_state, std::string_view mode, bool silu,
+                                   bool return_last_state) {
+  check_input(x_in);
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const DType dtype = dtype_of(x_in, "x");
+  const Tensor x = with_unit_stride(x_in);
+  const Parameters own = parameters(weight, bias, x, mode);
+  const int64_t width = weight.size(1);
+  Tensor keep;
+  Forward p;
+  p.in = input(x, width, silu);
+  p.taps[0] = own.taps;
+  p.initial = state(initial_state, keep, x, width, "initial_state");
+  Tensor out = at::empty(x.sizes(), x.options());
+  p.out[0] = out.mutable_data_ptr();
+  const auto state_options =
+      initial_state.has_value() ? x.options().dtype(initial_state->scalar_type()) : x.options();
+  Tensor last_state = return_last_state
+                          ? at::empty({x.size(0), x.size(2), width - 1}, state_options)
+                          : at::empty({0}, state_options);
+  if (return_last_state) {
+    p.last_state = last_state.mutable_data_ptr();
+    p.last_is_float = last_state.scalar_type() == at::kFloat;
+  }
+  launch(dtype, p);
+  return {out, last_state};
+}
+
+std::tuple<Tensor, Tensor> both_forward(const Tensor& x_in, const Tensor& weight_f,
+                                        const OptTensor& bias_f, const Tensor& weight_b,
+                                        const OptTensor& bias_b, bool silu) {
+  check_input(x_in);
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const DType dtype = dtype_of(x_in, "x");
+  const Tensor x = with_unit_stride(x_in);
+  const Parameters first = parameters(weight_f, bias_f, x, "causal");
+  const Parameters second = parameters(weight_b, bias_b, x, "reverse");
+  TORCH_CHECK(weight_f.size(1) == weight_b.size(1), "weight_b must be as wide as weight_f (",
+              weight_f.size(1), "), got ", weight_b.size(1));
+  Forward p;
+  p.in = input(x, weight_f.size(1), silu);
+  p.both = true;
+  p.taps[0] = first.taps;
+  p.taps[1] = second.taps;
+  Tensor out_f = at::empty(x.sizes(), x.options()), out_b = at::empty(x.sizes(), x.options());
+  p.out[0] = out_f.mutable_data_ptr();
+  p.out[1] = out_b.mutable_data_ptr();
+  launch(dtype, p);
+  return {out_f, out_b};
+}
+
+// (width + 1, d) sums to the gradients of weight and bias.
+Tensor weight_gradient(const Tensor& sums, const Tensor& weight) {
+  const int64_t width = weight.size(1);
+  Tensor result = at::empty(weight.sizes(), weight.options());
+  return result.copy_(sums.narrow(0, 0, width).t());
+}
+Tensor bias_gradient(const Tensor& sums, const OptTensor& bias, int64_t width) {
+  if (!bias.has_value()) return at::empty({0}, sums.options());
+  Tensor result = at::empty(bias->sizes(), bias->options());
+  return result.copy_(sums[width]);
+}
+
+Tensor run_backward(Backward& p, DType dtype, const Tensor& x) {
+  const int64_t branches = p.both ? 2 : 1, width = p.in.width;
+  const auto options = x.options().dtype(at::kFloat);
+  p.slots = backward_slots(p.in, multiprocessor_count());
+  Tensor partial = at::empty({branches, p.slots, width + 1, x.size(2)}, options);
+  Tensor sums = at::empty({branches, width + 1, x.size(2)}, options);
+  p.partial = partial.mutable_data_ptr<float>();
+  p.dtaps = sums.mutable_data_ptr<float>();
+  launch(dtype, p);
+  return sums;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_in,
+                                                    const OptTensor& grad_last_state,
+                                                    const Tensor& x_in, const Tensor& weight,
+                                                    const OptTensor& bias,
+                                                    const OptTensor& initial_state,
+                                                    std::string_view mode, bool silu) {
+  check_input(x_in);
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const DType dtype = dtype_of(x_in, "x");
+  const Tensor x = with_unit_stride(x_in);
+  const Tensor grad = gradient_of(grad_in, x, "grad_out");
+  const Parameters own = parameters(weight, bias, x, mode);
+  const int64_t width = weight.size(1);
+  Tensor keep_state, keep_grad;
+  Backward p;
+  p.in = input(x, width, silu);
+  p.in.vectorized = p.in.vectorized && rows_are_aligned(grad);
+  p.taps[0] = own.taps;
+  p.initial = state(initial_state, keep_state, x, width, "initial_state");
+  p.grad_last = state(grad_last_state, keep_grad, x, width, "grad_last_state");
+  p.grad[0] = grad.const_data_ptr();
+  p.grad_stride_b[0] = grad.stride(0);
+  p.grad_stride_l[0] = grad.stride(1);
+  Tensor dx = at::empty(x.sizes(), x.options());
+  p.dx = dx.mutable_data_ptr();
+  Tensor dinitial = at::empty({0}, x.options().dtype(at::kFloat));
+  if (initial_state.has_value()) {
+    dinitial = at::empty(initial_state->sizes(), initial_state->options());
+    p.dinitial = dinitial.mutable_data_ptr();
+  }
+  const Tensor sums = run_backward(p, dtype, x)[0];
+  return {dx, weight_gradient(sums, weight), bias_gradient(sums, bias, width), dinitial};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
+    const Tensor& grad_f, const Tensor& grad_b, const Tensor& x_in, const Tensor& weight_f,
+    const OptTensor& bias_f, const Tensor& weight_b, const OptTensor& bias_b, bool silu) {
+  check_input(x_in);
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const DType dtype = dtype_of(x_in, "x");
+  const Tensor x = with_unit_stride(x_in);
+  const Tensor grads[2] = {gradient_of(grad_f, x, "grad_f"), gradient_of(grad_b, x, "grad_b")};
+  const Parameters first = parameters(weight_f, bias_f, x, "causal");
+  const Parameters second = parameters(weight_b, bias_b, x, "reverse");
+  const int64_t width = weight_f.size(1);
+  TORCH_CHECK(width == weight_b.size(1), "weight_b must be as wide as weight_f (", width, "), got ",
+              weight_b.size(1));
+  Backward p;
+  p.in = input(x, width, silu);
+  p.both = true;
+  p.taps[0] = first.taps;
+  p.taps[1] = second.taps;
+  for (int i = 0; i < 2; ++i) {
+    p.in.vectorized = p.in.vectorized && rows_are_aligned(grads[i]);
+    p.grad[i] = grads[i].const_data_ptr();
+    p.grad_stride_b[i] = grads[i].stride(0);
+    p.grad_stride_l[i] = grads[i].stride(1);
+  }
+  Tensor dx = at::empty(x.sizes(), x.options());
+  p.dx = dx.mutable_data_ptr();
+  const Tensor sums = run_backward(p, dtype, x);
+  return {dx, weight_gradient(sums[0], weight_f), bias_gradient(sums[0], bias_f, width),
+          weight_gradient(sums[1], weight_b), bias_gradient(sums[1], bias_b, width)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mmvim, CUDA, m) {
+  m.impl("causal_conv1d", forward);
+  m.impl("causal_conv1d_backward", backward);
+  m.impl("bidirectional_conv1d", both_forward);
+  m.impl("bidirectional_conv1d_backward", both_backward);
+}
+
+}  // namespace conv
+}  // namespace mmvim
