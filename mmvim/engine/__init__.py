@@ -1,0 +1,11 @@
+"""Launcher, hooks and optimizer parts for mmpretrain, mmdet and mmsegmentation alike."""
+
+from .hooks import CheckpointHook, DataCheckHook
+from .optim import CPUAmpOptimWrapper, LayerDecayOptimizerConstructor
+
+__all__ = [
+    'CPUAmpOptimWrapper',
+    'CheckpointHook',
+    'DataCheckHook',
+    'LayerDecayOptimizerConstructor',
+]

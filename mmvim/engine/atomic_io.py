@@ -1,0 +1,53 @@
+"""Local file writes that either happen completely or leave the old file in place."""
+
+import os
+from pathlib import Path
+
+from mmengine.fileio import io, register_backend
+from mmengine.fileio.backends import LocalBackend
+
+TEMPORARY_SUFFIX = '.mmvim-tmp'
+
+
+class AtomicLocalBackend(LocalBackend):
+    """mmengine's local backend, which writes beside the target and then renames.
+
+    A process that is killed, or a disk that is full, in the middle of a checkpoint leaves at most a
+    ``*.mmvim-tmp`` file, never a truncated checkpoint under its final name.
+    """
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write ``obj`` to ``filepath``, creating its directory.
+
+        Raises:
+            OSError: The file cannot be written; ``filepath`` is then as it was before.
+        """
+        directory = os.path.dirname(filepath)
+        if directory:
+            os.makedirs(directory, exist_ok=True)
+        temporary = f'{filepath}{TEMPORARY_SUFFIX}'
+        try:
+            with open(temporary, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, filepath)
+        except BaseException as error:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(filepath)) from error
+            raise
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        """Write text to ``filepath`` as :meth:`put` writes bytes."""
+        self.put(obj.encode(encoding), filepath)
+
+
+def install() -> None:
+    """Make every local write of this process through mmengine's file layer atomic."""
+    register_backend('local', AtomicLocalBackend, prefixes='', force=True)
+    # Instances that were handed out before are cached by prefix.
+    for key, backend in list(io.backend_instances.items()):
+        if type(backend) is LocalBackend:
+            del io.backend_instances[key]

@@ -1,0 +1,206 @@
+"""Checks of a config that need no model and no data: they run before anything is built."""
+
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS, FUNCTIONS, init_default_scope
+
+from mmvim.compat import require
+
+from .config_keys import RUNNER_KEYS, walk_dicts
+from .errors import UserError, did_you_mean
+from .tasks import TASKS
+
+_LOOPS = {'train': 'optim_wrapper', 'val': 'val_evaluator', 'test': 'test_evaluator'}
+
+
+def check_options(cfg: Config, options: dict[str, Any]) -> None:
+    """Refuse a ``--cfg-options`` key whose first part nobody would read.
+
+    Raises:
+        UserError: Neither the config nor the runner knows the name.
+    """
+    for key in options:
+        first = key.split('.')[0]
+        if first not in cfg and first not in RUNNER_KEYS:
+            hint = did_you_mean(first, [*cfg.keys(), *RUNNER_KEYS])
+            raise UserError(
+                f'--cfg-options {key}: the config has no {first!r} and the runner reads none{hint}'
+            )
+
+
+def check_config(cfg: Config, loops: tuple[str, ...], paths: bool = True) -> None:
+    """Check that the config has what the run needs, in the types that the runner can use.
+
+    Args:
+        cfg: The final config.
+        loops: What will run: ``('train', 'val')`` or ``('test',)``.
+        paths: Whether the files and directories of the data must be there.
+
+    Raises:
+        UserError: A part is missing or of another type, a task library is missing.
+    """
+    for key, types in RUNNER_KEYS.items():
+        value = cfg.get(key)
+        if value is not None and not isinstance(value, types):
+            allowed = ' or '.join(kind.__name__ for kind in types)
+            raise UserError(f'{key} must be {allowed}, not {value!r} ({type(value).__name__})')
+    if cfg.get('model') is None:
+        raise UserError(f'the config {cfg.filename!r} has no model')
+    for loop in loops:
+        parts = {f'{loop}_dataloader', f'{loop}_cfg', _LOOPS[loop]}
+        missing = sorted(part for part in parts if cfg.get(part) is None)
+        if missing and loop != 'val':
+            raise UserError(
+                f'the config {cfg.filename!r} has no {" and no ".join(missing)}, '
+                f'which {loop}ing needs'
+            )
+        if missing and len(missing) < len(parts):
+            raise UserError(
+                f'the config {cfg.filename!r} has {", ".join(sorted(parts - set(missing)))}, but '
+                f'no {" and no ".join(missing)}: validation needs all three, or none of them '
+                '(--no-validate)'
+            )
+    _check_libraries(cfg)
+    # Names without a scope are looked up in that of the config.
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    for loop in loops:
+        _check_dataloader(cfg.get(f'{loop}_dataloader'), f'{loop}_dataloader', paths)
+        if paths:
+            _check_evaluator(cfg.get(f'{loop}_evaluator'), f'{loop}_evaluator')
+
+
+def _check_libraries(cfg: Config) -> None:
+    needed = {}
+    if cfg.get('default_scope') in TASKS:
+        needed[cfg.default_scope] = f'default_scope = {cfg.default_scope!r}'
+    for path, node in walk_dicts(cfg):
+        kind = node.get('type')
+        scope = kind.split('.')[0] if isinstance(kind, str) and '.' in kind else None
+        if scope in TASKS:
+            needed.setdefault(scope, f'{path}.type = {kind!r}')
+    for scope, reason in needed.items():
+        try:
+            require(scope, reason)
+        except ImportError as error:
+            raise UserError(str(error)) from error
+
+
+def check_checkpoint(path: str | None, source: str) -> None:
+    """Check that a checkpoint on this machine is there (addresses such as https:// are not tried).
+
+    Args:
+        path: Path or address; None is accepted.
+        source: Where the path was given, such as ``--resume``.
+
+    Raises:
+        UserError: The file does not exist, is a directory that cannot be one, or is empty.
+    """
+    if path is None or not _is_local(path):
+        return
+    full = os.path.expanduser(path)
+    if not os.path.exists(full):
+        raise UserError(f'{source}: the checkpoint {path!r} does not exist')
+    if os.path.isfile(full) and os.path.getsize(full) == 0:
+        raise UserError(f'{source}: the checkpoint {path!r} is empty')
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Check the checkpoints that ``init_cfg=dict(type='Pretrained', …)`` in the model name.
+
+    Raises:
+        UserError: A local file does not exist or is empty.
+    """
+    for path, node in walk_dicts(cfg.model, 'model'):
+        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
+            check_checkpoint(node['checkpoint'], f'{path}.checkpoint')
+
+
+def _check_dataloader(loader: dict | None, key: str, paths: bool) -> None:
+    if loader is None:
+        return
+    if not isinstance(loader.get('dataset'), dict):
+        raise UserError(f'{key}.dataset must be a dict, not {loader.get("dataset")!r}')
+    collate = loader.get('collate_fn')
+    kind = collate.get('type') if isinstance(collate, dict) else None
+    if isinstance(kind, str) and FUNCTIONS.get(kind) is None:
+        raise UserError(f'{key}.collate_fn.type is {kind!r}, which is not a registered function')
+    for path, dataset in _leaf_datasets(loader['dataset'], f'{key}.dataset') if paths else ():
+        _check_dataset(dataset, path)
+
+
+def _leaf_datasets(node: Any, path: str) -> Iterator[tuple[str, dict]]:
+    """Yield the datasets inside wrappers such as RepeatDataset and ConcatDataset."""
+    if not isinstance(node, dict):
+        return
+    inner = [(f'{path}.dataset', node['dataset'])] if 'dataset' in node else []
+    if isinstance(node.get('datasets'), list | tuple):
+        inner += [(f'{path}.datasets.{i}', item) for i, item in enumerate(node['datasets'])]
+    if not inner:
+        yield path, node
+    for inner_path, item in inner:
+        yield from _leaf_datasets(item, inner_path)
+
+
+def _check_dataset(dataset: dict, path: str) -> None:
+    if dataset.get('backend_args') or dataset.get('file_client_args'):
+        return
+    kind = dataset.get('type')
+    # An unknown type is reported, with suggestions, when the dataset is built.
+    found = DATASETS.get(kind) if isinstance(kind, str) else kind
+    if not inspect.isclass(found) or not issubclass(found, BaseDataset):
+        return
+    if 'download' in inspect.signature(found).parameters and dataset.get('download', True):
+        return
+    root = dataset.get('data_root') or ''
+    if not isinstance(root, str):
+        raise UserError(f'{path}.data_root must be str, not {root!r} ({type(root).__name__})')
+    if root and _is_local(root) and not os.path.isdir(os.path.expanduser(root)):
+        raise UserError(
+            f'{path}.data_root: the directory {root!r} does not exist{_from_where(root)}'
+        )
+    file = dataset.get('ann_file')
+    if isinstance(file, str) and file:
+        full = _join(root, file)
+        if _is_local(full) and not os.path.exists(os.path.expanduser(full)):
+            raise UserError(
+                f'{path}.ann_file: the annotation file {full!r} does not exist{_from_where(full)}'
+            )
+    prefix = dataset.get('data_prefix')
+    prefixes = {'': prefix} if isinstance(prefix, str) else prefix or {}
+    for name, value in prefixes.items():
+        full = _join(root, value) if isinstance(value, str) else ''
+        if full and _is_local(full) and not os.path.isdir(os.path.expanduser(full)):
+            key = f'{path}.data_prefix.{name}' if name else f'{path}.data_prefix'
+            raise UserError(f'{key}: the directory {full!r} does not exist{_from_where(full)}')
+
+
+def _check_evaluator(evaluator: Any, key: str) -> None:
+    """COCO-style metrics read an annotation file of their own."""
+    several = isinstance(evaluator, list | tuple)
+    for i, metric in enumerate(evaluator if several else [evaluator]):
+        file = metric.get('ann_file') if isinstance(metric, dict) else None
+        if not isinstance(file, str) or metric.get('backend_args') or not _is_local(file):
+            continue
+        if not os.path.exists(os.path.expanduser(file)):
+            path = f'{key}.{i}' if several else key
+            raise UserError(
+                f'{path}.ann_file: the annotation file {file!r} does not exist{_from_where(file)}'
+            )
+
+
+def _is_local(path: str) -> bool:
+    return re.match(r'[\w+.-]+:(//|s3:|petrel:)', path) is None
+
+
+def _join(root: str, path: str) -> str:
+    return os.path.join(root, path) if root and _is_local(path) else path
+
+
+def _from_where(path: str) -> str:
+    return '' if os.path.isabs(os.path.expanduser(path)) else f' (seen from {os.getcwd()!r})'

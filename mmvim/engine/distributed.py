@@ -1,0 +1,111 @@
+"""Distributed runs without a GPU: gloo instead of NCCL."""
+
+import datetime
+import os
+import subprocess
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
+
+from .errors import UserError
+
+# Where each launcher says who a process is: rank, number of processes, rank on its machine.
+_ENVIRONMENT = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+_STARTERS = {
+    'pytorch': 'torchrun (tools/dist_train.sh, tools/dist_test.sh)',
+    'slurm': 'srun (tools/slurm_train.sh, tools/slurm_test.sh)',
+    'mpi': 'mpirun',
+}
+
+
+def prepare(cfg: Config, launcher: str, notes: list[str]) -> None:
+    """Check the launcher's environment; on a CPU also start the process group.
+
+    mmengine's own start of a process group needs a CUDA device. On a machine with none, the group
+    is started here, with gloo where the config says NCCL, and the config is adapted: the wrapper of
+    the model gets no device, and SyncBN becomes BN.
+
+    Args:
+        cfg: The config, changed in place.
+        launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+        notes: Gets a line for the log for each change.
+
+    Raises:
+        UserError: The environment is not the launcher's, or there are more processes than GPUs.
+    """
+    if launcher == 'none':
+        return
+    names = _ENVIRONMENT[launcher]
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(
+            f'--launcher {launcher} expects the environment of {_STARTERS[launcher]}, '
+            f'in which {missing[0]} is set'
+        )
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f'process {local_rank} of this machine has no GPU: there are '
+                f'{torch.cuda.device_count()}; start as many processes as there are GPUs'
+            )
+        return
+    if get_device() != 'cpu':
+        return
+    environment = cfg.get('env_cfg') or ConfigDict()
+    settings = environment.setdefault('dist_cfg', ConfigDict(backend='nccl'))
+    if settings.get('backend', 'nccl') == 'nccl':
+        settings['backend'] = 'gloo'
+        notes.append('There is no GPU: the distributed backend is gloo instead of nccl.')
+    cfg.env_cfg = environment
+    wrapper = cfg.get('model_wrapper_cfg') or ConfigDict()
+    wrapper.setdefault('type', 'MMDistributedDataParallel')
+    if wrapper['type'] == 'MMDistributedDataParallel':
+        wrapper.setdefault('broadcast_buffers', False)
+        wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
+        wrapper['device_ids'] = None
+    cfg.model_wrapper_cfg = wrapper
+    if _replace_sync_bn(cfg.model):
+        notes.append('There is no GPU: SyncBN becomes BN.')
+    _set_rendezvous(launcher, settings)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
+    torch.distributed.init_process_group(
+        backend=settings['backend'],
+        timeout=datetime.timedelta(seconds=settings.get('timeout', 1800)),
+    )
+
+
+def finish() -> None:
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _set_rendezvous(launcher: str, settings: dict) -> None:
+    os.environ.setdefault('MASTER_PORT', str(settings.get('port', 29500)))
+    if 'MASTER_ADDR' in os.environ:
+        return
+    if launcher != 'slurm':
+        raise UserError(f'--launcher {launcher} needs the environment variable MASTER_ADDR')
+    nodes = os.environ['SLURM_NODELIST']
+    hosts = subprocess.run(
+        ['scontrol', 'show', 'hostnames', nodes], capture_output=True, text=True, check=True
+    )
+    os.environ['MASTER_ADDR'] = hosts.stdout.split()[0]
+
+
+def _replace_sync_bn(node: object) -> int:
+    """Return how many norm configs were changed."""
+    if isinstance(node, dict):
+        found = int(node.get('type') == 'SyncBN')
+        if found:
+            node['type'] = 'BN'
+        return found + sum(_replace_sync_bn(value) for value in node.values())
+    if isinstance(node, list | tuple):
+        return sum(_replace_sync_bn(value) for value in node)
+    return 0

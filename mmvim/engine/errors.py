@@ -1,0 +1,439 @@
+"""What a user can mend is reported in one line on stderr; a bug keeps its traceback.
+
+Set ``MMVIM_DEBUG=1`` to see the traceback of every error.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import linecache
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import torch
+from mmengine.dataset import BaseDataset
+
+from .config_keys import RUNNER_KEYS, walk_dicts
+
+EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """Something in the config, the data, a checkpoint or the command line that the user can mend.
+
+    Args:
+        message: One line that names the thing, its value and what is allowed.
+    """
+
+
+class SampleError(UserError):
+    """A sample (image or annotation) that cannot be loaded."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read or does not fit the model."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest of ``choices``, or an empty string."""
+    close = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.6)
+    return f' (did you mean {close[0]!r}?)' if close else ''
+
+
+@contextmanager
+def reported_errors() -> Iterator[SimpleNamespace]:
+    """Turn errors that the user can mend into one line on stderr and exit code 2.
+
+    Yields a namespace; set its ``cfg`` as soon as the config is known, so that messages can name
+    the key that is wrong. Everything that is not understood propagates unchanged.
+    """
+    context = SimpleNamespace(cfg=None)
+    try:
+        yield context
+    except KeyboardInterrupt:
+        if os.environ.get('MMVIM_DEBUG') == '1':
+            raise
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        message = explain(error, context.cfg)
+        if message is None:
+            raise
+        if os.environ.get('MMVIM_DEBUG') == '1':
+            traceback.print_exc()
+        rank = os.environ.get('RANK', '0')
+        prefix = 'error' if rank == '0' else f'error (rank {rank})'
+        print(f'{prefix}: {message}', file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
+
+
+def explain(error: BaseException, cfg: dict | None = None) -> str | None:
+    """Say in one line what the user can mend.
+
+    Args:
+        error: The exception, with its traceback.
+        cfg: The config of the run, for the names of keys.
+
+    Returns:
+        One line, or None when ``error`` may be a bug.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for rule in _RULES:
+        message = rule(error, frames, cfg)
+        if message:
+            return ' '.join(message.split())
+    return None
+
+
+def locate(cfg: Any, fragment: dict) -> str:
+    """Find the key path of a component's config in the config of the run.
+
+    Args:
+        cfg: The config (nested dicts and lists).
+        fragment: The dict that a component was being built from. It may have gained or lost keys
+            on its way through the library, so the most similar dict of that type is taken.
+
+    Returns:
+        For example ``model.backbone``; the type's name if there is no such dict.
+    """
+    best, best_score = None, (-1, False)
+    for path, candidate in walk_dicts(cfg):
+        if candidate.get('type') != fragment.get('type'):
+            continue
+        same = sum(_equal(value, candidate.get(key)) for key, value in fragment.items())
+        # Configs have variables too (`dataset = …`), which the runner does not read.
+        score = (same, path.split('.')[0] in RUNNER_KEYS)
+        if score > best_score:
+            best, best_score = path, score
+    return best or _name(fragment.get('type'))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    try:
+        return bool(a == b)
+    except (ValueError, RuntimeError):
+        return False
+
+
+def _name(kind: Any) -> str:
+    return kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))
+
+
+def _text(error: BaseException) -> str:
+    return f'{type(error).__name__}: {error}' if str(error) else type(error).__name__
+
+
+def _module(frame: FrameType) -> str:
+    return frame.f_globals.get('__name__', '')
+
+
+def _is_explicit(error: BaseException) -> bool:
+    """Whether the error comes from a ``raise`` or ``assert`` statement, not from an operation."""
+    steps = list(traceback.walk_tb(error.__traceback__))
+    if not steps:
+        return False
+    frame, line = steps[-1]
+    source = linecache.getline(frame.f_code.co_filename, line).strip()
+    return source.startswith(('raise', 'assert'))
+
+
+def _from_worker(error, frames, cfg):
+    """Errors of DataLoader workers arrive as text."""
+    text = str(error)
+    if not re.match(r'Caught \w+ in DataLoader worker', text):
+        return None
+    kind, _, message = text.strip().splitlines()[-1].partition(': ')
+    if kind.endswith('SampleError') or isinstance(error, OSError):
+        return message
+    return None
+
+
+def _user_error(error, frames, cfg):
+    if not isinstance(error, UserError):
+        return None
+    if isinstance(error, CheckpointError):
+        return f'checkpoint {_checkpoint_name(frames)!r} {error}'
+    return str(error)
+
+
+def _checkpoint_name(frames: list[FrameType]) -> str:
+    names = [
+        str(frame.f_locals['filename'])
+        for frame in frames
+        if 'checkpoint' in frame.f_code.co_name and 'filename' in frame.f_locals
+    ]
+    for frame in frames:
+        # mmengine's initialiser `Pretrained` loads a part of a checkpoint without passing its name.
+        pretrained = getattr(frame.f_locals.get('self'), 'checkpoint', None)
+        if isinstance(pretrained, str):
+            names.append(pretrained)
+    return names[0] if names else '(unknown)'
+
+
+def _unreadable_checkpoint(error, frames, cfg):
+    if not any(
+        frame.f_code.co_name.startswith(('load_from_', '_load_checkpoint')) for frame in frames
+    ):
+        return None
+    if any(frame.f_code.co_name == '_load_checkpoint_to_model' for frame in frames):
+        return None
+    name = _checkpoint_name(frames)
+    if isinstance(error, FileNotFoundError):
+        return f'checkpoint {name!r} does not exist'
+    if isinstance(error, AssertionError):
+        return f'checkpoint {name!r}: {error}'
+    return (
+        f'checkpoint {name!r} cannot be read: it is truncated or not a PyTorch checkpoint '
+        f'({_text(error)[:200]})'
+    )
+
+
+def _failed_resume(error, frames, cfg):
+    resume = next(
+        (f for f in frames if f.f_code.co_name == 'resume' and _module(f).startswith('mmengine.')),
+        None,
+    )
+    if resume is None or not isinstance(error, KeyError | ValueError | RuntimeError):
+        return None
+    if isinstance(error, KeyError) and frames[-1] is resume:
+        return (
+            f'cannot resume from checkpoint {resume.f_locals.get("filename")!r}: it has no '
+            f'{error.args[0]!r}, so it holds weights, not the state of a training run; '
+            'start from its weights with --cfg-options load_from=PATH instead of --resume'
+        )
+    return f'cannot resume from checkpoint {resume.f_locals.get("filename")!r}: {error}'
+
+
+def _failed_build(error, frames, cfg):
+    """An error while a component is made from its config."""
+    frame = next(
+        (
+            frame
+            for frame in reversed(frames)
+            if frame.f_code.co_name in ('build_from_cfg', 'build_scheduler_from_cfg')
+            and _module(frame).startswith('mmengine.registry')
+        ),
+        None,
+    )
+    if frame is None or not isinstance(frame.f_locals.get('cfg'), dict):
+        return None
+    fragment, registry = frame.f_locals['cfg'], frame.f_locals.get('registry')
+    component = frame.f_locals.get('obj_cls')
+    name, path = _name(fragment.get('type')), locate(cfg, fragment)
+    if 'type' not in fragment:
+        return f'{path or "config"}: {_text(error)}'
+    if component is None:
+        return _unknown_type(fragment['type'], registry, path)
+    if not inspect.isclass(component) and isinstance(fragment['type'], str):
+        # A placeholder is replaced by the class when the class is first wanted.
+        component = registry.get(fragment['type']) or component
+    if isinstance(error, TypeError):
+        at_call = frame is frames[-1] or _module(frames[-1]) == 'mmvim.registry'
+        message = _wrong_arguments(error, component, at_call, name, path)
+        if message:
+            return message
+    annotations = fragment.get('ann_file')
+    if getattr(registry, 'name', '') in ('dataset', 'metric') and annotations:
+        if isinstance(error, OSError) and error.filename:
+            return f'{path}: {_text(error)}'
+        if not isinstance(error, NameError | ImportError | MemoryError):
+            return _bad_annotations(error, path, _annotation_file(frames, fragment))
+    if isinstance(error, ImportError):
+        return None
+    if isinstance(error, ValueError | AssertionError | NotImplementedError | OSError) or (
+        isinstance(error, KeyError | TypeError) and _is_explicit(error)
+    ):
+        return f'{path} ({name}): {_readable(error)}'
+    return None
+
+
+def _readable(error: BaseException) -> str:
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    if isinstance(error, AssertionError) and not str(error):
+        return f'assertion failed: {traceback.extract_tb(error.__traceback__)[-1].line}'
+    return str(error)
+
+
+def _unknown_type(kind: Any, registry: Any, path: str) -> str:
+    scope, _, bare = str(kind).rpartition('.')
+    if scope and '.' not in scope and importlib.util.find_spec(scope) is None:
+        return f'{path}.type is {kind!r}, but there is no package {scope!r} installed'
+    names, place = set(), getattr(registry, 'scope', '')
+    node = registry
+    if scope and registry is not None:
+        root = registry._get_root_registry()
+        node = root.children.get(scope, registry)
+        place = scope
+    kind_of = getattr(registry, 'name', 'registry')
+    while node is not None:
+        names.update(node.module_dict)
+        node = node.parent
+    hint = did_you_mean(bare, names) or (
+        '' if len(names) > 20 else f'; allowed: {", ".join(sorted(names))}'
+    )
+    return f'{path}.type is {kind!r}, which is not a registered {kind_of} of {place!r}{hint}'
+
+
+def _wrong_arguments(
+    error: TypeError, component: Any, at_call: bool, name: str, path: str
+) -> str | None:
+    text = str(error)
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
+    missing = re.search(r'missing \d+ required \S+ arguments?: (.*)', text)
+    if not unexpected and not (missing and at_call):
+        return None
+    if missing and not unexpected:
+        return f'{path}: {name} needs {missing[1]}, which the config does not give'
+    allowed = _arguments(component)
+    if not at_call and unexpected[1] in allowed:
+        return None
+    return _unknown_argument(path, name, unexpected[1], allowed)
+
+
+def _unknown_argument(path: str, name: str, argument: str, allowed: list[str]) -> str:
+    hint = did_you_mean(argument, allowed)
+    listed = f'; allowed: {", ".join(allowed)}' if allowed else ''
+    return f'{path}: {name} has no argument {argument!r}{hint}{listed}'
+
+
+def _runner_arguments(error, frames, cfg):
+    """The runner calls loops, dataloaders and its own functions with parts of the config."""
+    if not isinstance(error, TypeError) or not frames or cfg is None:
+        return None
+    found = re.match(r"(\w+)\S*\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not found or not _module(frames[-1]).startswith('mmengine.'):
+        return None
+    callee = frames[-1].f_globals.get(found[1])
+    for path, node in walk_dicts(cfg):
+        if found[2] in node and path.split('.')[0] in RUNNER_KEYS:
+            return _unknown_argument(path, found[1], found[2], _arguments(callee))
+    return None
+
+
+def _arguments(component: Any) -> list[str]:
+    """Names of the arguments of a class (through ``**kwargs`` of its bases) or function."""
+    names: dict[str, None] = {}
+    if not callable(component):
+        return []
+    functions = (
+        [base.__dict__.get('__init__') for base in component.__mro__]
+        if inspect.isclass(component)
+        else [component]
+    )
+    for function in functions:
+        if not callable(function) or function is object.__init__:
+            continue
+        parameters = inspect.signature(function).parameters.values()
+        names.update(
+            dict.fromkeys(
+                p.name
+                for p in parameters
+                if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != 'self'
+            )
+        )
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def _annotation_file(frames: list[FrameType], fragment: dict) -> str:
+    for frame in reversed(frames):
+        owner = frame.f_locals.get('self')
+        if isinstance(owner, BaseDataset) and getattr(owner, 'ann_file', None):
+            return str(owner.ann_file)
+    return str(fragment.get('ann_file'))
+
+
+def _bad_annotations(error: BaseException, path: str, file: str) -> str:
+    functions = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if '_serialize_data' in functions:
+        return f'{path} is empty: the annotation file {file!r} and filter_cfg leave no sample'
+    return (
+        f'{path}.ann_file: cannot use annotation file {file!r}: {_text(error)[:300]} '
+        '(MMVIM_DEBUG=1 shows where)'
+    )
+
+
+def _lazy_dataset(error, frames, cfg):
+    """Annotations are read after the build when ``lazy_init=True``."""
+    for frame in frames:
+        owner = frame.f_locals.get('self')
+        if isinstance(owner, BaseDataset) and frame.f_code.co_name in (
+            'full_init',
+            'load_data_list',
+        ):
+            if isinstance(error, OSError) and error.filename:
+                return None
+            return _bad_annotations(error, type(owner).__name__, str(owner.ann_file))
+    return None
+
+
+def _unknown_optimizer(error, frames, cfg):
+    for frame in reversed(frames):
+        if 'optimizer_cls' in frame.f_locals and frame.f_locals['optimizer_cls'] is None:
+            from mmengine.registry import OPTIMIZERS
+
+            kind = frame.f_locals['self'].optimizer_cfg['type']
+            return _unknown_type(kind, OPTIMIZERS, 'optim_wrapper.optimizer')
+    return None
+
+
+def _library_check(error, frames, cfg):
+    """Checks of mmengine and of this package that name what is wrong."""
+    if not frames or not isinstance(error, ValueError | TypeError | AssertionError | KeyError):
+        return None
+    module = _module(frames[-1])
+    if module.startswith(('mmengine.', 'mmvim.')) and _is_explicit(error) and str(error):
+        return _readable(error)
+    return None
+
+
+def _missing_package(error, frames, cfg):
+    if not isinstance(error, ImportError):
+        return None
+    name = (error.name or '').split('.')[0]
+    if isinstance(error, ModuleNotFoundError) and name and name != 'mmvim':
+        importer = next(
+            (_module(f) for f in reversed(frames) if not _module(f).startswith('importlib')), ''
+        )
+        return f'the package {name!r} is missing ({error}; imported by {importer})'
+    return str(error) if not name and _is_explicit(error) else None
+
+
+def _file_error(error, frames, cfg):
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f'{error.strerror}: {str(error.filename)!r}'
+    return None
+
+
+def _out_of_memory(error, frames, cfg):
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f'the device is out of memory ({str(error).splitlines()[0]}); lower '
+            'train_dataloader.batch_size, or try --bf16 or with_cp=True in the backbone'
+        )
+    return None
+
+
+# The first rule that knows the error wins.
+_RULES = (
+    _from_worker,
+    _user_error,
+    _unreadable_checkpoint,
+    _failed_resume,
+    _failed_build,
+    _runner_arguments,
+    _lazy_dataset,
+    _unknown_optimizer,
+    _library_check,
+    _missing_package,
+    _file_error,
+    _out_of_memory,
+)

@@ -1,0 +1,197 @@
+"""What the flags of the command line mean for the config."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+
+from . import checks
+from .errors import UserError
+from .tasks import TASKS, apply_tta, task_of
+
+_LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config; what is wrong in it is the user's to mend, whatever the exception is."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not os.path.isfile(args.config):
+        raise UserError(f'the config file {args.config!r} does not exist')
+    try:
+        cfg = Config.fromfile(args.config)
+    except Exception as error:
+        line = f', line {error.lineno}' if isinstance(error, SyntaxError) else ''
+        raise UserError(
+            f'the config file {args.config!r} cannot be read{line}: {type(error).__name__}: {error}'
+        ) from error
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+    return cfg
+
+
+def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
+    """Put the flags of ``train.py`` into the config.
+
+    Raises:
+        UserError: A flag does not fit the config.
+    """
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.amp or args.bf16:
+        _use_amp(cfg, args.bf16)
+    if args.auto_scale_lr:
+        settings = cfg.get('auto_scale_lr')
+        if not isinstance(settings, dict) or not isinstance(settings.get('base_batch_size'), int):
+            raise UserError(
+                '--auto-scale-lr needs auto_scale_lr = dict(base_batch_size=N) in the config, '
+                f'which has {settings!r}'
+            )
+        settings['enable'] = True
+    if args.resume not in (None, 'auto'):
+        cfg.resume, cfg.load_from = True, args.resume
+    if args.no_persistent_workers:
+        _set_loaders(cfg, persistent_workers=False)
+
+
+def apply_test_flags(cfg: Config, args: argparse.Namespace) -> None:
+    """Put the flags of ``test.py`` into the config, but for those of :func:`apply_test_outputs`.
+
+    Raises:
+        UserError: A flag does not fit the config or another flag.
+    """
+    # mmengine would otherwise try to resume a training loop, which a test does not have.
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    if args.out_item and not args.out:
+        raise UserError('--out-item needs --out PATH')
+    if args.interval < 1:
+        raise UserError(f'--interval must be at least 1, not {args.interval}')
+    if (args.amp or args.bf16) and isinstance(cfg.get('test_cfg'), dict):
+        cfg.test_cfg['fp16'] = True
+    if args.bf16:
+        torch.set_autocast_dtype(get_device().split(':')[0], torch.bfloat16)
+    if args.show or args.show_dir:
+        task = task_of(cfg, '--show-dir' if args.show_dir else '--show')
+        hook = (cfg.get('default_hooks') or {}).get('visualization')
+        if not isinstance(hook, dict):
+            raise UserError(
+                '--show and --show-dir need a VisualizationHook: default_hooks.visualization of '
+                f'the config is {hook!r}'
+            )
+        show_dir = os.path.abspath(args.show_dir) if args.show_dir else None
+        task.visualize(hook, cfg, show_dir)
+        if task.show_interval:
+            hook['interval'] = args.interval
+        if args.show:
+            hook.update(show=True, wait_time=args.wait_time)
+
+
+def apply_options(cfg: Config, args: argparse.Namespace) -> None:
+    """Merge ``--cfg-options`` after all flags, then settle what depends on the result."""
+    checks.check_options(cfg, args.cfg_options)
+    if args.no_pin_memory:
+        _set_loaders(cfg, pin_memory=False)
+    try:
+        cfg.merge_from_dict(args.cfg_options)
+    except (KeyError, TypeError, AssertionError, IndexError) as error:
+        raise UserError(f'--cfg-options cannot be merged into the config: {error}') from error
+    task = TASKS.get(cfg.get('default_scope'))
+    for key in _LOADERS:
+        loader = cfg.get(key)
+        if not isinstance(loader, dict):
+            continue
+        for name, value in (task.dataloader_defaults if task else {}).items():
+            loader.setdefault(name, value)
+        if not loader.get('num_workers'):
+            # torch refuses these without workers, which num_workers=0 alone would ask for.
+            for name in ('persistent_workers', 'prefetch_factor'):
+                loader.pop(name, None)
+
+
+def apply_test_outputs(cfg: Config, args: argparse.Namespace) -> None:
+    """Apply ``--tta`` and ``--out``, which rearrange the final config.
+
+    Raises:
+        UserError: The flag is unknown for this task, or does not fit the config.
+    """
+    if args.tta:
+        apply_tta(cfg, task_of(cfg, '--tta'))
+    if not args.out:
+        return
+    directory = os.path.dirname(os.path.abspath(args.out))
+    os.makedirs(directory, exist_ok=True)
+    if args.out_item == 'metrics':
+        if not args.out.endswith(('.json', '.yaml', '.yml', '.pkl', '.pickle')):
+            raise UserError(
+                f'--out must end with .json, .yaml, .yml, .pkl or .pickle for metrics, '
+                f'not {args.out!r}'
+            )
+        return
+    task_of(cfg, '--out').dump_predictions(cfg, args.out)
+
+
+def _set_loaders(cfg: Config, **settings: Any) -> None:
+    for key in _LOADERS:
+        if isinstance(cfg.get(key), dict):
+            cfg[key].update(settings)
+
+
+def _use_amp(cfg: Config, bf16: bool) -> None:
+    wrapper = cfg.get('optim_wrapper')
+    kind = wrapper.get('type', 'OptimWrapper') if isinstance(wrapper, dict) else None
+    name = kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))
+    if name not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UserError(
+            '--amp and --bf16 work with optim_wrapper.type OptimWrapper or AmpOptimWrapper, not '
+            f"{name}; wrappers such as DeepSpeed's have precision settings of their own"
+        )
+    wrapper['type'] = 'AmpOptimWrapper'
+    if bf16:
+        wrapper['dtype'] = 'bfloat16'
+    # bfloat16 has the range of float32: there is nothing to scale.
+    is_bf16 = wrapper.get('dtype') in ('bfloat16', torch.bfloat16)
+    wrapper.setdefault('loss_scale', {'enabled': False} if is_bf16 else 'dynamic')
+
+
+def resume_last(cfg: Config, notes: list[str]) -> None:
+    """Resume the last checkpoint of the work directory, or start as the config says."""
+    last = last_checkpoint(cfg.work_dir)
+    if last is None:
+        notes.append(f'There is no checkpoint in {cfg.work_dir} to resume: starting anew.')
+    else:
+        cfg.resume, cfg.load_from = True, last
+
+
+def last_checkpoint(work_dir: str) -> str | None:
+    """Return the newest checkpoint of a work directory, or None.
+
+    The file ``last_checkpoint`` names it. If that is gone or names a file that is gone, because the
+    directory was moved or the machine stopped, the newest ``epoch_N.pth`` or ``iter_N.pth`` is
+    taken.
+    """
+    directory = Path(work_dir)
+    try:
+        named = Path((directory / 'last_checkpoint').read_text().strip() or os.devnull)
+    except OSError:
+        named = Path(os.devnull)
+    for path in (named, directory / named.name):
+        if path.exists() and named.name != Path(os.devnull).name:
+            return str(path)
+    saved = [*directory.glob('epoch_*.pth'), *directory.glob('iter_*.pth')]
+    return str(max(saved, key=lambda path: path.stat().st_mtime)) if saved else None
+
+
+def fit_to_cpu(cfg: Config, notes: list[str]) -> None:
+    """Replace what works on an accelerator alone."""
+    wrapper = cfg.get('optim_wrapper')
+    if isinstance(wrapper, dict) and wrapper.get('type') == 'AmpOptimWrapper':
+        wrapper['type'] = 'mmvim.CPUAmpOptimWrapper'
+        for name in ('loss_scale', 'dtype', 'use_fsdp'):
+            wrapper.pop(name, None)
+        notes.append('There is no GPU: mixed precision is bfloat16 without loss scaling.')

@@ -1,0 +1,110 @@
+"""Does the data fit the model's classes?"""
+
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import DefaultScope
+from torch import nn
+
+from mmvim.engine.errors import UserError
+from mmvim.engine.tasks import TASKS
+from mmvim.registry import HOOKS
+
+
+@HOOKS.register_module()
+class DataCheckHook(Hook):
+    """Stop a run whose data set is empty or has other classes than the model's heads.
+
+    Before the run, the number of classes of the data set is compared with that of the heads. In the
+    first pass over the training data, each label is compared with the number of classes, before
+    the model sees it: on a GPU a label that is too large is otherwise an assertion in a kernel.
+    Only the task libraries of :data:`mmvim.engine.tasks.TASKS` are known; others are left alone.
+
+    Args:
+        loops: Which loops' data to check before the run: ``'train'``, ``'val'``, ``'test'``.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, loops: tuple[str, ...] = ('train', 'val')):
+        self.loops = loops
+        self._unseen = 0
+        self._outputs: dict[str, int] = {}
+        self._task = None
+
+    def before_run(self, runner) -> None:
+        """Compare class counts.
+
+        Raises:
+            UserError: A data set is empty, or has a number of classes that a head does not.
+        """
+        scope = runner.default_scope
+        self._task = TASKS.get(scope.scope_name if isinstance(scope, DefaultScope) else scope)
+        if self._task is not None:
+            model = runner.model
+            while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+                model = model.module
+            self._outputs = self._task.class_outputs(model)
+        for loop in self.loops:
+            if getattr(runner, f'_{loop}_loop') is not None:
+                self._check_dataset(getattr(runner, f'{loop}_dataloader').dataset, loop)
+
+    def _check_dataset(self, dataset: Any, loop: str) -> None:
+        if hasattr(dataset, '__len__') and len(dataset) == 0:
+            raise UserError(
+                f'{loop}_dataloader.dataset ({type(dataset).__name__}) is empty: no sample was '
+                'found, or filter_cfg removed all of them'
+            )
+        classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+        if classes is None or isinstance(classes, str):
+            return
+        for name, count in self._outputs.items():
+            if count != len(classes):
+                listed = ', '.join(map(str, classes[:5])) + (', …' if len(classes) > 5 else '')
+                raise UserError(
+                    f'{name} is {count}, but {loop}_dataloader.dataset '
+                    f'({type(dataset).__name__}) has {len(classes)} classes ({listed}); '
+                    'both must agree (--no-checks turns this check off)'
+                )
+
+    def before_train(self, runner) -> None:
+        """Count what the first pass has to see."""
+        dataset = runner.train_dataloader.dataset
+        if self._outputs and hasattr(dataset, '__len__'):
+            self._unseen = len(dataset)
+
+    def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Check the labels of a batch.
+
+        Raises:
+            UserError: A label is negative or not below the number of classes.
+        """
+        if self._unseen <= 0:
+            return
+        samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
+        if not isinstance(samples, list | tuple):
+            return
+        self._unseen -= len(samples) * runner.world_size
+        name, count = min(self._outputs.items(), key=lambda item: item[1])
+        ignored = self._ignored_label(runner)
+        for sample in samples:
+            labels = self._task.labels(sample) if hasattr(sample, 'get') else None
+            if labels is None or not labels.numel() or labels.is_floating_point():
+                continue
+            bad = (labels < 0) | (labels >= count)
+            if ignored is not None:
+                bad &= labels != ignored
+            if bad.any():
+                where = sample.get('img_path')
+                raise UserError(
+                    f'label {int(labels[bad][0])} of {where!r} does not fit {name} = {count}; '
+                    f'allowed: 0 to {count - 1}'
+                    + (f' and {ignored} (ignored)' if ignored is not None else '')
+                )
+
+    def _ignored_label(self, runner) -> int | None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        head = getattr(model, 'decode_head', None)
+        head = head[-1] if isinstance(head, nn.ModuleList) else head
+        return getattr(head, 'ignore_index', None)

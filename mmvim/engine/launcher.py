@@ -1,0 +1,127 @@
+"""One launcher for mmpretrain, mmdet, mmsegmentation, and configs of other tasks.
+
+``tools/train.py`` and ``tools/test.py`` call :func:`main_train` and :func:`main_test`. What a run
+is comes from the config; what differs between task libraries is in :mod:`mmvim.engine.tasks`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import wraps
+from typing import Any
+
+import mmengine
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, RUNNERS
+from mmengine.runner import Runner
+
+from . import checks, distributed, flags, samples
+from .command_line import build_test_parser, build_train_parser
+from .errors import reported_errors
+from .hooks import CheckpointHook, DataCheckHook
+from .loading import checked_loading
+from .tasks import task_of
+
+
+def main_train(argv: Sequence[str] | None = None) -> Any:
+    """Train as the command line says.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Returns:
+        The runner, after training.
+
+    Raises:
+        SystemExit: Code 2 after an error that the user can mend.
+    """
+    args = build_train_parser().parse_args(argv)
+    with reported_errors() as context:
+        cfg, notes = flags.load_config(args), []
+        context.cfg = cfg
+        flags.apply_train_flags(cfg, args)
+        flags.apply_options(cfg, args)
+        if args.resume == 'auto':
+            flags.resume_last(cfg, notes)
+        checks.check_config(cfg, ('train', 'val'), paths=not args.no_checks)
+        checks.check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
+        checks.check_pretrained(cfg)
+        runner = _build_runner(cfg, args, ('train', 'val'), notes)
+        with checked_loading(runner, complete=bool(cfg.get('resume'))):
+            runner.train()
+        distributed.finish()
+    return runner
+
+
+def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Test as the command line says.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        SystemExit: Code 2 after an error that the user can mend.
+    """
+    args = build_test_parser().parse_args(argv)
+    with reported_errors() as context:
+        cfg, notes = flags.load_config(args), []
+        context.cfg = cfg
+        flags.apply_test_flags(cfg, args)
+        flags.apply_options(cfg, args)
+        checks.check_config(cfg, ('test',), paths=not args.no_checks)
+        checks.check_checkpoint(cfg.load_from, 'checkpoint')
+        flags.apply_test_outputs(cfg, args)
+        runner = _build_runner(cfg, args, ('test',), notes)
+        if args.show or args.show_dir:
+            _paint_every(runner, args.interval)
+        with checked_loading(runner, complete=True):
+            metrics = runner.test()
+        if args.out_item == 'metrics' and is_main_process():
+            mmengine.dump(metrics, args.out)
+        distributed.finish()
+    return metrics
+
+
+def _build_runner(
+    cfg: Config, args: argparse.Namespace, loops: tuple[str, ...], notes: list[str]
+) -> Any:
+    """Build the runner, with the safeguards that the config need not know about."""
+    distributed.prepare(cfg, cfg.launcher, notes)
+    if get_device() == 'cpu':
+        flags.fit_to_cpu(cfg, notes)
+    samples.install()
+    HOOKS.register_module(name='CheckpointHook', module=CheckpointHook, force=True)
+    runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
+    if not args.no_checks:
+        runner.register_hook(DataCheckHook(loops))
+    for note in notes:
+        runner.logger.info(note)
+    return runner
+
+
+def _paint_every(runner: Any, interval: int) -> None:
+    """Give visualization hooks that paint every image of a test an interval."""
+    if interval == 1 or task_of(runner.cfg, '--interval').show_interval:
+        return
+    for hook in runner.hooks:
+        if 'VisualizationHook' in type(hook).__name__:
+            _thin_out(hook, interval)
+
+
+def _thin_out(hook: Hook, interval: int) -> None:
+    paint = hook.after_test_iter
+    seen = 0
+
+    @wraps(paint)
+    def after_test_iter(runner, batch_idx, data_batch=None, outputs=None) -> None:
+        nonlocal seen
+        chosen = [item for i, item in enumerate(outputs, start=seen) if i % interval == 0]
+        seen += len(outputs)
+        paint(runner, batch_idx, data_batch=data_batch, outputs=chosen)
+
+    hook.after_test_iter = after_test_iter

@@ -1,0 +1,62 @@
+"""Values of ``--cfg-options``."""
+
+import ast
+from typing import Any
+
+from mmengine.config import DictAction
+
+
+class ConfigOptions(DictAction):
+    """mmengine's ``DictAction`` that also understands dicts.
+
+    ``key="[dict(type='EMAHook', momentum=2e-4)]"`` and the ``{'type': …}`` notation give what they
+    would give in a config file; everything without a dict in it is read as mmengine reads it.
+    """
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Add ``KEY=VALUE`` pairs to the options that were given before."""
+        options = dict(getattr(namespace, self.dest, None) or {})
+        for pair in values:
+            key, separator, value = pair.partition('=')
+            if not separator or not key:
+                parser.error(f'{option_string}: expected KEY=VALUE, got {pair!r}')
+            try:
+                options[key] = parse_value(value)
+            except (AssertionError, SyntaxError, ValueError) as error:
+                reason = str(error).splitlines()[0]
+                parser.error(f'{option_string} {key}: cannot read the value {value!r}: {reason}')
+        setattr(namespace, self.dest, options)
+
+
+def parse_value(text: str) -> Any:
+    """Read the value of one option.
+
+    Raises:
+        ValueError: The text looks like Python, but is not made of literals and ``dict(…)``.
+        SyntaxError: It is not Python either.
+        AssertionError: Brackets are not balanced.
+    """
+    if '{' in text or 'dict(' in text:
+        return _literal(ast.parse(text.strip(), mode='eval').body)
+    return DictAction._parse_iterable(text)
+
+
+def _literal(node: ast.AST) -> Any:
+    if isinstance(node, ast.Call):
+        if not (isinstance(node.func, ast.Name) and node.func.id == 'dict') or node.args:
+            raise ValueError('only dict(key=value, ...) may be called')
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise ValueError('** is not understood')
+        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.List):
+        return [_literal(item) for item in node.elts]
+    if isinstance(node, ast.Tuple):
+        return tuple(_literal(item) for item in node.elts)
+    if isinstance(node, ast.Dict):
+        if None in node.keys:
+            raise ValueError('** is not understood')
+        return {
+            _literal(key): _literal(value)
+            for key, value in zip(node.keys, node.values, strict=True)
+        }
+    return ast.literal_eval(node)

@@ -1,0 +1,58 @@
+"""Name the file when an image or an annotation cannot be loaded."""
+
+import functools
+import traceback
+from typing import Any
+
+from mmengine.dataset import Compose
+
+from .errors import SampleError
+
+_PATH_KEYS = ('img_path', 'seg_map_path', 'filename', 'img_paths')
+
+
+def install() -> None:
+    """Let data pipelines say which file they could not load.
+
+    OpenCV's and Pillow's own messages do not name the file, and in a DataLoader worker nobody but
+    the pipeline has the sample, so its ``__call__`` is wrapped. Only errors of loading transforms
+    (``Load…``) are translated. Workers that are forked, mmengine's default, inherit this.
+    """
+    if getattr(Compose.__call__, 'names_files', False):
+        return
+    original = Compose.__call__
+
+    @functools.wraps(original)
+    def call(self: Compose, data: dict) -> dict | None:
+        try:
+            return original(self, data)
+        except SampleError:
+            raise
+        except Exception as error:
+            message = _describe(error, data)
+            if message is None:
+                raise
+            raise SampleError(message) from error
+
+    call.names_files = True
+    Compose.__call__ = call
+
+
+def _describe(error: Exception, data: Any) -> str | None:
+    loaders = [
+        type(frame.f_locals['self']).__name__
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if 'self' in frame.f_locals and type(frame.f_locals['self']).__name__.startswith('Load')
+    ]
+    if not loaders or not isinstance(data, dict):
+        return None
+    loader = loaders[0]
+    if 'Annotations' in loader and data.get('seg_map_path'):
+        kind, path = 'annotation', data['seg_map_path']
+    else:
+        path = next((data[key] for key in _PATH_KEYS if data.get(key)), None)
+        kind = 'the annotation of' if 'Annotations' in loader else 'image'
+    if path is None:
+        return None
+    text = ' '.join(f'{type(error).__name__}: {error}'.split())
+    return f'cannot load {kind} {str(path)!r} ({loader}): {text[:300]}'

@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Test a checkpoint: ``python tools/test.py CONFIG CHECKPOINT``; ``--help`` lists the flags."""
+
+import sys
+from pathlib import Path
+
+# The package beside this script is the one that runs, installed or not, from any directory.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmvim.engine.launcher import main_test
+
+if __name__ == '__main__':
+    main_test()
