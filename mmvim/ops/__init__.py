@@ -1,7 +1,7 @@
 """State-space operators on tensors; needs torch alone.
 
-Every function has a PyTorch implementation that runs on any device and, where it is built, a compiled
-one for CPU and CUDA. Layout is (batch, length, channels) throughout.
+Every function has a PyTorch implementation that runs on any device and, where it is built, a
+compiled one for CPU and CUDA. Layout is (batch, length, channels) throughout.
 """
 
 from . import extension
@@ -9,6 +9,12 @@ from .add_norm import add_rms_norm
 from .backend import get_backend, set_backend, use_backend
 from .bidirectional import ScanInputs, bidirectional_scan
 from .causal_conv1d import bidirectional_conv1d, causal_conv1d
+from .compat import (
+    SelectiveScanCuda,
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    selective_scan_fn,
+)
 from .discretization import DISCRETIZATIONS
 from .extension import backend_info, build
 from .selective_scan import selective_scan
@@ -16,14 +22,18 @@ from .selective_scan import selective_scan
 __all__ = [
     'DISCRETIZATIONS',
     'ScanInputs',
+    'SelectiveScanCuda',
     'add_rms_norm',
     'backend_info',
     'bidirectional_conv1d',
     'bidirectional_scan',
     'build',
     'causal_conv1d',
+    'causal_conv1d_fn',
+    'causal_conv1d_update',
     'get_backend',
     'selective_scan',
+    'selective_scan_fn',
     'set_backend',
     'use_backend',
 ]

@@ -1,10 +1,11 @@
 """How every op is defined: one schema, two namespaces, one PyTorch implementation.
 
-``mmvim::<op>`` is what compiled kernels register to (dispatch keys ``CPU`` and ``CUDA``); the PyTorch
-implementation sits below them as ``CompositeExplicitAutograd``, so the dispatcher itself is the
-fallback. ``mmvim_torch::<op>`` has the same schema and the same implementation and never gets a
-compiled kernel: choosing a backend is choosing a namespace. The autograd formula of a namespace calls
-the backward op of that namespace, so a choice made in forward holds in backward, on any thread.
+``mmvim::<op>`` is what compiled kernels register to (dispatch keys ``CPU`` and ``CUDA``); the
+PyTorch implementation sits below them as ``CompositeExplicitAutograd``, so the dispatcher itself is
+the fallback. ``mmvim_torch::<op>`` has the same schema and the same implementation and never gets a
+compiled kernel: choosing a backend is choosing a namespace. The autograd formula of a namespace
+calls the backward op of that namespace, so a choice made in forward holds in backward, on any
+thread.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """The selective scan in PyTorch: one direction, forward and backward, without autograd.
 
 Work proceeds in chunks of time so that only (chunk, b, d, n) values exist at once. Inside a chunk,
-tensors are laid out (t, b, g, n, m) with m = d/g channels innermost: every step is contiguous, and Δ, B
-and C broadcast without copies. A reverse scan walks the same memory from its end.
+tensors are laid out (t, b, g, n, m) with m = d/g channels innermost: every step is contiguous, and
+Δ, B and C broadcast without copies. A reverse scan walks the same memory from its end.
 """
 
 from typing import NamedTuple
@@ -18,8 +18,8 @@ from .discretization import TWO_TAP, coefficients, derivatives
 # the caches; elsewhere a chunk must be long enough to keep the device busy.
 _CHUNK_VALUES_CPU = 2**19
 _CHUNK_VALUES = 2**24
-# A CPU walks a chunk step by step unless a step has fewer values than this; then, and on every other
-# device, where each step would cost a launch, the scan is a tree of logarithmic depth.
+# A CPU walks a chunk step by step unless a step has fewer values than this; then, and on every
+# other device, where each step would cost a launch, the scan is a tree of logarithmic depth.
 _STEP_VALUES_CPU = 2**9
 
 
@@ -38,7 +38,7 @@ class ScanGradients(NamedTuple):
 
 
 def linear_scan_(a: Tensor, h: Tensor, reverse: bool) -> None:
-    """In place, h[t+1] += a[t] h[t] for ascending t; reversed, h[t] += a[t] h[t+1] for descending t.
+    """In place, h[t+1] += a[t] h[t] with t ascending; or h[t] += a[t] h[t+1], descending.
 
     Args:
         a: (t, ...), overwritten unless walked step by step.
@@ -245,12 +245,16 @@ def _accumulate_(total: Tensor, x: Tensor, weight: Tensor) -> None:
 def _save_checkpoints(
     checkpoints: Tensor, chunk: _Chunk, scan: _Direction, start: int, stop: int, interval: int
 ) -> None:
-    index = start // interval
-    while (index + 1) * interval <= stop and index < checkpoints.shape[1]:
-        steps = (index + 1) * interval - start
-        at = (stop - start) - steps if scan.reverse else steps
-        checkpoints[:, index] = scan.outward(chunk.h[at])
-        index += 1
+    first = start // interval
+    count = min(stop // interval, checkpoints.shape[1]) - first
+    if count <= 0:
+        return
+    at = (first + 1) * interval - start
+    if scan.reverse:
+        at = (stop - start) - at - (count - 1) * interval
+    h = chunk.h[at::interval][:count]
+    saved = scan.outward(h.flip(0) if scan.reverse else h)
+    checkpoints[:, first : first + count] = saved.transpose(0, 1)
 
 
 def scan_forward(
@@ -432,8 +436,8 @@ def _chunks_backwards(
 ):
     """Yield (start, stop, state before, drive before) of every chunk, the last one first."""
     h0, v0 = scan.start(initial_state)
-    # Chunks are cut at checkpoints; one that would still be too long is cut further, its inner states
-    # recomputed by an extra forward pass over it.
+    # Chunks are cut at checkpoints; one that would still be too long is cut further, its inner
+    # states recomputed by an extra forward pass over it.
     segment = scan.length if interval == 0 else max(scan.chunk // interval, 1) * interval
     for seg_start in reversed(range(0, scan.length, max(segment, 1))):
         seg_stop = min(seg_start + segment, scan.length)

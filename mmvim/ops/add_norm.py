@@ -27,8 +27,8 @@ def add_rms_norm(
         weight: (d,), dtype of x, or float32 (float64 beside a float64 x).
         residual: Shape of x; dtype of x or float32. None adds nothing.
         eps: Added to the mean square, not negative.
-        residual_in_fp32: Return r in float32 (float64 beside float64), else in the dtype of residual
-            if given, else of x.
+        residual_in_fp32: Return r in float32 (float64 beside float64), else in the dtype of
+            residual if given, else of x.
         backend: See :func:`mmvim.ops.selective_scan`.
 
     Returns:

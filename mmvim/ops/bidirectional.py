@@ -38,9 +38,9 @@ def bidirectional_scan(
 ) -> Tensor:
     """Scan forwards and backwards over time and add: the core of a bidirectional Mamba block.
 
-    Equals ``scale * (selective_scan(*forward) + selective_scan(*backward, reverse=True)) * silu(z)``,
-    computed in one call and rounded once. Nothing is flipped: both directions' inputs are in the order
-    of time.
+    Equals ``scale * (selective_scan(*forward) + selective_scan(*backward, reverse=True)) *
+    silu(z)``, computed in one call and rounded once. Nothing is flipped: both directions' inputs
+    are in the order of time.
 
     Args:
         forward: Inputs of the scan from the first step to the last; u (b, l, d), and so on.

@@ -36,15 +36,15 @@ def causal_conv1d(
         bias: (d,), dtype as for weight.
         activation: ``'silu'`` or None.
         mode: ``'causal'``, ``'reverse'`` or ``'same'``.
-        initial_state: The w−1 inputs before the first step (in reverse: after the last), oldest first
-            in the order of the scan, (b, d, w−1); dtype of x or float32. Not for ``'same'``.
+        initial_state: The w−1 inputs before the first step (in reverse: after the last), oldest
+            first in the order of the scan, (b, d, w−1); dtype of x or float32. Not for ``'same'``.
         return_last_state: Also return the last w−1 inputs in the order of the scan, for the next
             call. Not for ``'same'``.
         backend: See :func:`mmvim.ops.selective_scan`.
 
     Returns:
-        The output (b, l, d), dtype of x; with ``return_last_state`` also the state (b, d, w−1), in the
-        dtype of initial_state if given, else of x.
+        The output (b, l, d), dtype of x; with ``return_last_state`` also the state (b, d, w−1), in
+        the dtype of initial_state if given, else of x.
 
     Raises:
         TypeError: For a wrong type or dtype.
@@ -61,9 +61,7 @@ def causal_conv1d(
     check.check_activation('x', x, 'b l d')
     _check_weight(x, weight, bias)
     if mode == 'same' and (initial_state is not None or return_last_state):
-        raise ValueError(
-            "mode 'same' has no state: initial_state and return_last_state need 'causal' or 'reverse'"
-        )
+        raise ValueError("mode 'same' has no states: neither initial_state nor return_last_state")
     if initial_state is not None:
         name = 'initial_state'
         check.check_tensor(name, initial_state)

@@ -22,10 +22,10 @@ name           a                     w0                             w1
 ============== ===================== ============================== ===========
 
 ``zoh`` is Mamba's simplified zero-order hold (Gu and Dao, arXiv 2312.00752, and its code), which
-released checkpoints use; ``zoh_exact`` is that paper's equation 4. ``foh`` to ``rk4`` are the methods of the
-VisionMambaUpgrades documents, in closed form rather than as truncated series. ``foh_hold`` (input
-linear between samples) and ``tustin`` (trapezoidal rule) are the textbook second-order methods.
-``rk4`` is a polynomial in z and grows for large −z.
+released checkpoints use; ``zoh_exact`` is that paper's equation 4. ``foh`` to ``rk4`` are the
+methods of the VisionMambaUpgrades documents, in closed form rather than as truncated series.
+``foh_hold`` (input linear between samples) and ``tustin`` (trapezoidal rule) are the textbook
+second-order methods. ``rk4`` is a polynomial in z and grows for large −z.
 """
 
 import math
@@ -71,7 +71,7 @@ class Derivatives(NamedTuple):
 
 # Below this |z| the closed forms lose digits to cancellation and the Taylor series takes over.
 _SERIES_RADIUS = 1.0
-# Terms after which the remainder of the series of φ_k, |z| < 1, is below half a unit in the last place.
+# Terms after which the remainder of the series of φ_k, |z| < 1, is below rounding.
 _SERIES_TERMS = {torch.float32: 11, torch.float64: 19}
 
 
@@ -109,7 +109,7 @@ def phi_functions(z: Tensor, highest: int) -> list[Tensor]:
 
 
 def _phi_derivative(phi: list[Tensor], z: Tensor, k: int) -> Tensor:
-    """φ_k′ from φ_{k−1}, φ_k, φ_{k+1}, without cancellation: φ_k − kφ_{k+1} = (φ_{k−1} − kφ_k)/z."""
+    """φ_k′ = φ_k − kφ_{k+1} = (φ_{k−1} − kφ_k)/z, by the form that does not cancel."""
     near = phi[k] - k * phi[k + 1]
     far = (phi[k - 1] - k * phi[k]).div_(z)
     return torch.where(z.abs() < _SERIES_RADIUS, near, far)
@@ -165,7 +165,7 @@ def derivatives(method: str, delta: Tensor, z: Tensor, a: Tensor) -> Derivatives
         method: One of :data:`DISCRETIZATIONS`.
         delta: Δ, broadcastable to ``z``.
         z: ΔA.
-        a: The coefficient a, from :func:`coefficients`. Nothing is modified; results may alias ``a``.
+        a: The coefficient a, from :func:`coefficients`. Not modified, but results may be it.
     """
     if method == 'zoh':
         return Derivatives(a, torch.ones_like(delta), None, None, None)

@@ -15,6 +15,9 @@ from .discretization import TWO_TAP
 CHECKPOINT_INTERVAL = {'cpu': 16, 'cuda': 16}
 _CHECKPOINT_INTERVAL_ELSEWHERE = 16
 
+# Newer than the oldest torch supported; an exported graph is for inference.
+_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
+
 
 def selective_scan(
     u: Tensor,
@@ -40,10 +43,10 @@ def selective_scan(
         h_t = a\,h_{t-1} + w_0\,B_t u_t + w_1\,B_{t-1} u_{t-1}, \quad
         y_t = (C_t h_t + D u_t)\,\mathrm{silu}(z_t)
 
-    with a, w0, w1 as in :mod:`mmvim.ops.discretization`. "Activation dtype" below is float32, bfloat16,
-    float16 or float64; "parameter dtype" is float32, or float64 beside float64 activations.
-    Arithmetic is in the parameter dtype; the output is rounded once. Under autocast u, delta, B, C and
-    z are cast to its dtype and the rest kept.
+    with a, w0, w1 as in :mod:`mmvim.ops.discretization`. "Activation dtype" below is float32,
+    bfloat16, float16 or float64; "parameter dtype" is float32, or float64 beside float64.
+    Arithmetic is in the parameter dtype; the output is rounded once. Under autocast u, delta, B, C
+    and z are cast to its dtype and the rest kept.
 
     Args:
         u: Input (b, l, d), activation dtype; b and l may be 0.
@@ -61,8 +64,8 @@ def selective_scan(
         return_last_state: Also return the state after the last step, (b, d, n) or, for two-tap
             methods, (b, d, 2n). Given to the next call as ``initial_state`` it continues exactly.
         discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
-        reverse: Scan from the last step to the first. The initial state then enters at the last step, and
-            the last state is the one after the first step.
+        reverse: Scan from the last step to the first. The initial state then enters at the last
+            step, and the last state is the one after the first step.
         backend: ``'compiled'`` or ``'torch'``; None or ``'auto'`` leave it to
             :func:`mmvim.ops.use_backend`, :func:`mmvim.ops.set_backend` and ``MMVIM_BACKEND``.
 
@@ -150,7 +153,9 @@ def grouped(x: object) -> object:
 
 def checkpoint_interval(*inputs: Tensor | None) -> int:
     """Steps between checkpoints: 0, nothing kept, unless a gradient will be asked for."""
-    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+    if _is_exporting() or not torch.is_grad_enabled():
+        return 0
+    if not any(x is not None and x.requires_grad for x in inputs):
         return 0
     return CHECKPOINT_INTERVAL.get(inputs[0].device.type, _CHECKPOINT_INTERVAL_ELSEWHERE)
 

@@ -99,9 +99,7 @@ def selective_scan(
     return y, torch.cat((h, v), -1) if discretization in TWO_TAP else h
 
 
-def causal_conv1d(
-    x, weight, bias=None, initial_state=None, *, activation=None, mode='causal'
-):
+def causal_conv1d(x, weight, bias=None, initial_state=None, *, activation=None, mode='causal'):
     """Output (b, l, d) and last state (b, d, w-1), by torch's own convolution."""
     length, width = x.shape[1], weight.shape[1]
     if mode == 'reverse':
