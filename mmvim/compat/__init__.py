@@ -7,16 +7,29 @@ package is imported, and not at all where it is not needed.
 import importlib
 from types import ModuleType
 
-from . import mmcv_ops
+from . import (
+    mmcv_ops,
+    mmengine_checkpoints,
+    mmengine_configs,
+    mmengine_packages,
+    mmpretrain_transformers,
+)
 
 __all__ = ['install', 'require']
 
+_SHIMS = (
+    mmcv_ops,
+    mmengine_checkpoints,
+    mmengine_configs,
+    mmengine_packages,
+    mmpretrain_transformers,
+)
 _INSTALL_COMMAND = "pip install 'mmvim[onedl]'"
 
 
 def install() -> None:
     """Put every shim in place. Cheap, and harmless when called again."""
-    for shim in (mmcv_ops,):
+    for shim in _SHIMS:
         shim.install()
 
 

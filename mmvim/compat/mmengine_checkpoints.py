@@ -1,0 +1,156 @@
+"""Checkpoints are loaded without running code that they carry, and resuming works all the same.
+
+Why: since torch 2.6 ``torch.load`` refuses every type that is not on a list. mmengine's training
+checkpoints hold its ``HistoryBuffer`` and NumPy scalars, so resuming fails with mmengine 0.10.7;
+checkpoints of the official Vim and VideoMamba hold an ``argparse.Namespace``. onedl-mmengine
+0.10.12 lists some types, among them all of ``getattr``, and loads what is not on its list with
+``weights_only=False`` after a warning; what it downloads it always loads that way. Either runs
+whatever code the file contains.
+
+How: while mmengine loads a checkpoint, the types that such files need are on torch's list, each
+restricted to what they need it for; a file that needs more is refused with a message that names the
+type. Nothing else in the process is affected. ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``, torch's own
+switch for files that one trusts, keeps working.
+
+Obsolete with: an mmengine that does this itself.
+"""
+
+import argparse
+import contextlib
+import errno
+import functools
+import pickle
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+from ._import_hook import when_imported
+
+
+def install() -> None:
+    """Act when ``mmengine.runner.checkpoint`` is imported."""
+    when_imported('mmengine.runner.checkpoint', _patch)
+
+
+def load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """``torch.load`` of a checkpoint, without running code that it may contain.
+
+    Tensors and plain containers load, and so do ``argparse.Namespace``, numbers and numeric arrays
+    of NumPy, and mmengine's ``HistoryBuffer``.
+
+    Args:
+        file: Path or binary file.
+        map_location: As for ``torch.load``.
+        weights_only: As for ``torch.load``.
+
+    Raises:
+        pickle.UnpicklingError: The file needs another type, is damaged or is no checkpoint.
+    """
+    import torch
+
+    with allowed_types(file):
+        return torch.load(file, map_location=map_location, weights_only=weights_only)
+
+
+@contextlib.contextmanager
+def allowed_types(file: Any) -> Iterator[None]:
+    """Have the types that checkpoints need on torch's list, and explain what is refused.
+
+    Args:
+        file: The file that is loaded, for the message.
+    """
+    import torch
+
+    known = torch.serialization.get_safe_globals()
+    extra = [entry for entry in _allowed() if entry not in known]
+    try:
+        with torch.serialization.safe_globals(extra):
+            yield
+    except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+        message = _explain(error, file)
+        if message is None:
+            raise
+        raise pickle.UnpicklingError(message) from error
+
+
+def _explain(error: Exception, file: Any) -> str | None:
+    """One line on why ``file`` was refused; None for an error that speaks for itself."""
+    text = str(error)
+    if text.startswith('checkpoint '):
+        return None  # Explained by an inner call already.
+    name = f"checkpoint '{file}'" if isinstance(file, str) else 'checkpoint'
+    refused = re.search(r'GLOBAL (\S+) was not an allowed global', text)
+    blocked = re.search(r'GLOBAL (\S+) whose module \S+ is blocked', text)
+    if blocked:
+        return f'{name} refused: it contains {blocked[1]}, which can run any code'
+    if refused:
+        return (
+            f'{name} refused: it contains {refused[1]}, and only tensors, plain containers, '
+            'numbers, NumPy arrays, argparse.Namespace and the training history of mmengine are '
+            'loaded, since other types can run code. If you trust the file, allow the type with '
+            f'torch.serialization.add_safe_globals([{refused[1]}]), or all of them with the '
+            'environment variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1'
+        )
+    if isinstance(error, RuntimeError) and 'PytorchStreamReader' not in text:
+        return None
+    # A truncated file makes torch seek to a place that is not there.
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        return None
+    detail = re.search(r'WeightsUnpickler error: (.+)', text)
+    reason = detail[1] if detail else (text.strip().splitlines() or [type(error).__name__])[0]
+    return f'{name} cannot be read: it is damaged or not a PyTorch checkpoint ({reason})'
+
+
+@functools.cache
+def _allowed() -> tuple:
+    """Entries for ``torch.serialization.safe_globals``."""
+    import numpy as np
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    core = np._core if hasattr(np, '_core') else np.core
+    # Text, raw bytes and numbers; not objects, whose content could be anything.
+    kinds = [np.dtype(code) for code in (*'?bhilqBHILQefdFD', 'S1', 'U1')]
+    return (
+        argparse.Namespace,
+        HistoryBuffer,
+        (_history_method, 'builtins.getattr'),
+        np.ndarray,
+        np.dtype,
+        *{type(kind) for kind in kinds},
+        # Files of NumPy 1 name the one module, files of NumPy 2 the other.
+        *(
+            (getattr(core.multiarray, name), f'numpy.{package}.multiarray.{name}')
+            for package in ('core', '_core')
+            for name in ('_reconstruct', 'scalar')
+        ),
+    )
+
+
+def _history_method(owner: type, name: str) -> Any:
+    """``getattr`` for the one use that it has in checkpoints: methods of a HistoryBuffer."""
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise pickle.UnpicklingError('GLOBAL builtins.getattr was not an allowed global')
+    return getattr(owner, name)
+
+
+def _patch(checkpoint: ModuleType) -> None:
+    loader = checkpoint.CheckpointLoader
+    original = loader.load_checkpoint.__func__
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @functools.wraps(original)
+    def load_checkpoint(
+        cls: type, filename: str, map_location: Any = None, logger: Any = 'current'
+    ) -> Any:
+        with allowed_types(filename):
+            return original(cls, filename, map_location, logger)
+
+    loader.load_checkpoint = classmethod(load_checkpoint)
+    if hasattr(checkpoint, '_safe_torch_load'):
+        checkpoint._safe_torch_load = load
+    # torch.hub asks for weights_only=False unless told otherwise; None is torch.load's default.
+    checkpoint.load_url = functools.partial(checkpoint.load_url, weights_only=None)
