@@ -48,7 +48,17 @@ def test_vim_to_pyramid():
     assert all(p.grad is not None for p in backbone.layers.parameters())
 
 
+def test_start_level():
+    x = torch.randn(1, 16, 8, 8)
+    neck = SimpleFPN(16, 8, num_outs=5, start_level=1)
+    assert [f.shape[-1] for f in neck(x)] == [16, 8, 4, 2, 1]
+    sum(f.sum() for f in neck(x)).backward()
+    assert all(p.grad is not None for p in neck.parameters())
+
+
 def test_bad_arguments_and_input():
+    with pytest.raises(ValueError, match='start_level=4'):
+        SimpleFPN(16, start_level=4)
     with pytest.raises(ValueError, match='num_outs=3'):
         SimpleFPN(16, num_outs=3)
     with pytest.raises(ValueError, match='in_channels=18'):

@@ -29,7 +29,9 @@ class SimpleFPN(BaseModule):
     Args:
         in_channels (int): Channels of the map. Defaults to 192.
         out_channels (int): Channels of each level. Defaults to 256.
-        num_outs (int): Number of levels, at least 4. Defaults to 5.
+        num_outs (int): Number of levels, at least ``4 - start_level``. Defaults to 5.
+        start_level (int): The first level, 0 (P2) to 3 (P5). RetinaNet's P3 .. P7 are
+            ``start_level=1, num_outs=5``. Defaults to 0.
         norm_eps (float): Defaults to 1e-6.
         init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
 
@@ -42,6 +44,7 @@ class SimpleFPN(BaseModule):
         in_channels: int = 192,
         out_channels: int = 256,
         num_outs: int = 5,
+        start_level: int = 0,
         norm_eps: float = 1e-6,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -49,11 +52,14 @@ class SimpleFPN(BaseModule):
         check_positive(in_channels=in_channels, out_channels=out_channels)
         if in_channels % 4:
             raise ValueError(f'in_channels={in_channels!r} must be a multiple of 4')
-        if num_outs < 4:
-            raise ValueError(f'num_outs={num_outs!r} must be at least 4')
+        if start_level not in range(4):
+            raise ValueError(f'start_level={start_level!r} must be 0, 1, 2 or 3')
+        if num_outs < 4 - start_level:
+            raise ValueError(f'num_outs={num_outs!r} must be at least {4 - start_level}')
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.num_outs = num_outs
+        self.start_level = start_level
         half, quarter = in_channels // 2, in_channels // 4
         self.scales = nn.ModuleList(
             [
@@ -66,7 +72,7 @@ class SimpleFPN(BaseModule):
                 nn.ConvTranspose2d(in_channels, half, 2, stride=2),
                 nn.Identity(),
                 nn.MaxPool2d(2),
-            ]
+            ][start_level:]
         )
         self.outputs = nn.ModuleList(
             nn.Sequential(
@@ -75,7 +81,7 @@ class SimpleFPN(BaseModule):
                 nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
                 LayerNorm2d(out_channels, eps=norm_eps),
             )
-            for channels in (quarter, half, in_channels, in_channels)
+            for channels in (quarter, half, in_channels, in_channels)[start_level:]
         )
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
