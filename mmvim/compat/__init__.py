@@ -9,6 +9,7 @@ from types import ModuleType
 
 from . import (
     mmcv_ops,
+    mmdet_bfloat16,
     mmengine_checkpoints,
     mmengine_configs,
     mmengine_packages,
@@ -19,6 +20,7 @@ __all__ = ['install', 'require']
 
 _SHIMS = (
     mmcv_ops,
+    mmdet_bfloat16,
     mmengine_checkpoints,
     mmengine_configs,
     mmengine_packages,

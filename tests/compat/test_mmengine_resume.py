@@ -12,7 +12,7 @@ pytest.importorskip('mmengine')
 
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from mmengine.runner import Runner, load_checkpoint  # noqa: E402
+from mmengine.runner import Runner, load_checkpoint
 
 
 class Model(BaseModel):

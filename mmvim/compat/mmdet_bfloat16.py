@@ -1,0 +1,71 @@
+"""Boxes of mmdet stay in float32 under bfloat16 autocast.
+
+Why: mmdet gives anchors and regions of interest the dtype of the features. bfloat16 has 8 bits of
+precision: a coordinate between 512 and 1024 is rounded to a multiple of 4 pixels. Proposals and the
+features that are cut out for them are then several pixels off. (Compiled mmcv ops do not know
+bfloat16, so such a model does not run at all with them.)
+
+How: anchors and points are made in float32 where bfloat16 is asked for; the offsets that a head
+predicts are added to them in float32 by type promotion. Regions are pooled from bfloat16 features
+in float32, and autocast casts the result where it is used. float32 and float16 stay as they are.
+
+Obsolete with: an mmdet that keeps boxes in float32 (onedl-mmdetection 3.5.1 does not).
+"""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from ._import_hook import when_imported
+
+_PRIORS = 'mmdet.models.task_modules.prior_generators'
+_ROI_EXTRACTOR = 'mmdet.models.roi_heads.roi_extractors.single_level_roi_extractor'
+
+
+def install() -> None:
+    """Act when mmdet's prior generators and RoI extractors are imported."""
+    when_imported(f'{_PRIORS}.anchor_generator', _patch_anchors)
+    when_imported(f'{_PRIORS}.point_generator', _patch_points)
+    when_imported(_ROI_EXTRACTOR, _patch_roi_extractor)
+
+
+def _patch_anchors(module: ModuleType) -> None:
+    _wrap(module.AnchorGenerator, 'grid_priors', _float32_priors)
+
+
+def _patch_points(module: ModuleType) -> None:
+    _wrap(module.MlvlPointGenerator, 'grid_priors', _float32_priors)
+
+
+def _patch_roi_extractor(module: ModuleType) -> None:
+    _wrap(module.SingleRoIExtractor, 'forward', _float32_features)
+
+
+def _wrap(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
+    original = getattr(owner, name)
+    if not hasattr(original, '__wrapped__'):
+        setattr(owner, name, functools.wraps(original)(make(original)))
+
+
+def _float32_priors(original: Callable) -> Callable:
+    import torch
+
+    def grid_priors(
+        self: Any, featmap_sizes: Any, dtype: torch.dtype = torch.float32, *args: Any, **kwargs: Any
+    ) -> Any:
+        dtype = torch.float32 if dtype == torch.bfloat16 else dtype
+        return original(self, featmap_sizes, dtype, *args, **kwargs)
+
+    return grid_priors
+
+
+def _float32_features(original: Callable) -> Callable:
+    import torch
+
+    def forward(self: Any, feats: Any, rois: Any, *args: Any, **kwargs: Any) -> Any:
+        if feats[0].dtype == torch.bfloat16:
+            feats = tuple(feature.float() for feature in feats)
+        return original(self, feats, rois, *args, **kwargs)
+
+    return forward
