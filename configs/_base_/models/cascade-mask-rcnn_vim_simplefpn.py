@@ -1,6 +1,6 @@
 # Cascade Mask R-CNN with ViTDet's heads on Vim's last feature map: layer norms, two convolutions in
 # the RPN, four convolutions and a linear layer per box head, boxes regressed for all classes alike.
-norm_cfg = dict(type='mmvim.LN2d', eps=1e-6)
+norm_cfg = dict(type='mmvim.layers.LayerNorm2d', eps=1e-6)
 # The three stages differ in the scale of the box deltas and in the overlap that makes a positive.
 stage_stds = [(0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (1 / 30, 1 / 30, 1 / 15, 1 / 15)]
 stage_ious = [0.5, 0.6, 0.7]

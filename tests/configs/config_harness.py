@@ -1,0 +1,197 @@
+"""Run any config for a training and a test step on miniature data.
+
+What is changed is the scale (image sizes, batch, number of workers, iterations) and where data and
+weights come from. Everything else is the config's own.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import Runner
+
+import mmvim
+
+REPO = Path(__file__).parents[2]
+CONFIG_ROOT = REPO / 'configs'
+BASES = sorted(CONFIG_ROOT.joinpath('_base_').rglob('*.py'))
+CONFIGS = sorted(p for p in CONFIG_ROOT.rglob('*.py') if '_base_' not in p.parts)
+
+# A large stride is one of sliding windows; patches have small ones.
+_SIZE_KEYS = {'scale', 'crop_size', 'size', 'stride', 'pad_size_divisor'}
+
+
+def config_id(path: Path) -> str:
+    return path.relative_to(CONFIG_ROOT).with_suffix('').as_posix()
+
+
+def load_script(path: str) -> ModuleType:
+    """Import a script that is in no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPO / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class MiniatureData:
+    """Stands for the data folders that configs name; each is generated when it is first wanted."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._makers: dict[str, Callable[[Path], object]] = {
+            'data/imagenet': self._make('make_imagenet', 96),
+            'data/coco': self._make('make_coco', 160),
+            'data/ade/ADEChallengeData2016': self._make('make_ade20k', 160),
+            'data/quickstart/cls': self._make_quickstart,
+            'data/quickstart/det': self._make_quickstart,
+            'data/quickstart/seg': self._make_quickstart,
+        }
+
+    def locate(self, path: str) -> str:
+        """Translate a path below ``data/`` to the miniature's, and make the miniature.
+
+        Raises:
+            KeyError: There is no miniature of this data set.
+        """
+        for prefix, make in self._makers.items():
+            if path == prefix or path.startswith(f'{prefix}/'):
+                if not (self.root / prefix).exists():
+                    make(self.root / prefix)
+                return str(self.root / path) + ('/' if path.endswith('/') else '')
+        raise KeyError(f'no miniature data set for {path!r}: add one to {__file__}')
+
+    @staticmethod
+    def _make(function: str, long_side: int) -> Callable[[Path], object]:
+        def make(root: Path) -> None:
+            script = load_script('tools/misc/make_miniature_data.py')
+            getattr(script, function)(root, train_images=4, val_images=2, long_side=long_side)
+
+        return make
+
+    @staticmethod
+    def _make_quickstart(root: Path) -> None:
+        from mmvim.datasets import quickstart
+
+        with mock.patch.dict(quickstart.SCENE_COUNTS, dict.fromkeys(quickstart.SCENE_COUNTS, 2)):
+            quickstart.prepare(root.name, root.parent)
+
+
+def shrink(cfg: Config, data: MiniatureData, work_dir: Path, shallow: bool = True) -> Config:
+    """Return ``cfg`` at a scale that takes seconds, on miniature data.
+
+    Args:
+        cfg: Any config of the three task libraries.
+        data: Where data comes from.
+        work_dir: Where the run writes to.
+        shallow: Whether to cut a Vim backbone to as few layers as its outputs need.
+    """
+    cfg = Config(_map(cfg.to_dict(), data))
+    cfg.work_dir = str(work_dir)
+    cfg.load_from = None
+    cfg.launcher = 'none'
+    cfg.log_level = 'WARNING'
+    cfg.default_hooks.checkpoint.save_optimizer = False
+    # Visualizers are kept by name for the life of the process, folder included.
+    cfg.visualizer.name = str(work_dir)
+    for name in ('train', 'val', 'test'):
+        loader = cfg[f'{name}_dataloader']
+        loader.update(
+            batch_size=2 if name == 'train' else 1,
+            num_workers=0,
+            persistent_workers=False,
+            pin_memory=False,
+        )
+        dataset = loader.dataset
+        while 'dataset' in dataset:
+            dataset = dataset.dataset
+        dataset.indices = 2
+    loop = cfg.train_cfg
+    length = 'max_iters' if 'max_iters' in loop else 'max_epochs'
+    for scheduler in cfg.param_scheduler:
+        scheduler.setdefault('end', loop[length])
+    loop.pop('dynamic_intervals', None)
+    loop.pop('val_begin', None)
+    loop.update({length: 1, 'val_interval': 1})
+    if shallow:
+        cut_depth(cfg.model.backbone)
+    return cfg
+
+
+def _map(node: Any, data: MiniatureData, key: str = '') -> Any:
+    """Copy a config tree with small sizes, miniature paths and random weights."""
+    if isinstance(node, dict):
+        if key == 'init_cfg' and node.get('type') == 'Pretrained':
+            return None
+        return {k: _map(v, data, k) for k, v in node.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(_map(v, data, key) for v in node)
+    if isinstance(node, str) and node.startswith('data/'):
+        return data.locate(node)
+    if key in _SIZE_KEYS and isinstance(node, int) and node > 128:
+        return max(64, math.ceil(node / 8 / 16) * 16)
+    # An untrained detector is sure of nothing: without these it has no detections to evaluate, or
+    # hundreds of thousands.
+    limits = {'score_thr': 0.0, 'nms_pre': 100, 'max_per_img': 50}
+    if key in limits and isinstance(node, int | float):
+        return min(node, limits[key])
+    return node
+
+
+def cut_depth(backbone: ConfigDict) -> None:
+    """Cut a Vim backbone to as few layers as its outputs need."""
+    if backbone.type not in ('mmvim.Vim', 'Vim') or not isinstance(backbone.get('arch'), str):
+        return
+    outputs = backbone.get('out_indices', -1)
+    outputs = 1 if isinstance(outputs, int) else len(outputs)
+    width = mmvim.Vim.arch_zoo[backbone.arch]['embed_dims']
+    backbone.arch = dict(embed_dims=width, depth=max(2, outputs))
+    backbone.out_indices = tuple(range(-outputs, 0))
+
+
+def run(cfg: Config) -> dict[str, float]:
+    """Train and test; return the test's metrics.
+
+    Checks that the loss is finite and that every parameter takes part in it, as distributed
+    training without ``find_unused_parameters`` needs.
+    """
+    runner = Runner.from_cfg(cfg)
+    untouched = set()
+    for name, parameter in runner.model.named_parameters():
+        if parameter.requires_grad:
+            untouched.add(name)
+            parameter.register_post_accumulate_grad_hook(
+                lambda _, name=name: untouched.discard(name)
+            )
+    runner.train()
+    losses = runner.message_hub.get_scalar('train/loss').data[0]
+    assert len(losses) >= 1
+    assert all(math.isfinite(loss) for loss in losses), losses
+    assert not untouched, f'parameters without gradient: {sorted(untouched)}'
+    metrics = runner.test()
+    assert metrics
+    assert all(math.isfinite(value) for value in flat_numbers(metrics)), metrics
+    return metrics
+
+
+def flat_numbers(metrics: dict) -> Iterator[float]:
+    for value in metrics.values():
+        if isinstance(value, int | float):
+            yield value
+
+
+def build_model(cfg: Config) -> torch.nn.Module:
+    """Build the model as ``Runner`` does, at its full size."""
+    from mmengine.registry import MODELS, init_default_scope
+
+    init_default_scope(cfg.default_scope)
+    importlib.import_module(f'{cfg.default_scope}.models')
+    model = cfg.model.copy()
+    if cfg.get('data_preprocessor') is not None:
+        model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    return MODELS.build(model)
