@@ -24,12 +24,14 @@ TWO_TAP = ('foh_hold', 'tustin')
 
 def phi(k, z):
     """φ_k(z) = ∫₀¹ exp((1−s) z) s^(k−1)/(k−1)! ds, as a power series or in closed form."""
-    series = sum(z**i * (1 / math.factorial(i + k)) for i in range(26))
-    safe = torch.where(z.abs() < 1.5, torch.ones_like(z), z)
+    near = z.abs() < 1.5
+    x = torch.where(near, z, 0)
+    series = sum(x**i * (1 / math.factorial(i + k)) for i in range(26))
+    safe = torch.where(near, 1, z)
     closed = torch.exp(safe)
     for i in range(1, k + 1):
         closed = (closed - 1 / math.factorial(i - 1)) / safe
-    return torch.where(z.abs() < 1.5, series, closed)
+    return torch.where(near, series, closed)
 
 
 def coefficients(method, delta, A):
