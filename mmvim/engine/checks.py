@@ -152,7 +152,8 @@ def _check_dataset(dataset: dict, path: str) -> None:
         return
     kind = dataset.get('type')
     # An unknown type is reported, with suggestions, when the dataset is built.
-    found = DATASETS.get(kind) if isinstance(kind, str) else kind
+    with DATASETS.switch_scope_and_registry(dataset.get('_scope_')) as registry:
+        found = registry.get(kind) if isinstance(kind, str) else kind
     if not inspect.isclass(found) or not issubclass(found, BaseDataset):
         return
     if 'download' in inspect.signature(found).parameters and dataset.get('download', True):

@@ -36,9 +36,7 @@ def build_train_parser() -> argparse.ArgumentParser:
         help="automatic mixed precision, in the config's optim_wrapper.dtype, else float16 "
         '(bfloat16 on a CPU)',
     )
-    parser.add_argument(
-        '--bf16', action='store_true', help='automatic mixed precision in bfloat16 (implies --amp)'
-    )
+    _add_amp_dtype(parser)
     parser.add_argument('--no-validate', action='store_true', help='train without validation')
     parser.add_argument(
         '--auto-scale-lr',
@@ -98,9 +96,7 @@ def build_test_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--amp', action='store_true', help='automatic mixed precision: float16 (bfloat16 on a CPU)'
     )
-    parser.add_argument(
-        '--bf16', action='store_true', help='automatic mixed precision in bfloat16 (implies --amp)'
-    )
+    _add_amp_dtype(parser)
     parser.add_argument(
         '--tta',
         action='store_true',
@@ -108,6 +104,14 @@ def build_test_parser() -> argparse.ArgumentParser:
     )
     _add_common_arguments(parser)
     return parser
+
+
+def _add_amp_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--amp-dtype',
+        choices=('float16', 'bfloat16'),
+        help='automatic mixed precision in this dtype (implies --amp)',
+    )
 
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -413,11 +413,22 @@ def _file_error(error, frames, cfg):
     return None
 
 
+def _uneven_batch(error, frames, cfg):
+    found = re.search(r'stack expects each tensor to be equal size, but got (.*)', str(error))
+    if not found:
+        return None
+    return (
+        f'the inputs of a batch have different sizes ({found[1]}): resize or crop them to one size '
+        "in the pipeline, or set collate_fn=dict(type='pseudo_collate') in the dataloader if the "
+        'data preprocessor pads them'
+    )
+
+
 def _out_of_memory(error, frames, cfg):
     if isinstance(error, torch.OutOfMemoryError):
         return (
             f'the device is out of memory ({str(error).splitlines()[0]}); lower '
-            'train_dataloader.batch_size, or try --bf16 or with_cp=True in the backbone'
+            'train_dataloader.batch_size, or try --amp or with_cp=True in the backbone'
         )
     return None
 
@@ -435,5 +446,6 @@ _RULES = (
     _library_check,
     _missing_package,
     _file_error,
+    _uneven_batch,
     _out_of_memory,
 )

@@ -44,8 +44,8 @@ def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
     """
     if args.no_validate:
         cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-    if args.amp or args.bf16:
-        _use_amp(cfg, args.bf16)
+    if args.amp or args.amp_dtype:
+        _use_amp(cfg, args.amp_dtype)
     if args.auto_scale_lr:
         settings = cfg.get('auto_scale_lr')
         if not isinstance(settings, dict) or not isinstance(settings.get('base_batch_size'), int):
@@ -72,10 +72,12 @@ def apply_test_flags(cfg: Config, args: argparse.Namespace) -> None:
         raise UserError('--out-item needs --out PATH')
     if args.interval < 1:
         raise UserError(f'--interval must be at least 1, not {args.interval}')
-    if (args.amp or args.bf16) and isinstance(cfg.get('test_cfg'), dict):
+    if (args.amp or args.amp_dtype) and isinstance(cfg.get('test_cfg'), dict):
         cfg.test_cfg['fp16'] = True
-    if args.bf16:
-        torch.set_autocast_dtype(get_device().split(':')[0], torch.bfloat16)
+    if args.amp_dtype:
+        _check_amp_dtype(args.amp_dtype)
+        # The test loop has no setting for it: it takes torch's default.
+        torch.set_autocast_dtype(get_device(), getattr(torch, args.amp_dtype))
     if args.show or args.show_dir:
         task = task_of(cfg, '--show-dir' if args.show_dir else '--show')
         hook = (cfg.get('default_hooks') or {}).get('visualization')
@@ -107,7 +109,8 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         if not isinstance(loader, dict):
             continue
         for name, value in (task.dataloader_defaults if task else {}).items():
-            loader.setdefault(name, value)
+            if name != 'pin_memory' or torch.cuda.is_available():
+                loader.setdefault(name, value)
         if not loader.get('num_workers'):
             # torch refuses these without workers, which num_workers=0 alone would ask for.
             for name in ('persistent_workers', 'prefetch_factor'):
@@ -142,18 +145,24 @@ def _set_loaders(cfg: Config, **settings: Any) -> None:
             cfg[key].update(settings)
 
 
-def _use_amp(cfg: Config, bf16: bool) -> None:
+def _check_amp_dtype(dtype: str) -> None:
+    if dtype == 'float16' and get_device() == 'cpu':
+        raise UserError('--amp-dtype float16 needs a GPU; a CPU has bfloat16')
+
+
+def _use_amp(cfg: Config, dtype: str | None) -> None:
     wrapper = cfg.get('optim_wrapper')
     kind = wrapper.get('type', 'OptimWrapper') if isinstance(wrapper, dict) else None
     name = kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))
     if name not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(
-            '--amp and --bf16 work with optim_wrapper.type OptimWrapper or AmpOptimWrapper, not '
+            '--amp works with optim_wrapper.type OptimWrapper or AmpOptimWrapper, not '
             f"{name}; wrappers such as DeepSpeed's have precision settings of their own"
         )
     wrapper['type'] = 'AmpOptimWrapper'
-    if bf16:
-        wrapper['dtype'] = 'bfloat16'
+    if dtype:
+        _check_amp_dtype(dtype)
+        wrapper['dtype'] = dtype
     # bfloat16 has the range of float32: there is nothing to scale.
     is_bf16 = wrapper.get('dtype') in ('bfloat16', torch.bfloat16)
     wrapper.setdefault('loss_scale', {'enabled': False} if is_bf16 else 'dynamic')

@@ -173,7 +173,7 @@ TASKS: dict[str, Task] = {
         visualize=_paint_detection,
         dump_predictions=_dump_detection,
         tta_model={
-            'type': 'mmdet.DetTTAModel',
+            'type': 'DetTTAModel',
             'tta_cfg': {'nms': {'type': 'nms', 'iou_threshold': 0.5}, 'max_per_img': 100},
         },
         tta_from='PackDetInputs',

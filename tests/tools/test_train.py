@@ -73,11 +73,11 @@ def test_resume_without_checkpoint_keeps_load_from(toy):
     assert 'no checkpoint in fresh to resume' in log
 
 
-@pytest.mark.parametrize('flag', ['--amp', '--bf16'])
+@pytest.mark.parametrize('flag', [['--amp'], ['--amp-dtype', 'bfloat16']])
 def test_mixed_precision_on_cpu(toy, flag):
     if torch.cuda.is_available():
         pytest.skip('the CPU path')
-    runner = main_train(['config.py', flag, '--no-validate', *option('train_cfg.max_epochs=1')])
+    runner = main_train(['config.py', *flag, '--no-validate', *option('train_cfg.max_epochs=1')])
     assert runner.model.seen_dtypes == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in runner.model.parameters())
 
@@ -95,7 +95,7 @@ def test_amp_keeps_configured_dtype_and_user_wins(toy):
 
     assert wrapper('--amp') == {'type': 'AmpOptimWrapper', 'loss_scale': 'dynamic'}
     unscaled = {'type': 'AmpOptimWrapper', 'loss_scale': {'enabled': False}, 'dtype': 'bfloat16'}
-    assert wrapper('--bf16') == unscaled
+    assert wrapper('--amp-dtype', 'bfloat16') == unscaled
     path = Path('config.py')
     path.write_text(path.read_text() + "optim_wrapper['dtype'] = 'bfloat16'\n")
     assert wrapper('--amp') == unscaled
@@ -228,6 +228,9 @@ def test_bad_flags_get_one_line(toy, fails, capsys):
     assert '--resume: the checkpoint' in fails(main_train, 'config.py', '--resume', 'gone.pth')
     line = fails(main_train, 'config.py', '--launcher', 'slurm')
     assert 'SLURM_PROCID' in line
+    if not torch.cuda.is_available():
+        line = fails(main_train, 'config.py', '--amp-dtype', 'float16')
+        assert '--amp-dtype float16 needs a GPU' in line
     deepspeed = option('optim_wrapper.type=DeepSpeedOptimWrapper')
     Path('other.py').write_text(
         "_base_ = 'config.py'\noptim_wrapper = dict(type='DeepSpeedOptimWrapper')\n"
@@ -258,7 +261,7 @@ def test_bad_data_gets_one_line(toy, fails):
     assert str(annotations) in fails(main_train, 'config.py', *lazy)
     annotations.write_text('{"samples": []}')
     assert 'train_dataloader.dataset is empty' in fails(main_train, 'config.py')
-    plain = option('dataset.serialize_data=False', 'train_dataloader.dataset.serialize_data=False')
+    plain = option('train_dataloader.dataset.serialize_data=False')
     line = fails(main_train, 'config.py', '--no-validate', *plain)
     assert 'train_dataloader.dataset (ToyDataset) is empty' in line
     annotations.write_text(good)

@@ -15,7 +15,7 @@ class CPUAmpOptimWrapper(OptimWrapper):
 
     mmengine's ``AmpOptimWrapper`` refuses to work without an accelerator. bfloat16 has the exponent
     range of float32, so that no loss scaling is needed. The launcher uses this wrapper for
-    ``--amp`` and ``--bf16`` where there is no GPU. Arguments are those of ``OptimWrapper``.
+    ``--amp`` where there is no GPU. Arguments are those of ``OptimWrapper``.
     """
 
     @contextmanager

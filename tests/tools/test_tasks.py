@@ -1,0 +1,131 @@
+"""Flags that differ between the task libraries, on real models of each with a Vim backbone."""
+
+import json
+from pathlib import Path
+
+import mmengine
+import numpy as np
+import pytest
+import task_configs
+from PIL import Image
+
+from mmvim.engine.launcher import main_test, main_train
+
+CHECKPOINT = 'work_dirs/config/iter_1.pth'
+
+
+@pytest.fixture
+def task(toy, request):
+    """The current directory, with a trained checkpoint of the task that the test is for."""
+    pytest.importorskip(request.param)
+    work = toy / request.param
+    work.mkdir()
+    root = task_configs.write(work, request.param)
+    request.getfixturevalue('monkeypatch').chdir(work)
+    main_train(['config.py'])
+    return root
+
+
+def painted(directory: str) -> list[Path]:
+    return [path for kind in ('*.png', '*.jpg') for path in Path(directory).rglob(kind)]
+
+
+@pytest.mark.parametrize('task', ['mmpretrain'], indirect=True)
+def test_classification(task, fails):
+    metrics = main_test(
+        ['config.py', CHECKPOINT, '--out', 'o/p.pkl', '--show-dir', 'shown', '--interval', '2']
+    )
+    predictions = mmengine.load('o/p.pkl')
+    assert len(predictions) == 4
+    right = [int(p['pred_label']) == int(p['gt_label']) for p in predictions]
+    assert metrics['accuracy/top1'] == pytest.approx(100 * np.mean(right))
+    assert len(painted('shown')) == 2
+    plain = np.stack([p['pred_score'] for p in predictions])
+
+    main_test(['config.py', CHECKPOINT, '--tta', '--amp', '--out', 'tta.pkl'])
+    mirrored = np.stack([p['pred_score'].float() for p in mmengine.load('tta.pkl')])
+    assert mirrored.shape == plain.shape
+    assert not np.array_equal(mirrored, plain)
+
+    line = fails(main_test, 'config.py', CHECKPOINT, '--cfg-options', 'model.head.num_classes=3')
+    assert 'model.head.num_classes is 3' in line
+    assert 'test_dataloader.dataset (CustomDataset) has 2 classes (a, b)' in line
+    line = fails(main_test, 'config.py', CHECKPOINT, '--out', 'p.json')
+    assert "--out must end with .pkl or .pickle for predictions, not 'p.json'" in line
+    line = fails(main_train, 'config.py', '--cfg-options', 'model.backbone.arhc=tiny')
+    assert "model.backbone: mmvim.Vim has no argument 'arhc' (did you mean 'arch'?)" in line
+    line = fails(main_train, 'config.py', '--cfg-options', 'model.backbone.discretization=euler')
+    assert 'model.backbone (mmvim.Vim)' in line
+    assert "'euler'" in line
+    assert 'zoh' in line
+
+    (task / 'train.txt').write_text('0.png 0\n1.png 7\n2.png 1\n3.png 0')
+    line = fails(main_train, 'config.py')
+    assert "label 7 of '" in line
+    assert "images/1.png' does not fit model.head.num_classes = 2; allowed: 0 to 1" in line
+    (task / 'train.txt').write_text('0.png zero')
+    assert 'cannot use annotation file' in fails(main_train, 'config.py')
+    (task / 'train.txt').write_text('0.png 0\n1.png 1\n2.png 1\n3.png 0')
+    (task / 'images' / '2.png').write_bytes(b'')
+    line = fails(main_train, 'config.py')
+    assert "cannot load image '" in line
+    assert "images/2.png' (LoadImageFromFile)" in line
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(task / 'images' / '2.png')
+    line = fails(main_train, 'config.py')
+    assert 'different sizes ([3, 32, 32] at entry 0 and [3, 8, 8] at entry 2)' in line
+    one = ['--cfg-options', 'train_dataloader.batch_size=1', 'train_cfg.max_iters=4']
+    line = fails(main_train, 'config.py', '--no-validate', *one)
+    assert '8' in line
+    assert 'patch' in line
+
+
+@pytest.mark.parametrize('task', ['mmdet'], indirect=True)
+def test_detection(task, fails):
+    arguments = ['--out', 'p.pkl', '--show-dir', 'shown', '--interval', '3']
+    main_test(['config.py', CHECKPOINT, *arguments])
+    predictions = mmengine.load('p.pkl')
+    assert [p['img_id'] for p in predictions] == [0, 1, 2, 3]
+    assert len(painted('shown')) == 2
+    main_test(['config.py', CHECKPOINT, '--tta', '--out', 'tta.pkl'])
+    mirrored = mmengine.load('tta.pkl')
+    counts = [
+        [len(p['pred_instances']['scores']) for p in each] for each in (predictions, mirrored)
+    ]
+    assert max(counts[1]) > max(counts[0])
+
+    line = fails(main_train, 'config.py', '--cfg-options', 'model.bbox_head.num_classes=80')
+    assert 'model.bbox_head.num_classes is 80' in line
+    assert 'has 2 classes' in line
+    missing = 'train_dataloader.dataset.dataset.data_prefix.img=gone'
+    line = fails(main_train, 'config.py', '--cfg-options', missing)
+    assert 'train_dataloader.dataset.dataset.data_prefix.img: the directory' in line
+    line = fails(main_train, 'config.py', '--cfg-options', 'val_evaluator.ann_file=gone.json')
+    assert "val_evaluator.ann_file: the annotation file 'gone.json' does not exist" in line
+    (task / 'train.json').write_text(json.dumps({'images': []}))
+    line = fails(main_train, 'config.py')
+    assert 'train_dataloader.dataset.dataset' in line
+    assert 'train.json' in line
+
+
+@pytest.mark.parametrize('task', ['mmseg'], indirect=True)
+def test_segmentation(task, fails):
+    arguments = ['--out', 'maps', '--show-dir', 'shown', '--interval', '2']
+    metrics = main_test(['config.py', CHECKPOINT, *arguments])
+    assert 'mIoU' in metrics
+    maps = sorted(Path('maps').glob('*.png'))
+    assert [path.name for path in maps] == ['0.png', '1.png', '2.png', '3.png']
+    assert set(np.unique(np.asarray(Image.open(maps[0])))) <= {0, 1}
+    assert len(painted('shown')) == 2
+    assert 'mIoU' in main_test(['config.py', CHECKPOINT, '--tta'])
+
+    line = fails(main_train, 'config.py', '--cfg-options', 'model.decode_head.num_classes=3')
+    assert 'model.decode_head.num_classes is 3' in line
+    Image.fromarray(np.full((32, 32), 9, np.uint8)).save(task / 'maps' / '1.png')
+    line = fails(main_train, 'config.py')
+    assert 'label 9 of' in line
+    assert 'images/1.png' in line
+    assert 'allowed: 0 to 1 and 255 (ignored)' in line
+    (task / 'maps' / '1.png').write_text('no picture')
+    line = fails(main_train, 'config.py')
+    assert "cannot load annotation '" in line
+    assert "maps/1.png' (LoadAnnotations)" in line
