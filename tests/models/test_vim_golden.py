@@ -44,7 +44,7 @@ def arguments(config):
         'patch_size': config['patch_size'],
         'stride': config.get('stride'),
         'cls_token': place,
-        'pool': config['final_pool_type'],
+        'pool': config['final_pool_type'] if place == 'none' else None,
         'bimamba': config['bimamba_type'],
         'merge': merge,
         'rope': config['if_rope'],

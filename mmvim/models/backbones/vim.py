@@ -79,9 +79,10 @@ class Vim(BaseModule):
             tokens in order. Defaults to 'cls_token'.
         out_indices (int | Sequence[int]): Layers whose outputs are returned, ascending; negative
             ones count from the end. Layers after the last of them are not run. Defaults to -1.
-        pool (str): How ``out_type='cls_token'`` pools without class token: 'mean', 'max' (over
-            the features; the official model takes the maximum of the logits instead), 'last' (the
-            last patch) or 'all' (no pooling). Defaults to 'mean'.
+        pool (str, optional): How ``out_type='cls_token'`` pools where there is no class token:
+            'mean', 'max' (over the features; the official model takes the maximum of the logits
+            instead), 'last' (the last patch) or 'all' (no pooling). Defaults to None, which is
+            'mean' then, and must be None where nothing is pooled.
         out_norm (str): Norm of the outputs. An output is the residual stream after its layer,
             hidden state plus residual. 'final': the last layer's goes through ``norm_f``, the
             others stay as they are. 'shared': all go through ``norm_f``. 'separate': the last
@@ -149,7 +150,7 @@ class Vim(BaseModule):
         cls_token: str = 'middle',
         out_type: str = 'cls_token',
         out_indices: int | Sequence[int] = -1,
-        pool: str = 'mean',
+        pool: str | None = None,
         out_norm: str = 'final',
         abs_pos_embed: bool = True,
         rope: bool = False,
@@ -175,10 +176,19 @@ class Vim(BaseModule):
         super().__init__(init_cfg=init_cfg)
         check_choice('cls_token', cls_token, CLS_TOKEN_PLACES)
         check_choice('out_type', out_type, self.OUT_TYPES)
-        check_choice('pool', pool, ('mean', 'max', 'last', 'all'))
+        check_choice('pool', pool, (None, 'mean', 'max', 'last', 'all'))
         check_choice('out_norm', out_norm, ('final', 'shared', 'separate', 'none'))
         check_choice('bimamba', bimamba, ('v1', 'v2', 'none'))
         check_choice('merge', merge, (None, 'mean', 'sum'))
+        if pool is not None and (cls_token != 'none' or out_type != 'cls_token'):
+            raise ValueError(
+                f'pool={pool!r} has no effect with cls_token={cls_token!r} and '
+                f"out_type={out_type!r}; it is for cls_token='none' and out_type='cls_token'"
+            )
+        if merge is not None and bimamba == 'none' and not if_bidirectional:
+            raise ValueError(f"merge={merge!r} has no effect with bimamba='none'")
+        if rope_residual and not rope:
+            raise ValueError('rope_residual=True needs rope=True')
         if discretization == 'rk4' and dt_init == 'official' and bimamba == 'v2':
             print_log(
                 "Vim: discretization='rk4' grows without bound for a large Δ, and "
@@ -197,7 +207,7 @@ class Vim(BaseModule):
             raise ValueError(f'if_bidirectional=True needs an even depth, not {self.num_layers}')
         self.cls_token_place = cls_token
         self.out_type = out_type
-        self.pool = pool
+        self.pool = pool or 'mean'
         self.out_norm = out_norm
         self.rope = rope
         self.rope_residual = rope_residual
