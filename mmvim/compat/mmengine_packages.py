@@ -47,8 +47,21 @@ def _replace_pkg_resources(package_utils: ModuleType) -> None:
     if 'pkg_resources' not in package_utils.is_installed.__code__.co_names:
         return
     if importlib.util.find_spec('pkg_resources') is None:
-        package_utils.is_installed = is_installed
-        package_utils.get_installed_path = get_installed_path
+        # The code and not the function: other modules may have imported the function already.
+        package_utils.is_installed.__code__ = _call_is_installed.__code__
+        package_utils.get_installed_path.__code__ = _call_get_installed_path.__code__
+
+
+def _call_is_installed(package: str) -> bool:
+    from mmvim.compat import mmengine_packages
+
+    return mmengine_packages.is_installed(package)
+
+
+def _call_get_installed_path(package: str) -> str:
+    from mmvim.compat import mmengine_packages
+
+    return mmengine_packages.get_installed_path(package)
 
 
 def _distribution_exists(name: str) -> bool:

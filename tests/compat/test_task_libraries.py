@@ -177,7 +177,7 @@ def test_classifier(precision):
     config = get_config('mmpretrain::_base_/models/resnet18.py').model
     config.head.update(num_classes=5, topk=(1, 5))
     config.train_cfg = {
-        'augments': [{'type': 'Mixup', 'alpha': 0.8}, {'type': 'CutMix', 'alpha': 1}]
+        'augments': [{'type': 'Mixup', 'alpha': 0.8}, {'type': 'CutMix', 'alpha': 1.0}]
     }
     config.head.loss = {'type': 'LabelSmoothLoss', 'label_smooth_val': 0.1, 'mode': 'original'}
     config.data_preprocessor = {
