@@ -544,7 +544,10 @@ class Vim(BaseModule):
 
     def _check_keys(self, keys: list[str], own: set[str], prefix: str) -> None:
         if prefix and not keys:
-            self._reject(f"it has no key that starts with '{prefix}'")
+            self._reject(
+                f"it has no key that starts with '{prefix}' (weights of a backbone alone go into "
+                "the backbone's init_cfg=dict(type='Pretrained', checkpoint=…))"
+            )
         depth = layer_count(keys, r'layers\.(\d+)\.mixer\.A_log$')
         foreign = [k for k in keys if k not in own and k not in _HEAD_KEYS]
         if foreign and not layer_count(keys, _LAYER_KEY):
