@@ -137,7 +137,7 @@ def _map(node: Any, data: MiniatureData, key: str = '') -> Any:
         return max(64, math.ceil(node / 8 / 16) * 16)
     # An untrained detector is sure of nothing: without these it has no detections to evaluate, or
     # hundreds of thousands.
-    limits = {'score_thr': 0.0, 'nms_pre': 100, 'max_per_img': 50}
+    limits = {'score_thr': 0.0, 'nms_pre': 100, 'max_per_img': 50, 'num': 32}
     if key in limits and isinstance(node, int | float):
         return min(node, limits[key])
     return node
