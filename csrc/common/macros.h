@@ -8,3 +8,10 @@
 #else
 #define MMVIM_HD inline __attribute__((always_inline))
 #endif
+
+// For what is called once a row: keeps code and compile time small.
+#if defined(_MSC_VER) && !defined(__clang__)
+#define MMVIM_NOINLINE __declspec(noinline)
+#else
+#define MMVIM_NOINLINE __attribute__((noinline))
+#endif

@@ -1,0 +1,354 @@
+// Registers the CPU kernels of selective_scan and bidirectional_scan: checks, allocation, dispatch.
+#include <torch/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "../common/cpu_glue.h"
+#include "cpu_kernels.h"
+
+namespace mmvim {
+namespace cpu {
+namespace {
+
+constexpr int64_t kMaxStates = 256;
+// Distance of the checkpoints that a backward pass makes for itself if none were saved.
+constexpr int64_t kOwnInterval = 64;
+
+Discretization method_of(std::string_view name) {
+  std::string known;
+  for (int i = 0; i < kDiscretizationCount; ++i) {
+    if (name == kDiscretizationNames[i]) return static_cast<Discretization>(i);
+    known += std::string(i == 0 ? "" : ", ") + kDiscretizationNames[i];
+  }
+  TORCH_CHECK(false, "discretization must be one of ", known, "; got '", name, "'");
+}
+
+// One direction's inputs, checked, and alive as long as the kernels run.
+struct Inputs {
+  const Tensor &u, &delta, &B, &C;
+  Tensor A;
+  OptTensor D, delta_bias;
+  at::ScalarType type, compute;
+
+  Inputs(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_,
+         const Tensor& C_, const OptTensor& D_, const OptTensor& delta_bias_)
+      : u(u_), delta(delta_), B(B_), C(C_), A(A_) {
+    TORCH_CHECK(u.dim() == 3, "u must be (b, l, d), got shape ", u.sizes());
+    type = u.scalar_type();
+    dtype_of(type, "u");
+    compute = compute_type(type);
+    const int64_t b = u.size(0), l = u.size(1), d = u.size(2);
+    check(u, "u", u.sizes(), type);
+    check(delta, "delta", u.sizes(), type);
+    TORCH_CHECK(A.dim() == 2 && A.size(1) <= kMaxStates, "A must be (d, n) with n <= ", kMaxStates,
+                ", got shape ", A.sizes());
+    const int64_t n = A.size(1);
+    check(A, "A", {d, n}, compute);
+    TORCH_CHECK(B.dim() == 4 && B.size(2) > 0 && d % B.size(2) == 0,
+                "B must be (b, l, g, n) with g a divisor of ", d, ", got shape ", B.sizes());
+    const int64_t g = B.size(2);
+    check(B, "B", {b, l, g, n}, type);
+    check(C, "C", {b, l, g, n}, type);
+    check(D_, "D", {d}, compute);
+    check(delta_bias_, "delta_bias", {d}, compute);
+    A = A.contiguous();
+    D = contiguous(D_);
+    delta_bias = contiguous(delta_bias_);
+  }
+
+  ScanShape shape(std::string_view method, bool delta_softplus) const {
+    ScanShape s;
+    s.batch = u.size(0);
+    s.length = u.size(1);
+    s.channels = u.size(2);
+    s.states = A.size(1);
+    s.groups = B.size(2);
+    s.method = method_of(method);
+    s.delta_softplus = delta_softplus;
+    return s;
+  }
+
+  ScanInputs arguments(bool reverse) const {
+    ScanInputs in;
+    in.u = view(u);
+    in.delta = view(delta);
+    in.B = grouped(B);
+    in.C = grouped(C);
+    in.A = A.const_data_ptr();
+    in.D = data(D);
+    in.delta_bias = data(delta_bias);
+    in.reverse = reverse;
+    return in;
+  }
+
+  bool is_double() const { return compute == at::kDouble; }
+
+ private:
+  static GroupedView grouped(const Tensor& t) {
+    GroupedView g;
+    g.view = view(t);
+    g.view.stride_d = t.stride(3);
+    g.stride_g = t.stride(2);
+    return g;
+  }
+};
+
+std::vector<int64_t> checkpoint_sizes(const ScanShape& s, int64_t interval) {
+  TORCH_CHECK(interval >= 0, "checkpoint_interval must not be negative, got ", interval);
+  if (interval == 0) return {0};
+  const int64_t count = (s.length + interval - 1) / interval - 1;
+  return {s.batch, count < 0 ? 0 : count, s.channels, s.states};
+}
+
+std::vector<int64_t> state_sizes(const ScanShape& s, int64_t parts) {
+  return {s.batch, s.channels, parts * s.states};
+}
+
+struct InitialState {
+  OptTensor state;
+  int64_t parts = 0;
+
+  InitialState(const OptTensor& given, const ScanShape& s, at::ScalarType compute) {
+    if (!given.has_value()) return;
+    parts = s.state_parts() == 2 && given->dim() == 3 && given->size(2) == 2 * s.states ? 2 : 1;
+    check(*given, "initial_state", state_sizes(s, parts), compute);
+    state = given->contiguous();
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                           const Tensor& B, const Tensor& C, const OptTensor& D,
+                                           const OptTensor& z, const OptTensor& delta_bias,
+                                           const OptTensor& initial_state, bool delta_softplus,
+                                           std::string_view discretization, bool reverse,
+                                           bool return_last_state, int64_t checkpoint_interval) {
+  const Inputs in(u, delta, A, B, C, D, delta_bias);
+  check(z, "z", u.sizes(), in.type);
+  ScanForwardArgs a;
+  a.shape = in.shape(discretization, delta_softplus);
+  const InitialState initial(initial_state, a.shape, in.compute);
+  a.inputs[0] = in.arguments(reverse);
+  a.initial_state = data(initial.state);
+  a.initial_parts = initial.parts;
+  a.checkpoint_interval = checkpoint_interval;
+  a.z = view(z);
+  Tensor out = empty_like(u);
+  Tensor checkpoints = empty(checkpoint_sizes(a.shape, checkpoint_interval), in.compute);
+  Tensor last_state = empty({0}, in.compute);
+  if (return_last_state) {
+    last_state = empty(state_sizes(a.shape, a.shape.state_parts()), in.compute);
+    a.last_state = last_state.mutable_data_ptr();
+  }
+  a.out = output(out);
+  a.checkpoints[0] = checkpoints.mutable_data_ptr();
+  MMVIM_PER_ISA(scan_forward)(a, in.is_double());
+  return {out, last_state, checkpoints};
+}
+
+// Gradients of one direction.
+struct Gradients {
+  Tensor u, delta, A, B, C, D, delta_bias;
+
+  Gradients(const Inputs& in, ScanBackwardArgs& a)
+      : u(empty_like(in.u)),
+        delta(empty_like(in.delta)),
+        A(empty_like(in.A)),
+        B(empty_like(in.B)),
+        C(empty_like(in.C)),
+        D(empty_like(in.D, in.compute)),
+        delta_bias(empty_like(in.delta_bias, in.compute)) {
+    if (in.u.size(2) == 0) {
+      B.zero_();
+      C.zero_();
+    }
+    a.du = output(u);
+    a.ddelta = output(delta);
+    a.dA = A.mutable_data_ptr();
+    a.dB = output(B);
+    a.dC = output(C);
+    a.dD = data_if(in.D, D);
+    a.ddelta_bias = data_if(in.delta_bias, delta_bias);
+  }
+};
+
+// The checkpoints that were saved, or new ones; `pregate`, if not null, receives the ungated sum.
+void find_checkpoints(ScanBackwardArgs& a, const Tensor& saved, int64_t interval, Tensor& keep,
+                      const Inputs& in) {
+  check(saved, "checkpoints", checkpoint_sizes(a.shape, interval), in.compute);
+  if (interval > 0) {
+    keep = saved.contiguous();
+  } else {
+    interval = kOwnInterval;
+    keep = empty(checkpoint_sizes(a.shape, interval), in.compute);
+    ScanForwardArgs f;
+    f.shape = a.shape;
+    f.inputs[0] = a.inputs;
+    f.initial_state = a.initial_state;
+    f.initial_parts = a.initial_parts;
+    f.checkpoint_interval = interval;
+    f.checkpoints[0] = keep.mutable_data_ptr();
+    MMVIM_PER_ISA(scan_forward)(f, in.is_double());
+  }
+  a.checkpoints = keep.const_data_ptr();
+  a.checkpoint_interval = interval;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& u, const Tensor& delta,
+    const Tensor& A, const Tensor& B, const Tensor& C, const OptTensor& D, const OptTensor& z,
+    const OptTensor& delta_bias, const OptTensor& initial_state, const Tensor& checkpoints,
+    bool delta_softplus, std::string_view discretization, bool reverse,
+    int64_t checkpoint_interval) {
+  const Inputs in(u, delta, A, B, C, D, delta_bias);
+  check(z, "z", u.sizes(), in.type);
+  check(grad_out, "grad_out", u.sizes(), in.type);
+  ScanBackwardArgs a;
+  a.shape = in.shape(discretization, delta_softplus);
+  const InitialState initial(initial_state, a.shape, in.compute);
+  check(grad_last_state, "grad_last_state", state_sizes(a.shape, a.shape.state_parts()),
+        in.compute);
+  const OptTensor grad_last = contiguous(grad_last_state);
+  a.inputs = in.arguments(reverse);
+  a.initial_state = data(initial.state);
+  a.initial_parts = initial.parts;
+  a.grad_out = view(grad_out);
+  a.grad_last_state = data(grad_last);
+  a.z = view(z);
+  const Gradients grads(in, a);
+  Tensor dz = empty_like(z, in.compute);
+  if (z.has_value()) a.dz = output(dz);
+  Tensor dinitial = empty_like(initial_state, in.compute);
+  a.dinitial_state = data_if(initial_state, dinitial);
+  Tensor keep;
+  find_checkpoints(a, checkpoints, checkpoint_interval, keep, in);
+  MMVIM_PER_ISA(scan_backward)(a, in.is_double());
+  return {grads.u, grads.delta, grads.A, grads.B, grads.C, grads.D, dz, grads.delta_bias, dinitial};
+}
+
+void check_pair(const Inputs& f, const Inputs& b) {
+  TORCH_CHECK(b.u.sizes() == f.u.sizes() && b.type == f.type && b.A.sizes() == f.A.sizes(),
+              "both directions must have the same shapes and dtypes, got u ", f.u.sizes(), " ",
+              f.type, " and ", b.u.sizes(), " ", b.type, ", A ", f.A.sizes(), " and ", b.A.sizes());
+}
+
+// The kernels of the two directions share one shape; groups may differ, then each runs alone.
+ScanForwardArgs pair_arguments(const Inputs& f, const Inputs& b, std::string_view discretization,
+                               bool delta_softplus) {
+  check_pair(f, b);
+  TORCH_CHECK(f.B.size(2) == b.B.size(2),
+              "both directions must have the same number of groups, got ", f.B.size(2), " and ",
+              b.B.size(2));
+  ScanForwardArgs a;
+  a.shape = f.shape(discretization, delta_softplus);
+  a.directions = 2;
+  a.inputs[0] = f.arguments(false);
+  a.inputs[1] = b.arguments(true);
+  return a;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
+    const Tensor& u_f, const Tensor& delta_f, const Tensor& A_f, const Tensor& B_f,
+    const Tensor& C_f, const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
+    const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b, const Tensor& C_b,
+    const OptTensor& D_b, const OptTensor& delta_bias_b, const OptTensor& z, double scale,
+    bool delta_softplus, std::string_view discretization, int64_t checkpoint_interval) {
+  const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
+  const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
+  check(z, "z", u_f.sizes(), f.type);
+  ScanForwardArgs a = pair_arguments(f, b, discretization, delta_softplus);
+  a.z = view(z);
+  a.scale = scale;
+  a.checkpoint_interval = checkpoint_interval;
+  Tensor out = empty_like(u_f);
+  Tensor pregate = empty({0}, f.type);
+  a.out = output(out);
+  if (z.has_value() && checkpoint_interval > 0) {
+    pregate = empty_like(u_f);
+    a.pregate = output(pregate);
+  }
+  const auto sizes = checkpoint_sizes(a.shape, checkpoint_interval);
+  Tensor checkpoints_f = empty(sizes, f.compute), checkpoints_b = empty(sizes, f.compute);
+  a.checkpoints[0] = checkpoints_f.mutable_data_ptr();
+  a.checkpoints[1] = checkpoints_b.mutable_data_ptr();
+  MMVIM_PER_ISA(scan_forward)(a, f.is_double());
+  return {out, pregate, checkpoints_f, checkpoints_b};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+           Tensor, Tensor, Tensor, Tensor>
+bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f,
+                       const Tensor& A_f, const Tensor& B_f, const Tensor& C_f,
+                       const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
+                       const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b,
+                       const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
+                       const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
+                       const Tensor& checkpoints_b, double scale, bool delta_softplus,
+                       std::string_view discretization, int64_t checkpoint_interval) {
+  const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
+  const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
+  check(z, "z", u_f.sizes(), f.type);
+  check(grad_out, "grad_out", u_f.sizes(), f.type);
+  Tensor dz = empty_like(z, f.compute);
+  Tensor saved[2] = {checkpoints_f, checkpoints_b};
+  int64_t interval = checkpoint_interval;
+  if (z.has_value()) {
+    Tensor sum = pregate;
+    if (interval == 0) {
+      // Nothing was kept: run forward again, for the ungated sum and the checkpoints.
+      check(pregate, "pregate", {0}, f.type);
+      for (const Tensor& t : saved) check(t, "checkpoints", {0}, f.compute);
+      interval = kOwnInterval;
+      ScanForwardArgs again = pair_arguments(f, b, discretization, delta_softplus);
+      again.checkpoint_interval = interval;
+      sum = empty(u_f.sizes(), f.compute);
+      again.out = output(sum);
+      for (int i = 0; i < 2; ++i) {
+        saved[i] = empty(checkpoint_sizes(again.shape, interval), f.compute);
+        again.checkpoints[i] = saved[i].mutable_data_ptr();
+      }
+      MMVIM_PER_ISA(scan_forward)(again, f.is_double());
+    } else {
+      check(pregate, "pregate", u_f.sizes(), f.type);
+    }
+    GateBackwardArgs gate;
+    gate.batch = u_f.size(0);
+    gate.length = u_f.size(1);
+    gate.channels = u_f.size(2);
+    gate.grad_out = view(grad_out);
+    gate.pregate = view(sum);
+    gate.z = view(z);
+    gate.scale = scale;
+    gate.dz = output(dz);
+    MMVIM_PER_ISA(gate_backward)(gate, f.is_double());
+  }
+  const auto direction = [&](const Inputs& in, const Tensor& checkpoints, bool reverse) {
+    ScanBackwardArgs a;
+    a.shape = in.shape(discretization, delta_softplus);
+    a.inputs = in.arguments(reverse);
+    a.grad_out = view(grad_out);
+    a.z = view(z);
+    a.scale = scale;
+    Gradients grads(in, a);
+    Tensor keep;
+    find_checkpoints(a, checkpoints, interval, keep, in);
+    MMVIM_PER_ISA(scan_backward)(a, in.is_double());
+    return grads;
+  };
+  check_pair(f, b);
+  const Gradients gf = direction(f, saved[0], false), gb = direction(b, saved[1], true);
+  return {gf.u, gf.delta, gf.A, gf.B, gf.C,          gf.D, gf.delta_bias, gb.u, gb.delta,
+          gb.A, gb.B,     gb.C, gb.D, gb.delta_bias, dz};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mmvim, CPU, m) {
+  m.impl("selective_scan", forward);
+  m.impl("selective_scan_backward", backward);
+  m.impl("bidirectional_scan", bidirectional_forward);
+  m.impl("bidirectional_scan_backward", bidirectional_backward);
+}
+
+}  // namespace cpu
+}  // namespace mmvim

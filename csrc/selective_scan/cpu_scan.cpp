@@ -1,0 +1,635 @@
+// The outer loops of the scan: blocks of channels in parallel, tiles of time in order. A tile is
+// read into aligned arrays of the computing type, in scan order and with the gate and the softplus
+// applied, so that the inner loops (cpu_tile.cpp) know nothing of types, strides and directions.
+#include <initializer_list>
+
+#include "../common/rows.h"
+#include "cpu_kernels.h"
+#include "cpu_tile.h"
+
+namespace mmvim {
+namespace MMVIM_ISA {
+namespace {
+
+// Channels are cut into blocks that do not straddle groups.
+struct Blocks {
+  int64_t batch, group_channels, groups, block, per_group;
+
+  Blocks(const ScanShape& s, int64_t block_channels)
+      : batch(s.batch),
+        group_channels(s.groups == 0 ? 0 : s.channels / s.groups),
+        groups(s.groups),
+        block(smaller(block_channels, larger(group_channels, 1))),
+        per_group(divide_up(group_channels, block)) {}
+
+  int64_t count() const { return batch * groups * per_group; }
+};
+
+struct Block {
+  int64_t batch, group, index, channel;
+  int count;  // channels
+
+  Block(const Blocks& b, int64_t task) {
+    index = task % b.per_group;
+    group = task / b.per_group % b.groups;
+    batch = task / (b.per_group * b.groups);
+    const int64_t first = index * b.block;
+    channel = group * b.group_channels + first;
+    count = static_cast<int>(smaller(b.block, b.group_channels - first));
+  }
+};
+
+// (channels, parts * states) in memory, one part of it in (vector, state, lane) order.
+template <class S>
+void load_states(S* dst, const S* src, int64_t states, int64_t parts, int64_t part, int count,
+                 int64_t vectors) {
+  constexpr int kWidth = kLanes<S>;
+  for (int64_t v = 0; v < vectors; ++v) {
+    for (int64_t n = 0; n < states; ++n) {
+      for (int i = 0; i < kWidth; ++i) {
+        const int64_t c = v * kWidth + i;
+        dst[(v * states + n) * kWidth + i] =
+            c < count ? src[(c * parts + part) * states + n] : S(0);
+      }
+    }
+  }
+}
+
+template <class S>
+void store_states(S* dst, const S* src, int64_t states, int64_t parts, int64_t part, int count,
+                  S scale = S(1)) {
+  constexpr int kWidth = kLanes<S>;
+  for (int c = 0; c < count; ++c) {
+    const S* lane = src + (c / kWidth) * states * kWidth + c % kWidth;
+    for (int64_t n = 0; n < states; ++n) {
+      dst[(c * parts + part) * states + n] = scale * lane[n * kWidth];
+    }
+  }
+}
+
+// One direction's inputs of one block, a tile at a time.
+template <class S>
+class TileReader {
+ public:
+  using M = VectorMath<S>;
+  using V = typename M::V;
+
+  TileReader(const ScanShape& shape, const ScanInputs& inputs, const Block& block, int64_t padded)
+      : shape_(shape), in_(inputs), block_(block), padded_(padded) {}
+
+  int64_t row_of(int64_t step) const { return in_.reverse ? shape_.length - 1 - step : step; }
+
+  // `slope`, where wanted, receives d(delta) / d(raw delta).
+  void read(int64_t first, int64_t steps, S* u, S* delta, S* slope, S* B, S* C,
+            const S* bias) const {
+    const int64_t n = shape_.states;
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t t = row_of(first + i);
+      row(u + i * padded_, in_.u, t);
+      S* d = delta + i * padded_;
+      row(d, in_.delta, t);
+      for (int64_t c = 0; c < padded_; c += kLanes<S>) {
+        V v = load(d + c) + load(bias + c);
+        V derivative = M::set(S(1));
+        if (shape_.delta_softplus) v = M::softplus(v, &derivative);
+        store(d + c, v);
+        if (slope != nullptr) store(slope + i * padded_ + c, derivative);
+      }
+      states(B + i * n, in_.B, t);
+      states(C + i * n, in_.C, t);
+    }
+  }
+
+  // B u of the step before `first`, for the two-tap methods.
+  void read_tap(int64_t first, S* v, S* u, S* B) const {
+    const int64_t t = row_of(first - 1);
+    row(u, in_.u, t);
+    states(B, in_.B, t);
+    for (int64_t c = 0; c < padded_; c += kLanes<S>) {
+      for (int64_t n = 0; n < shape_.states; ++n) {
+        store(v + (c / kLanes<S> * shape_.states + n) * kLanes<S>, load(u + c) * M::set(B[n]));
+      }
+    }
+  }
+
+  void row(S* dst, const View& view, int64_t t) const {
+    load_padded(dst, view, block_.batch, t, block_.channel, block_.count,
+                static_cast<int>(padded_));
+  }
+
+  // A per-channel parameter, zero where absent.
+  void parameter(S* dst, const void* data) const {
+    fill(dst, S(0), padded_);
+    if (data == nullptr) return;
+    std::memcpy(dst, static_cast<const S*>(data) + block_.channel, block_.count * sizeof(S));
+  }
+
+ private:
+  void states(S* dst, const GroupedView& g, int64_t t) const {
+    load_row(dst, g.view.at(block_.batch, t, 0), g.view.dtype, g.view.stride_d, shape_.states,
+             g.stride_g * block_.group);
+  }
+  static void load_row(S* dst, const void* src, DType type, int64_t stride, int64_t count,
+                       int64_t offset) {
+    MMVIM_ISA::load_row(dst, static_cast<const char*>(src) + offset * element_size(type), type,
+                        stride, static_cast<int>(count));
+  }
+
+  const ScanShape& shape_;
+  const ScanInputs& in_;
+  const Block& block_;
+  const int64_t padded_;
+};
+
+template <class S>
+const S* state_at(const void* states, const ScanShape& shape, const Block& block, int64_t parts) {
+  return static_cast<const S*>(states) +
+         (block.batch * shape.channels + block.channel) * parts * shape.states;
+}
+template <class S>
+S* state_at(void* states, const ScanShape& shape, const Block& block, int64_t parts) {
+  return const_cast<S*>(state_at<S>(static_cast<const void*>(states), shape, block, parts));
+}
+
+template <class S>
+S* checkpoint_at(void* checkpoints, const ScanShape& shape, const Block& block, int64_t interval,
+                 int64_t index) {
+  const int64_t count = larger(divide_up(shape.length, interval) - 1, 0);
+  return static_cast<S*>(checkpoints) +
+         ((block.batch * count + index) * shape.channels + block.channel) * shape.states;
+}
+
+constexpr int64_t kForwardSteps = 16;
+constexpr int64_t kForwardChannels = 64;
+
+template <class S>
+class ForwardTask {
+ public:
+  using M = VectorMath<S>;
+  using V = typename M::V;
+
+  ForwardTask(const ScanForwardArgs& args, int64_t block_channels)
+      : a_(args),
+        n_(args.shape.states),
+        kernels_(tile_kernels<S>(args.shape.method)),
+        padded_(round_up<S>(block_channels)),
+        vectors_(padded_ / kLanes<S>) {
+    take();
+    arena_.reserve();
+    take();
+  }
+
+  void run(const Block& block) {
+    for (int i = 0; i < a_.directions; ++i) direction(block, i);
+  }
+
+ private:
+  void take() {
+    const int64_t tile = kForwardSteps * padded_;
+    u_ = arena_.template take<S>(tile);
+    delta_ = arena_.template take<S>(tile);
+    y_ = arena_.template take<S>(tile);
+    B_ = arena_.template take<S>(kForwardSteps * n_);
+    C_ = arena_.template take<S>(kForwardSteps * n_);
+    rate_ = arena_.template take<S>(n_ * padded_);
+    h_ = arena_.template take<S>(n_ * padded_);
+    v_ = arena_.template take<S>(n_ * padded_);
+    D_ = arena_.template take<S>(padded_);
+    bias_ = arena_.template take<S>(padded_);
+    line_ = arena_.template take<S>(padded_);
+    if (a_.directions == 2) sum_ = arena_.template take<S>(a_.shape.length * padded_);
+  }
+
+  void direction(const Block& block, int which) {
+    const ScanInputs& in = a_.inputs[which];
+    const TileReader<S> reader(a_.shape, in, block, padded_);
+    const int64_t length = a_.shape.length, interval = a_.checkpoint_interval;
+    reader.parameter(D_, in.D);
+    reader.parameter(bias_, in.delta_bias);
+    load_states(rate_, static_cast<const S*>(in.A) + block.channel * n_, n_, 1, 0, block.count,
+                vectors_);
+    for (int64_t i = 0; i < n_ * padded_; ++i) rate_[i] *= S(kernels_.rate_scale);
+    fill(h_, S(0), n_ * padded_);
+    fill(v_, S(0), n_ * padded_);
+    if (a_.initial_state != nullptr) {
+      const S* s = state_at<S>(a_.initial_state, a_.shape, block, a_.initial_parts);
+      load_states(h_, s, n_, a_.initial_parts, 0, block.count, vectors_);
+      if (a_.initial_parts == 2) load_states(v_, s, n_, 2, 1, block.count, vectors_);
+    }
+
+    for (int64_t first = 0; first < length;) {
+      int64_t steps = smaller(kForwardSteps, length - first);
+      if (interval > 0) steps = smaller(steps, interval - first % interval);
+      reader.read(first, steps, u_, delta_, nullptr, B_, C_, bias_);
+      for (int64_t v = 0; v < vectors_; ++v) {
+        const int64_t lane = v * kLanes<S>, state = v * n_ * kLanes<S>;
+        kernels_.forward({steps, n_, padded_, rate_ + state, u_ + lane, delta_ + lane, B_, C_,
+                          h_ + state, 0, v_ + state, y_ + lane});
+      }
+      if (a_.out.data != nullptr) {
+        for (int64_t i = 0; i < steps; ++i) finish_row(block, reader, which, first + i, i);
+      }
+      first += steps;
+      if (interval > 0 && first % interval == 0 && first < length) {
+        store_states(checkpoint_at<S>(a_.checkpoints[which], a_.shape, block, interval,
+                                      first / interval - 1),
+                     h_, n_, 1, 0, block.count);
+      }
+    }
+
+    if (a_.last_state != nullptr) {
+      const int64_t parts = a_.shape.state_parts();
+      S* s = state_at<S>(a_.last_state, a_.shape, block, parts);
+      store_states(s, h_, n_, parts, 0, block.count);
+      if (parts == 2) store_states(s, v_, n_, 2, 1, block.count);
+    }
+  }
+
+  // D u, the sum of both directions, the gate, and the one rounding.
+  void finish_row(const Block& block, const TileReader<S>& reader, int which, int64_t step,
+                  int64_t i) {
+    const int64_t t = reader.row_of(step);
+    S* y = y_ + i * padded_;
+    const S* u = u_ + i * padded_;
+    for (int64_t c = 0; c < padded_; c += kLanes<S>) {
+      store(y + c, M::fma(load(D_ + c), load(u + c), load(y + c)));
+    }
+    if (a_.directions == 2) {
+      S* sum = sum_ + t * padded_;
+      if (which == 0) {
+        std::memcpy(sum, y, padded_ * sizeof(S));
+        return;
+      }
+      for (int64_t c = 0; c < padded_; c += kLanes<S>) store(y + c, load(sum + c) + load(y + c));
+    }
+    if (a_.pregate.data != nullptr) {
+      store_row(a_.pregate.at(block.batch, t, block.channel), a_.pregate.dtype, y, block.count);
+    }
+    const V scale = M::set(S(a_.scale));
+    if (a_.z.data != nullptr) {
+      reader.row(line_, a_.z, t);
+      for (int64_t c = 0; c < padded_; c += kLanes<S>) {
+        const V z = load(line_ + c);
+        store(y + c, load(y + c) * scale * (z * M::sigmoid(z)));
+      }
+    } else if (a_.scale != 1.0) {
+      for (int64_t c = 0; c < padded_; c += kLanes<S>) store(y + c, load(y + c) * scale);
+    }
+    store_row(a_.out.at(block.batch, t, block.channel), a_.out.dtype, y, block.count);
+  }
+
+  const ScanForwardArgs& a_;
+  const int64_t n_;
+  const TileKernels<S> kernels_;
+  const int64_t padded_, vectors_;
+  Arena arena_;
+  S *u_, *delta_, *y_, *B_, *C_, *rate_, *h_, *v_, *D_, *bias_, *line_, *sum_ = nullptr;
+};
+
+template <class S>
+void forward(const ScanForwardArgs& args) {
+  // Each channel is computed alone: the cut changes no result and may follow the thread count.
+  int64_t width = kForwardChannels;
+  while (width > kLanes<S> && Blocks(args.shape, width).count() < 2 * thread_count()) width /= 2;
+  const Blocks blocks(args.shape, width);
+  parallel(blocks.count(), [&](int64_t begin, int64_t end) {
+    ForwardTask<S> task(args, blocks.block);
+    for (int64_t i = begin; i < end; ++i) task.run(Block(blocks, i));
+  });
+}
+
+// Sums over channels (dB, dC) are kept per block and sums over the batch (dA, dD, ddelta_bias) per
+// batch entry; both are added up in a fixed order afterwards. The cut depends on the shape alone,
+// so that results depend neither on timing nor on the number of threads.
+template <class S>
+struct Partials {
+  S* parameters = nullptr;  // (batch, channels, states + 2): dA, dD, ddelta_bias
+  S* dB = nullptr;          // (blocks per group, batch, length, groups * states)
+  S* dC = nullptr;
+};
+
+template <class S>
+class BackwardTask {
+ public:
+  using M = VectorMath<S>;
+  using V = typename M::V;
+
+  BackwardTask(const ScanBackwardArgs& args, const Partials<S>& partials, int64_t block_channels)
+      : a_(args),
+        partials_(partials),
+        n_(args.shape.states),
+        two_tap_(is_two_tap(args.shape.method)),
+        steps_(smaller(args.checkpoint_interval, smaller(32, larger(4, 256 / larger(n_, 1))))),
+        tiles_(divide_up(smaller(args.checkpoint_interval, args.shape.length), steps_)),
+        kernels_(tile_kernels<S>(args.shape.method)),
+        padded_(round_up<S>(block_channels)),
+        vectors_(padded_ / kLanes<S>) {
+    take();
+    arena_.reserve();
+    take();
+  }
+
+  void run(const Block& block) {
+    const TileReader<S> reader(a_.shape, a_.inputs, block, padded_);
+    const int64_t length = a_.shape.length, interval = a_.checkpoint_interval;
+    reader.parameter(D_, a_.inputs.D);
+    reader.parameter(bias_, a_.inputs.delta_bias);
+    load_states(rate_, static_cast<const S*>(a_.inputs.A) + block.channel * n_, n_, 1, 0,
+                block.count, vectors_);
+    for (int64_t i = 0; i < n_ * padded_; ++i) rate_[i] *= S(kernels_.rate_scale);
+    for (S* sum : {dh_, dv_, dA_}) fill(sum, S(0), n_ * padded_);
+    for (S* sum : {dD_, dbias_}) fill(sum, S(0), padded_);
+    if (a_.grad_last_state != nullptr) {
+      const int64_t parts = a_.shape.state_parts();
+      const S* s = state_at<S>(a_.grad_last_state, a_.shape, block, parts);
+      load_states(dh_, s, n_, parts, 0, block.count, vectors_);
+      if (parts == 2) load_states(dv_, s, n_, 2, 1, block.count, vectors_);
+    }
+
+    for (int64_t segment = divide_up(length, interval) - 1; segment >= 0; --segment) {
+      const int64_t first = segment * interval, end = smaller(first + interval, length);
+      const int64_t tiles = divide_up(end - first, steps_);
+      load_start(block, segment);
+      for (int64_t k = 0; k + 1 < tiles; ++k) {
+        const int64_t at = first + k * steps_;
+        reader.read(at, steps_, u_, delta_, nullptr, B_, C_, bias_);
+        load_tap(reader, block, at);
+        std::memcpy(start(k + 1), start(k), n_ * padded_ * sizeof(S));
+        for (int64_t v = 0; v < vectors_; ++v)
+          recompute(v, steps_, start(k + 1) + v * n_ * kLanes<S>, 0);
+      }
+      for (int64_t k = tiles - 1; k >= 0; --k) {
+        const int64_t at = first + k * steps_;
+        tile(block, reader, at, smaller(steps_, end - at), start(k));
+      }
+    }
+    store_sums(block);
+  }
+
+ private:
+  void take() {
+    const int64_t tile = steps_ * padded_;
+    for (S** p : {&u_, &delta_, &slope_, &dy_, &gate_, &y_, &du_, &ddelta_}) {
+      *p = arena_.template take<S>(tile);
+    }
+    for (S** p : {&B_, &C_}) *p = arena_.template take<S>(steps_ * n_);
+    for (S** p : {&rate_, &dh_, &dv_, &dA_, &v_, &v_work_}) {
+      *p = arena_.template take<S>(n_ * padded_);
+    }
+    for (S** p : {&D_, &bias_, &dD_, &dbias_, &line_}) *p = arena_.template take<S>(padded_);
+    for (S** p : {&dB_, &dC_}) *p = arena_.template take<S>(steps_ * n_ * kLanes<S>);
+    h_ = arena_.template take<S>((steps_ + 1) * n_ * kLanes<S>);
+    sums_ = arena_.template take<S>(n_);
+    starts_ = arena_.template take<S>(tiles_ * n_ * padded_);
+  }
+
+  S* start(int64_t tile) const { return starts_ + tile * n_ * padded_; }
+
+  void load_start(const Block& block, int64_t segment) {
+    if (segment > 0) {
+      const S* saved = checkpoint_at<S>(const_cast<void*>(a_.checkpoints), a_.shape, block,
+                                        a_.checkpoint_interval, segment - 1);
+      load_states(start(0), saved, n_, 1, 0, block.count, vectors_);
+    } else if (a_.initial_state != nullptr) {
+      const S* s = state_at<S>(a_.initial_state, a_.shape, block, a_.initial_parts);
+      load_states(start(0), s, n_, a_.initial_parts, 0, block.count, vectors_);
+    } else {
+      fill(start(0), S(0), n_ * padded_);
+    }
+  }
+
+  void load_tap(const TileReader<S>& reader, const Block& block, int64_t first) {
+    if (!two_tap_) return;
+    if (first > 0) {
+      reader.read_tap(first, v_, line_, sums_);
+    } else if (a_.initial_parts == 2) {
+      const S* s = state_at<S>(a_.initial_state, a_.shape, block, 2);
+      load_states(v_, s, n_, 2, 1, block.count, vectors_);
+    } else {
+      fill(v_, S(0), n_ * padded_);
+    }
+    std::memcpy(v_work_, v_, n_ * padded_ * sizeof(S));
+  }
+
+  void recompute(int64_t vector, int64_t steps, S* h, int64_t h_step) {
+    const int64_t lane = vector * kLanes<S>, state = vector * n_ * kLanes<S>;
+    kernels_.forward({steps, n_, padded_, rate_ + state, u_ + lane, delta_ + lane, B_, C_, h,
+                      h_step, v_work_ + state, y_ + lane});
+  }
+
+  void tile(const Block& block, const TileReader<S>& reader, int64_t first, int64_t steps,
+            const S* start) {
+    reader.read(first, steps, u_, delta_, slope_, B_, C_, bias_);
+    for (int64_t i = 0; i < steps; ++i) read_gradient(reader, reader.row_of(first + i), i);
+    load_tap(reader, block, first);
+    const int64_t state_row = n_ * kLanes<S>;
+    fill(dB_, S(0), steps * state_row);
+    fill(dC_, S(0), steps * state_row);
+    for (int64_t v = 0; v < vectors_; ++v) {
+      const int64_t lane = v * kLanes<S>, state = v * state_row;
+      std::memcpy(h_, start + state, state_row * sizeof(S));
+      recompute(v, steps, h_, state_row);
+      kernels_.backward({steps, n_, padded_, rate_ + state, u_ + lane, delta_ + lane, B_, C_, h_,
+                         v_ + state, dy_ + lane, dh_ + state, dv_ + state, du_ + lane,
+                         ddelta_ + lane, dA_ + state, dB_, dC_});
+    }
+    for (int64_t i = 0; i < steps; ++i) finish_row(block, reader.row_of(first + i), i);
+  }
+
+  // dy = scale * grad_out * silu(z); `gate` keeps dz / y.
+  void read_gradient(const TileReader<S>& reader, int64_t t, int64_t i) {
+    S* dy = dy_ + i * padded_;
+    reader.row(dy, a_.grad_out, t);
+    const V scale = M::set(S(a_.scale));
+    if (a_.z.data == nullptr) {
+      if (a_.scale == 1.0) return;
+      for (int64_t c = 0; c < padded_; c += kLanes<S>) store(dy + c, load(dy + c) * scale);
+      return;
+    }
+    reader.row(line_, a_.z, t);
+    for (int64_t c = 0; c < padded_; c += kLanes<S>) {
+      const V z = load(line_ + c), g = load(dy + c) * scale, s = M::sigmoid(z);
+      store(dy + c, g * (z * s));
+      store(gate_ + i * padded_ + c, g * M::silu_slope(z, s));
+    }
+  }
+
+  void finish_row(const Block& block, int64_t t, int64_t i) {
+    const int64_t at = i * padded_;
+    for (int64_t c = 0; c < padded_; c += kLanes<S>) {
+      const V D = load(D_ + c), u = load(u_ + at + c), dy = load(dy_ + at + c);
+      if (a_.dz.data != nullptr) {
+        const V y = M::fma(D, u, load(y_ + at + c));
+        store(y_ + at + c, load(gate_ + at + c) * y);
+      }
+      store(du_ + at + c, M::fma(D, dy, load(du_ + at + c)));
+      store(dD_ + c, M::fma(dy, u, load(dD_ + c)));
+      const V ddelta = load(ddelta_ + at + c) * load(slope_ + at + c);
+      store(ddelta_ + at + c, ddelta);
+      store(dbias_ + c, load(dbias_ + c) + ddelta);
+    }
+    const auto put = [&](const Output& out, const S* row) {
+      if (out.data == nullptr) return;
+      store_row(out.at(block.batch, t, block.channel), out.dtype, row, block.count);
+    };
+    put(a_.dz, y_ + at);
+    put(a_.du, du_ + at);
+    put(a_.ddelta, ddelta_ + at);
+    put_states(a_.dB, partials_.dB, block, t, dB_ + i * n_ * kLanes<S>);
+    put_states(a_.dC, partials_.dC, block, t, dC_ + i * n_ * kLanes<S>);
+  }
+
+  void put_states(const Output& out, S* partial, const Block& block, int64_t t, const S* lanes) {
+    const int64_t column = block.group * n_;
+    S* sums = sums_;
+    if (partial != nullptr) {
+      const int64_t row = (block.index * a_.shape.batch + block.batch) * a_.shape.length + t;
+      sums = partial + row * a_.shape.groups * n_ + column;
+    }
+    for (int64_t n = 0; n < n_; ++n) sums[n] = sum_lanes<S>(load(lanes + n * kLanes<S>));
+    if (partial == nullptr) {
+      store_row(out.at(block.batch, t, column), out.dtype, sums, static_cast<int>(n_));
+    }
+  }
+
+  void store_sums(const Block& block) {
+    const int64_t parts = n_ + 2;
+    S* p = partials_.parameters + (block.batch * a_.shape.channels + block.channel) * parts;
+    for (int c = 0; c < block.count; ++c) {
+      const S* lane = dA_ + (c / kLanes<S>)*n_ * kLanes<S> + c % kLanes<S>;
+      for (int64_t n = 0; n < n_; ++n) p[c * parts + n] = lane[n * kLanes<S>];
+      p[c * parts + n_] = dD_[c];
+      p[c * parts + n_ + 1] = dbias_[c];
+    }
+    if (a_.dinitial_state == nullptr) return;
+    S* s = state_at<S>(a_.dinitial_state, a_.shape, block, a_.initial_parts);
+    store_states(s, dh_, n_, a_.initial_parts, 0, block.count);
+    if (a_.initial_parts == 2) store_states(s, dv_, n_, 2, 1, block.count);
+  }
+
+  const ScanBackwardArgs& a_;
+  const Partials<S>& partials_;
+  const int64_t n_;
+  const bool two_tap_;
+  const int64_t steps_, tiles_;
+  const TileKernels<S> kernels_;
+  const int64_t padded_, vectors_;
+  Arena arena_;
+  S *u_, *delta_, *slope_, *dy_, *gate_, *y_, *du_, *ddelta_, *B_, *C_, *rate_, *dh_, *dv_, *dA_,
+      *v_, *v_work_, *D_, *bias_, *dD_, *dbias_, *line_, *dB_, *dC_, *h_, *sums_, *starts_;
+};
+
+template <class S>
+void sum_parameters(const ScanBackwardArgs& a, const S* partial) {
+  const int64_t n = a.shape.states, parts = n + 2, channels = a.shape.channels;
+  parallel(channels, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      for (int64_t i = 0; i < parts; ++i) {
+        S sum = S(0);
+        for (int64_t b = 0; b < a.shape.batch; ++b) sum += partial[(b * channels + c) * parts + i];
+        if (i < n) {
+          static_cast<S*>(a.dA)[c * n + i] = sum;
+        } else if (S* out = static_cast<S*>(i == n ? a.dD : a.ddelta_bias)) {
+          out[c] = sum;
+        }
+      }
+    }
+  });
+}
+
+template <class S>
+void sum_blocks(const ScanBackwardArgs& a, const Output& out, S* partial, int64_t blocks) {
+  const int64_t rows = a.shape.batch * a.shape.length, width = a.shape.groups * a.shape.states;
+  constexpr int64_t kRows = 64;
+  parallel(divide_up(rows, kRows), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin * kRows; row < smaller(end * kRows, rows); ++row) {
+      S* sum = partial + row * width;
+      for (int64_t k = 1; k < blocks; ++k) {
+        const S* other = sum + k * rows * width;
+        for (int64_t i = 0; i < width; ++i) sum[i] += other[i];
+      }
+      store_row(out.at(row / a.shape.length, row % a.shape.length, 0), out.dtype, sum,
+                static_cast<int>(width));
+    }
+  });
+}
+
+template <class S>
+void backward(const ScanBackwardArgs& args) {
+  int64_t width = 128;
+  while (width > 32 && Blocks(args.shape, width).count() < 32) width /= 2;
+  const Blocks blocks(args.shape, width);
+  const ScanShape& s = args.shape;
+  const int64_t rows = s.batch * s.length * s.groups * s.states;
+  const int64_t partial_rows = blocks.per_group > 1 ? blocks.per_group * rows : 0;
+
+  Partials<S> partials;
+  Arena arena;
+  for (int pass = 0; pass < 2; ++pass) {
+    partials.parameters = arena.take<S>(s.batch * s.channels * (s.states + 2));
+    S* dB = arena.take<S>(partial_rows);
+    S* dC = arena.take<S>(partial_rows);
+    if (pass == 0) {
+      arena.reserve();
+    } else if (partial_rows > 0) {
+      partials.dB = dB;
+      partials.dC = dC;
+    }
+  }
+  parallel(blocks.count(), [&](int64_t begin, int64_t end) {
+    BackwardTask<S> task(args, partials, blocks.block);
+    for (int64_t i = begin; i < end; ++i) task.run(Block(blocks, i));
+  });
+  sum_parameters(args, partials.parameters);
+  if (partial_rows > 0) {
+    sum_blocks(args, args.dB, partials.dB, blocks.per_group);
+    sum_blocks(args, args.dC, partials.dC, blocks.per_group);
+  }
+}
+
+template <class S>
+void backward_of_gate(const GateBackwardArgs& a) {
+  using M = VectorMath<S>;
+  using V = typename M::V;
+  const int64_t padded = round_up<S>(a.channels);
+  constexpr int64_t kRows = 16;
+  const int64_t rows = a.batch * a.length;
+  parallel(divide_up(rows, kRows), [&](int64_t begin, int64_t end) {
+    Arena arena;
+    S *g = nullptr, *y = nullptr, *z = nullptr;
+    for (int pass = 0; pass < 2; ++pass) {
+      for (S** p : {&g, &y, &z}) *p = arena.take<S>(padded);
+      if (pass == 0) arena.reserve();
+    }
+    for (int64_t row = begin * kRows; row < smaller(end * kRows, rows); ++row) {
+      const int64_t b = row / a.length, t = row % a.length;
+      const int count = static_cast<int>(a.channels), all = static_cast<int>(padded);
+      load_padded(g, a.grad_out, b, t, 0, count, all);
+      load_padded(y, a.pregate, b, t, 0, count, all);
+      load_padded(z, a.z, b, t, 0, count, all);
+      for (int64_t c = 0; c < padded; c += kLanes<S>) {
+        const V one = M::set(S(1)), v = load(z + c), s = M::sigmoid(v);
+        const V slope = s * M::fma(v, one - s, one);
+        store(g + c, load(g + c) * M::set(S(a.scale)) * load(y + c) * slope);
+      }
+      store_row(a.dz.at(b, t, 0), a.dz.dtype, g, count);
+    }
+  });
+}
+
+}  // namespace
+
+void scan_forward(const ScanForwardArgs& args, bool is_double) {
+  is_double ? forward<double>(args) : forward<float>(args);
+}
+
+void scan_backward(const ScanBackwardArgs& args, bool is_double) {
+  is_double ? backward<double>(args) : backward<float>(args);
+}
+
+void gate_backward(const GateBackwardArgs& args, bool is_double) {
+  is_double ? backward_of_gate<double>(args) : backward_of_gate<float>(args);
+}
+
+}  // namespace MMVIM_ISA
+}  // namespace mmvim

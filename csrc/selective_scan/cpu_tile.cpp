@@ -1,0 +1,123 @@
+#include "cpu_tile.h"
+
+namespace mmvim {
+namespace MMVIM_ISA {
+namespace {
+
+template <Discretization kMethod, class S>
+void forward_tile(const ForwardTile<S>& t) {
+  using M = VectorMath<S>;
+  using V = typename M::V;
+  using R = Rule<kMethod, M>;
+  constexpr int kWidth = kLanes<S>;
+
+  for (int64_t i = 0; i < t.steps; ++i) {
+    const V delta = load(t.delta + i * t.row);
+    const V u = load(t.u + i * t.row);
+    const V x = delta * u;
+    const S* B = t.B + i * t.states;
+    const S* C = t.C + i * t.states;
+    const S* before = t.h + i * t.h_step;
+    S* after = t.h + (i + 1) * t.h_step;
+    V y = M::set(S(0));
+    for (int64_t n = 0; n < t.states; ++n) {
+      const Step<V> s = R::step(delta, load(t.rate + n * kWidth));
+      V h = s.a * load(before + n * kWidth);
+      if constexpr (R::kInputIsDelta) {
+        h = M::fma(x, M::set(B[n]), h);
+      } else {
+        const V bu = u * M::set(B[n]);
+        h = M::fma(s.w0, bu, h);
+        if constexpr (R::kTwoTap) {
+          h = M::fma(s.w1, load(t.v + n * kWidth), h);
+          store(t.v + n * kWidth, bu);
+        }
+      }
+      store(after + n * kWidth, h);
+      y = M::fma(h, M::set(C[n]), y);
+    }
+    store(t.y + i * t.row, y);
+  }
+}
+
+template <Discretization kMethod, class S>
+void backward_tile(const BackwardTile<S>& t) {
+  using M = VectorMath<S>;
+  using V = typename M::V;
+  using R = Rule<kMethod, M>;
+  constexpr int kWidth = kLanes<S>;
+  const int64_t state_row = t.states * kWidth;
+
+  for (int64_t i = t.steps - 1; i >= 0; --i) {
+    const V delta = load(t.delta + i * t.row);
+    const V u = load(t.u + i * t.row);
+    const V dy = load(t.dy + i * t.row);
+    const V x = delta * u;
+    const S* B = t.B + i * t.states;
+    const S* C = t.C + i * t.states;
+    const S* before = t.h + i * state_row;
+    const S* after = before + state_row;
+    S* dB = t.dB + i * state_row;
+    S* dC = t.dC + i * state_row;
+    const V u_before = R::kTwoTap && i > 0 ? load(t.u + (i - 1) * t.row) : u;
+    V du = M::set(S(0)), sum_z = du, sum_delta = du;
+    for (int64_t n = 0; n < t.states; ++n) {
+      const int64_t k = n * kWidth;
+      const V rate = load(t.rate + k);
+      const StepWithGrad<V> s = R::step_with_grad(delta, rate);
+      const V b = M::set(B[n]);
+      const V dh = M::fma(dy, M::set(C[n]), load(t.dh + k));
+      store(dC + k, M::fma(dy, load(after + k), load(dC + k)));
+      store(t.dh + k, dh * s.a);
+      const V da = dh * load(before + k);
+      V dz, ddelta;
+      if constexpr (R::kInputIsDelta) {
+        pull_back<R, M>(s, da, dh, dh, &dz, &ddelta);
+        du = M::fma(dh, b, du);
+        store(dB + k, M::fma(dh, x, load(dB + k)));
+      } else {
+        const V bu = u * b;
+        V dbu = dh * s.w0;
+        V dw1 = dh;
+        if constexpr (R::kTwoTap) {
+          const V v = i > 0 ? u_before * M::set(B[n - t.states]) : load(t.v + k);
+          dw1 = dh * v;
+          dbu = dbu + load(t.dv + k);
+          store(t.dv + k, dh * s.w1);
+        }
+        pull_back<R, M>(s, da, dh * bu, dw1, &dz, &ddelta);
+        sum_delta = sum_delta + ddelta;
+        du = M::fma(dbu, b, du);
+        store(dB + k, M::fma(dbu, u, load(dB + k)));
+      }
+      sum_z = M::fma(dz, rate, sum_z);
+      store(t.dA + k, M::fma(dz, delta, load(t.dA + k)));
+    }
+    if constexpr (R::kInputIsDelta) {
+      // du holds sum(dh B): w0 = delta gives both gradients from it.
+      sum_delta = u * du;
+      du = delta * du;
+    }
+    store(t.du + i * t.row, du);
+    store(t.ddelta + i * t.row, M::fma(sum_z, M::set(S(1.0 / R::kRateScale)), sum_delta));
+  }
+}
+
+}  // namespace
+
+template <class S>
+TileKernels<S> tile_kernels(Discretization method) {
+  TileKernels<S> kernels{};
+  with_discretization(method, [&](auto tag) {
+    constexpr Discretization kMethod = decltype(tag)::value;
+    kernels = {forward_tile<kMethod, S>, backward_tile<kMethod, S>,
+               Rule<kMethod, VectorMath<S>>::kRateScale};
+  });
+  return kernels;
+}
+
+template TileKernels<float> tile_kernels<float>(Discretization);
+template TileKernels<double> tile_kernels<double>(Discretization);
+
+}  // namespace MMVIM_ISA
+}  // namespace mmvim
