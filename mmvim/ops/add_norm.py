@@ -98,7 +98,7 @@ def _backward(
     scale = rstd.unsqueeze(-1)
     normed = residual_out.to(dtype) * scale
     grad = grad_out.to(dtype)
-    dweight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    dweight = (grad * normed).reshape(-1, weight.shape[0]).sum(0).to(weight.dtype)
     grad = grad * weight
     mean = (grad * normed).mean(-1, keepdim=True)
     grad = grad.sub_(normed.mul_(mean)).mul_(scale)
