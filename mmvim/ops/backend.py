@@ -67,7 +67,6 @@ def use_backend(name: str) -> Iterator[None]:
         _scoped.reset(token)
 
 
-@torch.compiler.assume_constant_result
 def _compiled(requested: str, op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether ``op`` is to run compiled. What is installed does not change while a graph lives."""
     global _warned
@@ -88,6 +87,10 @@ def _compiled(requested: str, op: str, device_type: str, dtype: torch.dtype) -> 
             stacklevel=2,
         )
     return False
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler, seconds.
+_compiled._dynamo_marked_constant = True
 
 
 def resolve(backend: str | None, op: str, tensor: torch.Tensor) -> object:
