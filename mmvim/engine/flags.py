@@ -103,6 +103,9 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         cfg.merge_from_dict(args.cfg_options)
     except (KeyError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f'--cfg-options cannot be merged into the config: {error}') from error
+    if cfg.get('env_cfg') is None:
+        # Runner has this default; FlexibleRunner has none and fails.
+        cfg.env_cfg = {'dist_cfg': {'backend': 'nccl'}}
     task = TASKS.get(cfg.get('default_scope'))
     for key in _LOADERS:
         loader = cfg.get(key)

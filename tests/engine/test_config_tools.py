@@ -1,0 +1,158 @@
+"""Options of the command line, and checks that need no run."""
+
+import os
+import socket
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.fileio import dump, get_file_backend
+from mmengine.registry import DATASETS
+
+from mmvim.engine import atomic_io, checks, distributed
+from mmvim.engine.errors import UserError
+from mmvim.engine.options import parse_value
+
+
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('1e-3', 1e-3),
+        ('a,b', ['a', 'b']),
+        ('[(1,2),(3,4)]', [(1, 2), (3, 4)]),
+        ('None', None),
+        ("dict(type='EMAHook', momentum=2e-4)", {'type': 'EMAHook', 'momentum': 2e-4}),
+        ('[dict(a=dict(b=(1,-2)), c=[True])]', [{'a': {'b': (1, -2)}, 'c': [True]}]),
+        ("{'a': [{'b': None}]}", {'a': [{'b': None}]}),
+        ('path/with.dots', 'path/with.dots'),
+    ],
+)
+def test_values_of_options(text, value):
+    assert parse_value(text) == value
+
+
+@pytest.mark.parametrize('text', ["dict(a=open('x'))", 'dict(**x)', '{**a}', 'dict(1)', "{'a': b}"])
+def test_options_are_literals(text):
+    with pytest.raises((ValueError, SyntaxError)):
+        parse_value(text)
+
+
+@DATASETS.register_module()
+class DownloadedDataset(BaseDataset):
+    def __init__(self, download: bool = True, **kwargs):
+        super().__init__(**kwargs)
+
+
+@DATASETS.register_module()
+class PlainDataset(BaseDataset):
+    pass
+
+
+def config(dataset: dict) -> Config:
+    loader = {'dataset': dataset}
+    return Config(
+        {
+            'model': {},
+            'train_dataloader': loader,
+            'train_cfg': {},
+            'optim_wrapper': {},
+            'default_scope': 'mmengine',
+        }
+    )
+
+
+def test_paths_that_are_not_checked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dataset in (
+        {'type': 'DownloadedDataset', 'data_root': 'gone'},
+        {'type': 'PlainDataset', 'data_root': 's3://bucket/data', 'ann_file': 'a.json'},
+        {'type': 'PlainDataset', 'data_root': 'gone', 'backend_args': {'backend': 'petrel'}},
+        {'type': 'NotThere', 'data_root': 'gone'},
+        {'type': 'PlainDataset'},
+    ):
+        checks.check_config(config(dataset), ('train',))
+    checks.check_config(config({'type': 'PlainDataset', 'data_root': 'gone'}), ('train',), False)
+    for address in (None, 'https://host/a.pth', 'torchvision://resnet50', 'open-mmlab://x'):
+        checks.check_checkpoint(address, 'load_from')
+
+
+def test_paths_that_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data').mkdir()
+    for dataset, expected in (
+        ({'type': 'DownloadedDataset', 'download': False, 'data_root': 'gone'}, "'gone'"),
+        ({'type': 'PlainDataset', 'data_root': 'data', 'data_prefix': 'x'}, "'data/x'"),
+        (
+            {'type': 'PlainDataset', 'data_root': 'data', 'ann_file': str(tmp_path / 'a.json')},
+            str(tmp_path / 'a.json'),
+        ),
+        ({'type': 'PlainDataset', 'data_root': 3}, 'data_root must be str, not 3'),
+    ):
+        wrapped = {'type': 'ClassBalancedDataset', 'dataset': dataset, 'oversample_thr': 1}
+        with pytest.raises(UserError) as info:
+            checks.check_config(config(wrapped), ('train',))
+        assert expected in str(info.value)
+        assert 'train_dataloader.dataset.dataset.' in str(info.value)
+
+
+def test_atomic_writes(tmp_path, monkeypatch):
+    atomic_io.install()
+    backend = get_file_backend(str(tmp_path))
+    assert type(backend) is atomic_io.AtomicLocalBackend
+    target = tmp_path / 'deep' / 'file.json'
+    dump({'a': 1}, target)
+    assert target.read_text() == '{"a": 1}'
+    umask = os.umask(0)
+    os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o666 & ~umask
+
+    def fail(descriptor):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(OSError, match=r'No space left on device.*file\.json'):
+        backend.put(b'new', target)
+    assert target.read_text() == '{"a": 1}'
+    assert [path.name for path in target.parent.iterdir()] == ['file.json']
+
+
+def test_launchers_need_their_environment(monkeypatch):
+    for name in ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK'):
+        monkeypatch.delenv(name, raising=False)
+    for launcher, name in (('pytorch', 'RANK'), ('mpi', 'OMPI_COMM_WORLD_RANK')):
+        with pytest.raises(UserError, match=name):
+            distributed.prepare(Config({'model': {}}), launcher, [])
+    distributed.prepare(Config({'model': {}}), 'none', [])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the CPU path')
+def test_slurm_on_cpu(tmp_path, monkeypatch):
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        port = sock.getsockname()[1]
+    script = tmp_path / 'scontrol'
+    script.write_text('#!/bin/sh\n[ "$3" = "node[1-2]" ] && echo 127.0.0.1 && echo 10.0.0.2\n')
+    script.chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
+    for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.setenv(name, '')
+        monkeypatch.delenv(name)
+    slurm = {'PROCID': '0', 'NTASKS': '1', 'LOCALID': '0', 'NODELIST': 'node[1-2]'}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f'SLURM_{name}', value)
+    norms = {'norm_cfg': {'type': 'SyncBN'}, 'heads': [{'norm_cfg': {'type': 'SyncBN'}}]}
+    cfg = Config({'model': norms, 'env_cfg': {'dist_cfg': {'backend': 'nccl', 'port': port}}})
+    notes = []
+    distributed.prepare(cfg, 'slurm', notes)
+    try:
+        assert torch.distributed.get_backend() == 'gloo'
+        assert torch.distributed.get_world_size() == 1
+        assert os.environ['MASTER_ADDR'] == '127.0.0.1'
+        assert cfg.env_cfg.dist_cfg.backend == 'gloo'
+        assert cfg.model_wrapper_cfg.device_ids is None
+        assert cfg.model.norm_cfg.type == cfg.model.heads[0].norm_cfg.type == 'BN'
+        assert len(notes) == 2
+    finally:
+        distributed.finish()
+    assert not torch.distributed.is_initialized()

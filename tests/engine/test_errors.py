@@ -1,0 +1,188 @@
+"""Which exceptions become one line, and which keep their traceback."""
+
+import pickle
+import sys
+
+import pytest
+import torch
+from mmengine.registry import Registry
+from torch.utils.data import DataLoader, Dataset
+
+from mmvim.engine import errors, samples
+from mmvim.engine.errors import CheckpointError, SampleError, UserError, explain, locate
+
+PARTS = Registry('part')
+
+
+@PARTS.register_module()
+class Base:
+    def __init__(self, width: int = 1, depth: int = 2):
+        self.size = width * depth
+
+
+@PARTS.register_module()
+class Part(Base):
+    def __init__(self, kind: str, **kwargs):
+        super().__init__(**kwargs)
+        if kind == 'bad':
+            raise ValueError("kind must be 'good',\n not 'bad'")
+        if kind == 'bug':
+            raise AttributeError('oh')
+        if kind == 'lookup':
+            {}['missing']
+        if kind == 'deep':
+            PARTS.build({'type': 'Part', 'kind': 'bad'})
+
+
+def explained(config: dict, cfg: dict | None = None) -> str | None:
+    with pytest.raises(Exception) as info:
+        PARTS.build(config)
+    return explain(info.value, cfg or {'model': {'part': config}})
+
+
+def test_build_errors_name_the_key():
+    assert explained({'type': 'Part', 'kind': 'bad'}) == (
+        "model.part (Part): kind must be 'good', not 'bad'"
+    )
+    assert explained({'type': 'Part', 'kind': 'good', 'widht': 3}) == (
+        "model.part: Part has no argument 'widht' (did you mean 'width'?); "
+        'allowed: kind, width, depth'
+    )
+    assert explained({'type': 'Part'}) == (
+        "model.part: Part needs 'kind', which the config does not give"
+    )
+    assert explained({'type': 'Pat'}).startswith("model.part.type is 'Pat', which is not a reg")
+    assert explained({'kind': 'x'}) is not None
+    nested = {'model': {'outer': {'type': 'Part', 'kind': 'deep', 'inner': [{'type': 'Part'}]}}}
+    nested['model']['outer']['inner'][0]['kind'] = 'bad'
+    message = explained({'type': 'Part', 'kind': 'deep'}, nested)
+    assert message.startswith('model.outer.inner.0 (Part): ')
+
+
+def test_bugs_stay_bugs():
+    assert explained({'type': 'Part', 'kind': 'bug'}) is None
+    assert explained({'type': 'Part', 'kind': 'lookup'}) is None
+    for error in (RuntimeError('x'), IndexError('x'), ValueError('x'), KeyError('x')):
+        with pytest.raises(type(error)) as info:
+            raise error
+        assert explain(info.value) is None
+
+
+def test_locate_takes_the_most_similar():
+    cfg = {
+        'dataset': {'type': 'D', 'path': 'a'},
+        'train_dataloader': {'dataset': {'type': 'D', 'path': 'a'}},
+        'val_dataloader': {'dataset': {'type': 'D', 'path': 'b', 'more': torch.zeros(2)}},
+    }
+    assert locate(cfg, {'type': 'D', 'path': 'a', 'new': 1}) == 'train_dataloader.dataset'
+    assert locate(cfg, {'type': 'D', 'path': 'b', 'more': torch.ones(2)}).startswith('val_')
+    assert locate(cfg, {'type': 'E'}) == 'E'
+
+
+class Broken(Dataset):
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        raise self.error
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_errors_of_workers(workers):
+    for error, expected in (
+        (SampleError("cannot load image 'a.png'"), "cannot load image 'a.png'"),
+        (FileNotFoundError(2, 'No such file', 'a.png'), 'a.png'),
+    ):
+        with pytest.raises(type(error)) as info:
+            next(iter(DataLoader(Broken(error), num_workers=workers)))
+        assert expected in explain(info.value)
+    with pytest.raises(ZeroDivisionError) as info:
+        next(iter(DataLoader(Broken(ZeroDivisionError('oh')), num_workers=workers)))
+    assert explain(info.value) is None
+
+
+def test_uneven_batch():
+    items = [torch.zeros(2), torch.zeros(3)]
+    with pytest.raises(RuntimeError) as info:
+        next(iter(DataLoader(items, batch_size=2)))
+    assert 'different sizes ([2] at entry 0 and [3] at entry 1)' in explain(info.value)
+
+
+def test_missing_packages_and_files(tmp_path):
+    with pytest.raises(ModuleNotFoundError) as info:
+        __import__('surely_not_there')
+    assert explain(info.value).startswith("the package 'surely_not_there' is missing")
+    with pytest.raises(OSError) as info:
+        (tmp_path / 'gone').read_text()
+    assert explain(info.value) == f"No such file or directory: '{tmp_path / 'gone'}'"
+    error = ModuleNotFoundError("No module named 'mmvim.x'", name='mmvim.x')
+    assert explain(error) is None
+
+
+def test_out_of_memory():
+    assert 'batch_size' in explain(torch.OutOfMemoryError('CUDA out of memory. Tried …\nmore'))
+
+
+def test_report_exits_and_can_show_the_traceback(capsys, monkeypatch):
+    monkeypatch.setenv('RANK', '3')
+    with pytest.raises(SystemExit) as info, errors.reported_errors():
+        raise UserError('the thing is 3; allowed: 1, 2')
+    assert info.value.code == 2
+    assert capsys.readouterr().err == 'error (rank 3): the thing is 3; allowed: 1, 2\n'
+    monkeypatch.setenv('RANK', '0')
+    monkeypatch.setenv('MMVIM_DEBUG', '1')
+    with pytest.raises(SystemExit), errors.reported_errors():
+        raise UserError('x')
+    assert 'Traceback' in capsys.readouterr().err
+    monkeypatch.delenv('MMVIM_DEBUG')
+    with pytest.raises(ZeroDivisionError), errors.reported_errors():
+        raise ZeroDivisionError
+    with pytest.raises(SystemExit) as info, errors.reported_errors():
+        raise KeyboardInterrupt
+    assert info.value.code == 130
+
+
+def test_errors_can_travel_between_processes():
+    for kind in (UserError, SampleError, CheckpointError):
+        assert str(pickle.loads(pickle.dumps(kind('text')))) == 'text'
+
+
+class LoadThing:
+    def __call__(self, results: dict) -> dict:
+        raise ValueError('bad\nbytes')
+
+
+class Flip:
+    def __call__(self, results: dict) -> dict:
+        raise ValueError('cannot flip')
+
+
+def test_samples_name_the_file(monkeypatch):
+    from mmengine.dataset import Compose
+
+    monkeypatch.setattr(Compose, '__call__', Compose.__call__)
+    samples.install()
+    samples.install()
+    assert Compose.__call__.__wrapped__.__module__.startswith('mmengine')
+    with pytest.raises(
+        SampleError, match="cannot load image 'a.png' .LoadThing.: ValueError: bad b"
+    ):
+        Compose([LoadThing()])({'img_path': 'a.png'})
+    with pytest.raises(ValueError, match='cannot flip'):
+        Compose([Flip()])({'img_path': 'a.png'})
+    with pytest.raises(ValueError, match='bad'):
+        Compose([LoadThing()])({'other': 1})
+
+
+def test_module_imports_no_task_library():
+    import subprocess
+
+    code = (
+        'import sys, mmvim.engine.launcher\n'
+        "print([m for m in ('mmdet', 'mmseg', 'mmpretrain') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=200)
+    assert done.stdout.strip().splitlines()[-1] == '[]', done.stderr
