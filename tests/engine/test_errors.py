@@ -167,9 +167,7 @@ def test_samples_name_the_file(monkeypatch):
     samples.install()
     samples.install()
     assert Compose.__call__.__wrapped__.__module__.startswith('mmengine')
-    with pytest.raises(
-        SampleError, match="cannot load image 'a.png' .LoadThing.: ValueError: bad b"
-    ):
+    with pytest.raises(SampleError, match=r"image 'a\.png' \(LoadThing\): ValueError: bad b"):
         Compose([LoadThing()])({'img_path': 'a.png'})
     with pytest.raises(ValueError, match='cannot flip'):
         Compose([Flip()])({'img_path': 'a.png'})
