@@ -2,42 +2,19 @@ import mmcv_reference as reference
 import pytest
 import torch
 
+ARGUMENTS = ('stride', 'padding', 'dilation', 'groups', 'deform_groups')
 GEOMETRIES = {
-    'plain': {
-        'stride': (1, 1),
-        'padding': (1, 1),
-        'dilation': (1, 1),
-        'groups': 1,
-        'deform_groups': 1,
-    },
-    'uneven': {
-        'stride': (2, 1),
-        'padding': (0, 2),
-        'dilation': (1, 2),
-        'groups': 1,
-        'deform_groups': 1,
-    },
-    'groups': {
-        'stride': (1, 2),
-        'padding': (1, 1),
-        'dilation': (1, 1),
-        'groups': 2,
-        'deform_groups': 1,
-    },
-    'deform_groups': {
-        'stride': (1, 1),
-        'padding': (1, 0),
-        'dilation': (2, 1),
-        'groups': 2,
-        'deform_groups': 4,
-    },
+    'plain': ((1, 1), (1, 1), (1, 1), 1, 1),
+    'uneven': ((2, 1), (0, 2), (1, 2), 1, 1),
+    'groups': ((1, 2), (1, 1), (1, 1), 2, 1),
+    'deform_groups': ((1, 1), (1, 0), (2, 1), 2, 4),
 }
 
 
 @pytest.fixture(params=GEOMETRIES, ids=str)
 def case(request):
     """Operands in float64: input, offset, mask, weight and bias, and their geometry."""
-    geometry = GEOMETRIES[request.param]
+    geometry = dict(zip(ARGUMENTS, GEOMETRIES[request.param], strict=True))
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape):
@@ -74,15 +51,12 @@ def outputs_and_gradients(function, inputs):
 
 
 def run_v1(mmcv_ops, geometry):
-    arguments = [geometry[k] for k in ('stride', 'padding', 'dilation', 'groups', 'deform_groups')]
-    return lambda *tensors: mmcv_ops.deform_conv2d(*tensors, *arguments)
+    return lambda *tensors: mmcv_ops.deform_conv2d(*tensors, *geometry.values())
 
 
-def run_v2(mmcv_ops, geometry, with_bias=True):
-    arguments = [geometry[k] for k in ('stride', 'padding', 'dilation', 'groups', 'deform_groups')]
-
+def run_v2(mmcv_ops, geometry):
     def run(x, offset, mask, weight, bias=None):
-        return mmcv_ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *arguments)
+        return mmcv_ops.modulated_deform_conv2d(x, offset, mask, weight, bias, *geometry.values())
 
     return run
 

@@ -60,7 +60,7 @@ def test_regions_are_pooled_where_they_are():
 
 
 def test_proposals_of_a_region_proposal_network():
-    """Away from the origin they are as good as at the origin."""
+    """They are those of float32, up to the precision of the predicted offsets."""
     from mmdet.models.dense_heads import RPNHead
     from mmengine.config import ConfigDict
 
