@@ -1,0 +1,127 @@
+// The few things that kernels ask of the GPU beyond plain C++: fast functions, warp exchange, the
+// tensor cores as an adder, launches. Kernels use nothing else of CUDA, so a host can stand in for
+// it.
+#pragma once
+
+#if defined(MMVIM_GPU_HEADER)
+#include MMVIM_GPU_HEADER
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define MMVIM_KERNEL __global__
+#define MMVIM_DEVICE __device__ __forceinline__
+#define MMVIM_GRID_CONSTANT __grid_constant__
+// Registers of a thread, which decide how many blocks share a multiprocessor.
+#define MMVIM_REGISTERS(count) __maxnreg__(count)
+#define MMVIM_UNROLL _Pragma("unroll")
+#define MMVIM_UNROLL_2 _Pragma("unroll 2")
+#define MMVIM_UNROLL_4 _Pragma("unroll 4")
+
+namespace mmvim {
+namespace gpu {
+
+MMVIM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+MMVIM_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
+MMVIM_DEVICE int64_t block_index() { return static_cast<int64_t>(blockIdx.x); }
+MMVIM_DEVICE void sync_block() { __syncthreads(); }
+
+MMVIM_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+MMVIM_DEVICE float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MMVIM_DEVICE float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MMVIM_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+MMVIM_DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+MMVIM_DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
+MMVIM_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
+
+MMVIM_DEVICE float exchange_xor(float x, int lanes) {
+  return __shfl_xor_sync(0xffffffffu, x, lanes);
+}
+
+MMVIM_DEVICE void add_to_global(float* address, float x) { atomicAdd(address, x); }
+
+// Copies kBytes (4, 8 or 16, aligned) from global to shared memory, visible to the thread after
+// wait_for_copies() and to the block after a barrier that follows.
+template <int kBytes>
+MMVIM_DEVICE void copy_async(void* shared, const void* global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes)
+                 : "memory");
+  }
+#else
+  for (int i = 0; i < kBytes / 4; ++i) {
+    static_cast<uint32_t*>(shared)[i] = static_cast<const uint32_t*>(global)[i];
+  }
+#endif
+}
+MMVIM_DEVICE void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define MMVIM_MATRIX_ADDER 0
+#else
+#define MMVIM_MATRIX_ADDER 1
+#endif
+
+#if MMVIM_MATRIX_ADDER
+// c += a b on 16 x 8 x 8 tf32: of a, lane 4g + q holds (g, q), (g + 8, q), (g, q + 4), (g + 8, q +
+// 4); of b (q, g), (q + 4, g); of c (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1). Only the
+// upper 19 bits of the elements of a and b count.
+MMVIM_DEVICE void multiply_16x8x8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                  uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+#endif
+
+// Launches and returns the CUDA error code (0: success).
+template <class Params>
+inline int launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes,
+                  CUstream_st* stream, const Params& params) {
+  if (blocks == 0) return 0;
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream> > >(
+      params);
+  return static_cast<int>(cudaGetLastError());
+}
+
+inline int set_to_zero(void* memory, size_t bytes, CUstream_st* stream) {
+  return static_cast<int>(cudaMemsetAsync(memory, 0, bytes, stream));
+}
+
+}  // namespace gpu
+}  // namespace mmvim
+
+#endif

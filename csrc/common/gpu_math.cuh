@@ -1,0 +1,48 @@
+// Scalar functions of the kernels.
+#pragma once
+
+#include "discretization.h"
+#include "gpu.cuh"
+
+namespace mmvim {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// The Math policy of discretization.h: float, with the special function unit.
+struct GpuMath {
+  using Scalar = float;
+  using V = float;
+  using Mask = bool;
+  static MMVIM_DEVICE V set(Scalar x) { return x; }
+  static MMVIM_DEVICE V fma(V a, V b, V c) { return gpu::fused(a, b, c); }
+  static MMVIM_DEVICE V exp(V x) { return gpu::exp2(x * kLog2e); }
+  static MMVIM_DEVICE V exp2(V x) { return gpu::exp2(x); }
+  static MMVIM_DEVICE V reciprocal(V x) { return gpu::reciprocal(x); }
+  static MMVIM_DEVICE Mask abs_less(V x, Scalar limit) { return fabsf(x) < limit; }
+  static MMVIM_DEVICE V select(Mask m, V yes, V no) { return m ? yes : no; }
+  static MMVIM_DEVICE bool all(Mask m) { return m; }
+  static MMVIM_DEVICE bool any(Mask m) { return m; }
+};
+
+// log(1 + e^x), x itself above 20 as in torch. The series keeps small results accurate, where
+// 1 + e^x would drop the low bits of e^x.
+MMVIM_DEVICE float softplus(float x) {
+  const float e = gpu::exp2(x * kLog2e);
+  const float series =
+      e * gpu::fused(e, gpu::fused(e, gpu::fused(e, -0.25f, 0.33333333f), -0.5f), 1.f);
+  const float general = kLn2 * gpu::log2(1.f + e);
+  const float y = e < 0.03125f ? series : general;
+  return x > 20.f ? x : y;
+}
+
+// d softplus(x) / dx = 1 - e^(-softplus(x)).
+MMVIM_DEVICE float softplus_slope(float y) {
+  const float series =
+      y * gpu::fused(y, gpu::fused(y, gpu::fused(y, -0.041666668f, 0.16666667f), -0.5f), 1.f);
+  return y < 0.03125f ? series : 1.f - gpu::exp2(-kLog2e * y);
+}
+
+MMVIM_DEVICE float logistic(float x) { return gpu::reciprocal(1.f + gpu::exp2(-kLog2e * x)); }
+
+}  // namespace mmvim

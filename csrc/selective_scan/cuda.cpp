@@ -1,0 +1,628 @@
+// Registers the CUDA kernels of selective_scan and bidirectional_scan: checks, allocation,
+// dispatch.
+#include "cuda.h"
+
+#include <ATen/Context.h>
+#include <torch/library.h>
+
+#include <numeric>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "../common/cuda_glue.h"
+
+namespace mmvim {
+namespace scan {
+namespace {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+constexpr int64_t kMaxTotalStates = 256;
+// Two directions share a block, so each has half of the states of a launch.
+constexpr int kMaxStatesOfPair = kMaxStates / 2;
+
+Discretization method_of(std::string_view name) {
+  std::string known;
+  for (int i = 0; i < kDiscretizationCount; ++i) {
+    if (name == kDiscretizationNames[i]) return static_cast<Discretization>(i);
+    known += std::string(i == 0 ? "" : ", ") + kDiscretizationNames[i];
+  }
+  TORCH_CHECK_VALUE(false, "discretization must be one of ", known, "; got '", name, "'");
+}
+
+void check(const Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type,
+           const Tensor& like) {
+  TORCH_CHECK_VALUE(t.device() == like.device() && t.layout() == at::kStrided, name,
+                    " must be a strided tensor on ", like.device(), ", got ", t.layout(), " on ",
+                    t.device());
+  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", sizes, ", got ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == type, name, " must be ", type, ", got ", t.scalar_type());
+}
+void check(const OptTensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type,
+           const Tensor& like) {
+  if (t.has_value()) check(*t, name, sizes, type, like);
+}
+
+OptTensor contiguous(const OptTensor& t) {
+  return t.has_value() ? OptTensor(t->contiguous()) : OptTensor();
+}
+const float* floats(const OptTensor& t) {
+  return t.has_value() ? t->const_data_ptr<float>() : nullptr;
+}
+Tensor like_or_empty(const OptTensor& t, const Tensor& device_of) {
+  if (t.has_value()) return at::empty(t->sizes(), t->options());
+  return at::empty({0}, device_of.options().dtype(at::kFloat));
+}
+
+// Bytes of the vectors that all rows of `t` consist of, seen from multiples of `unit` channels.
+int vector_of(const Tensor& t, int64_t unit) {
+  for (const int bytes : {16, 8}) {
+    const auto whole = [&](int64_t elements) { return elements * t.element_size() % bytes == 0; };
+    bool all = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0;
+    all = all && (t.size(0) <= 1 || whole(t.stride(0))) && (t.size(1) <= 1 || whole(t.stride(1)));
+    if (all && (unit == t.size(2) || whole(unit))) return bytes;
+  }
+  return 0;
+}
+
+// One direction's inputs, checked, and alive as long as the kernels are being launched.
+struct Inputs {
+  Tensor u, delta, A, B, C;
+  OptTensor D, delta_bias;
+  DType dtype;
+  at::ScalarType type;
+
+  Inputs(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_,
+         const Tensor& C_, const OptTensor& D_, const OptTensor& delta_bias_) {
+    TORCH_CHECK_VALUE(u_.dim() == 3, "u must be (b, l, d), got shape ", u_.sizes());
+    dtype = dtype_of(u_, "u");
+    type = u_.scalar_type();
+    const int64_t b = u_.size(0), l = u_.size(1), d = u_.size(2);
+    TORCH_CHECK_VALUE(l <= INT32_MAX && d <= INT32_MAX,
+                      "u may have at most 2^31 - 1 steps and "
+                      "channels, got shape ",
+                      u_.sizes());
+    TORCH_CHECK_VALUE(A_.dim() == 2 && A_.size(1) >= 1 && A_.size(1) <= kMaxTotalStates,
+                      "A must be (d, n) with 1 <= n <= ", kMaxTotalStates, ", got shape ",
+                      A_.sizes());
+    const int64_t n = A_.size(1);
+    TORCH_CHECK_VALUE(B_.dim() == 4 && B_.size(2) > 0 && d % B_.size(2) == 0,
+                      "B must be (b, l, g, n) with g a divisor of ", d, ", got shape ", B_.sizes());
+    const int64_t g = B_.size(2);
+    check(delta_, "delta", u_.sizes(), type, u_);
+    check(A_, "A", {d, n}, at::kFloat, u_);
+    check(B_, "B", {b, l, g, n}, type, u_);
+    check(C_, "C", {b, l, g, n}, type, u_);
+    check(D_, "D", {d}, at::kFloat, u_);
+    check(delta_bias_, "delta_bias", {d}, at::kFloat, u_);
+    u = with_unit_stride(u_);
+    delta = with_unit_stride(delta_);
+    A = A_.contiguous();
+    B = with_unit_stride(B_);
+    C = with_unit_stride(C_);
+    D = contiguous(D_);
+    delta_bias = contiguous(delta_bias_);
+  }
+
+  int64_t states() const { return A.size(1); }
+  bool empty() const { return u.numel() == 0; }
+
+  // For the states from `first`.
+  Scan scan(bool reverse, int64_t unit, int64_t first) const {
+    Scan s;
+    s.u = rows(u, unit);
+    s.delta = rows(delta, unit);
+    s.B = grouped(B, first);
+    s.C = grouped(C, first);
+    s.A = A.const_data_ptr<float>() + first;
+    s.D = floats(D);
+    s.delta_bias = floats(delta_bias);
+    s.groups = static_cast<int>(B.size(2));
+    s.reverse = reverse;
+    return s;
+  }
+
+  static Rows rows(const Tensor& t, int64_t unit) {
+    Rows r;
+    r.data = t.const_data_ptr();
+    r.stride_b = t.stride(0);
+    r.stride_l = t.stride(1);
+    r.vector = vector_of(t, unit);
+    return r;
+  }
+
+ private:
+  static Rows grouped(const Tensor& t, int64_t first) {
+    Rows r;
+    r.data = static_cast<const char*>(t.const_data_ptr()) + first * t.element_size();
+    r.stride_b = t.stride(0);
+    r.stride_l = t.stride(1);
+    r.stride_g = t.stride(2);
+    return r;
+  }
+};
+
+Sizes sizes_of(const Inputs& in, int64_t groups_of_other, bool softplus) {
+  Sizes s;
+  s.batch = in.u.size(0);
+  s.length = static_cast<int>(in.u.size(1));
+  s.channels = static_cast<int>(in.u.size(2));
+  s.pitch = static_cast<int>(in.states());
+  s.units = static_cast<int>(std::lcm(in.B.size(2), groups_of_other));
+  s.softplus = softplus;
+  return s;
+}
+
+std::vector<int64_t> checkpoint_sizes(const Sizes& s, int64_t interval) {
+  TORCH_CHECK_VALUE(interval >= 0 && interval <= INT32_MAX,
+                    "checkpoint_interval must be 0 to 2^31 - 1, got ", interval);
+  if (interval == 0) return {0};
+  const int64_t count = s.length == 0 ? 0 : (s.length - 1) / interval;
+  return {s.batch, count, s.channels, s.pitch};
+}
+
+struct Launcher {
+  const char* op;
+  DType dtype;
+  Discretization method;
+  CUstream_st* stream = c10::cuda::getCurrentCUDAStream().stream();
+
+  void operator()(const Plan& plan, const Forward& p) const {
+    check_launch(dtype == DType::kFloat ? launch_forward<DType::kFloat>(method, plan, p, stream)
+                 : dtype == DType::kHalf
+                     ? launch_forward<DType::kHalf>(method, plan, p, stream)
+                     : launch_forward<DType::kBFloat16>(method, plan, p, stream),
+                 op);
+  }
+  void operator()(const Plan& plan, const Backward& p) const {
+    check_launch(dtype == DType::kFloat ? launch_backward<DType::kFloat>(method, plan, p, stream)
+                 : dtype == DType::kHalf
+                     ? launch_backward<DType::kHalf>(method, plan, p, stream)
+                     : launch_backward<DType::kBFloat16>(method, plan, p, stream),
+                 op);
+  }
+  void operator()(const Finish& p) const {
+    check_launch(dtype == DType::kFloat  ? launch_finish<DType::kFloat>(p, stream)
+                 : dtype == DType::kHalf ? launch_finish<DType::kHalf>(p, stream)
+                                         : launch_finish<DType::kBFloat16>(p, stream),
+                 op);
+  }
+};
+
+// Workspace of chunks; the tensor keeps it alive.
+Tensor allocate_chunks(Chunks& chunks, const Plan& plan, const Sizes& s, int directions,
+                       bool drives, const Tensor& like) {
+  if (plan.chunks == 1) return Tensor();
+  const int64_t size = s.batch * s.channels * s.pitch * plan.chunks * directions;
+  Tensor memory = at::empty({(drives ? 4 : 2) * size}, like.options().dtype(at::kFloat));
+  float* data = memory.mutable_data_ptr<float>();
+  chunks.state = data;
+  chunks.decay = data + size;
+  if (drives) {
+    chunks.drive = data + 2 * size;
+    chunks.drive_decay = data + 3 * size;
+  }
+  return memory;
+}
+
+// Everything that does not depend on the part of the states that a launch handles.
+struct ForwardCall {
+  const Inputs* in[2] = {};
+  int directions = 1;
+  bool reverse = false;  // of a single direction
+  bool softplus = false;
+  OptTensor z, initial_state;
+  double scale = 1.0;
+  Tensor out, pregate, last_state;  // undefined: not wanted
+  Tensor checkpoints[2];
+  int64_t interval = 0;
+
+  void run(const char* op, Discretization method) const {
+    const Inputs& first = *in[0];
+    const Tensor& like = first.u;
+    Forward p;
+    p.size = sizes_of(first, in[directions - 1]->B.size(2), softplus);
+    p.directions = directions;
+    const int64_t unit = p.size.channels / p.size.units;
+    if (z.has_value()) p.z = Inputs::rows(*z, unit);
+    p.scale = static_cast<float>(scale);
+    p.interval = static_cast<int>(interval);
+    const int64_t states = first.states();
+    const int64_t limit = directions == 2 ? kMaxStatesOfPair : kMaxStates;
+    p.size.states = static_cast<int>(std::min(states, limit));
+    const Plan plan = plan_forward(p.size, directions, multiprocessor_count());
+    const Tensor workspace = allocate_chunks(p.chunks, plan, p.size, directions, false, like);
+    Tensor meeting, sum;
+    const auto scratch = [&] { return at::empty(like.sizes(), like.options().dtype(at::kFloat)); };
+    if (directions == 2 && !plan.meeting_in_shared) {
+      meeting = scratch();
+      p.meeting = meeting.mutable_data_ptr<float>();
+    }
+    if (states > limit) sum = scratch();
+    const Launcher launch{op, first.dtype, method};
+    for (int64_t n = 0; n < states; n += limit) {
+      const bool last_part = n + limit >= states;
+      p.size.states = static_cast<int>(std::min(states - n, limit));
+      for (int d = 0; d < directions; ++d) {
+        p.scan[d] = in[d]->scan(directions == 2 ? d == 1 : reverse, unit, n);
+        if (initial_state.has_value()) {
+          const float* state = initial_state->const_data_ptr<float>();
+          p.scan[d].initial = state + n;
+          p.scan[d].initial_pitch = static_cast<int>(initial_state->size(2));
+          if (initial_state->size(2) > states) p.scan[d].initial_drive = state + states + n;
+        }
+        if (checkpoints[d].defined() && checkpoints[d].numel() > 0) {
+          p.checkpoints[d] = checkpoints[d].mutable_data_ptr<float>() + n;
+        }
+        // The skip connection counts once.
+        if (!last_part) p.scan[d].D = nullptr;
+      }
+      if (last_state.defined()) {
+        float* state = last_state.mutable_data_ptr<float>();
+        p.last[0] = state + n;
+        p.last_pitch = static_cast<int>(last_state.size(2));
+        p.last_drive[0] = last_state.size(2) > states ? state + states + n : nullptr;
+      }
+      p.sum_in = n == 0 ? nullptr : sum.const_data_ptr<float>();
+      p.sum_out = last_part ? nullptr : sum.mutable_data_ptr<float>();
+      p.out = last_part && out.defined() ? out.mutable_data_ptr() : nullptr;
+      p.pregate = last_part && pregate.defined() ? pregate.mutable_data_ptr() : nullptr;
+      launch(plan, p);
+    }
+  }
+};
+
+int64_t state_parts(Discretization method) { return is_two_tap(method) ? 2 : 1; }
+
+OptTensor checked_initial(const OptTensor& state, const Sizes& s, Discretization method,
+                          const Tensor& like) {
+  if (!state.has_value()) return {};
+  const bool with_drive =
+      state_parts(method) == 2 && state->dim() == 3 && state->size(2) == 2 * s.pitch;
+  check(*state, "initial_state", {s.batch, s.channels, (with_drive ? 2 : 1) * s.pitch}, at::kFloat,
+        like);
+  return state->contiguous();
+}
+
+OptTensor checked_gate(const OptTensor& z, const Inputs& in) {
+  check(z, "z", in.u.sizes(), in.type, in.u);
+  return z.has_value() ? OptTensor(with_unit_stride(*z)) : OptTensor();
+}
+
+// The state when there is nothing to scan.
+void continue_state(Tensor& last, const OptTensor& initial) {
+  last.zero_();
+  if (initial.has_value()) last.narrow(2, 0, initial->size(2)).copy_(*initial);
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                           const Tensor& B, const Tensor& C, const OptTensor& D,
+                                           const OptTensor& z, const OptTensor& delta_bias,
+                                           const OptTensor& initial_state, bool delta_softplus,
+                                           std::string_view discretization, bool reverse,
+                                           bool return_last_state, int64_t checkpoint_interval) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  const Inputs in(u, delta, A, B, C, D, delta_bias);
+  const Discretization method = method_of(discretization);
+  const Sizes s = sizes_of(in, 1, delta_softplus);
+  ForwardCall call;
+  call.in[0] = &in;
+  call.reverse = reverse;
+  call.softplus = delta_softplus;
+  call.z = checked_gate(z, in);
+  call.initial_state = checked_initial(initial_state, s, method, u);
+  call.interval = checkpoint_interval;
+  const auto parameters = u.options().dtype(at::kFloat);
+  call.out = at::empty(u.sizes(), u.options());
+  call.checkpoints[0] = at::empty(checkpoint_sizes(s, checkpoint_interval), parameters);
+  if (return_last_state) {
+    call.last_state = at::empty({s.batch, s.channels, state_parts(method) * s.pitch}, parameters);
+  }
+  Tensor last_state = return_last_state ? call.last_state : at::empty({0}, parameters);
+  if (!in.empty()) {
+    call.run("selective_scan", method);
+  } else if (return_last_state) {
+    continue_state(last_state, call.initial_state);
+  }
+  return {call.out, last_state, call.checkpoints[0]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
+    const Tensor& u_f, const Tensor& delta_f, const Tensor& A_f, const Tensor& B_f,
+    const Tensor& C_f, const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
+    const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b, const Tensor& C_b,
+    const OptTensor& D_b, const OptTensor& delta_bias_b, const OptTensor& z, double scale,
+    bool delta_softplus, std::string_view discretization, int64_t checkpoint_interval) {
+  const c10::cuda::CUDAGuard guard(u_f.device());
+  const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
+  const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
+  check(u_b, "u_b", u_f.sizes(), f.type, u_f);
+  check(A_b, "A_b", A_f.sizes(), at::kFloat, u_f);
+  const Discretization method = method_of(discretization);
+  const Sizes s = sizes_of(f, b.B.size(2), delta_softplus);
+  ForwardCall call;
+  call.in[0] = &f;
+  call.in[1] = &b;
+  call.directions = 2;
+  call.softplus = delta_softplus;
+  call.z = checked_gate(z, f);
+  call.scale = scale;
+  call.interval = checkpoint_interval;
+  call.out = at::empty(u_f.sizes(), u_f.options());
+  Tensor pregate = at::empty({0}, u_f.options());
+  if (z.has_value() && checkpoint_interval > 0) {
+    call.pregate = pregate = at::empty(u_f.sizes(), u_f.options());
+  }
+  for (Tensor& t : call.checkpoints) {
+    t = at::empty(checkpoint_sizes(s, checkpoint_interval), u_f.options().dtype(at::kFloat));
+  }
+  if (!f.empty()) call.run("bidirectional_scan", method);
+  return {call.out, pregate, call.checkpoints[0], call.checkpoints[1]};
+}
+
+// Gradients of one direction.
+struct Gradients {
+  Tensor u, delta, A, B, C, D, delta_bias;
+
+  explicit Gradients(const Inputs& in)
+      : u(at::empty(in.u.sizes(), in.u.options())),
+        delta(at::empty(in.u.sizes(), in.u.options())),
+        A(at::empty(in.A.sizes(), in.A.options())),
+        B(at::empty(in.B.sizes(), in.B.options())),
+        C(at::empty(in.C.sizes(), in.C.options())),
+        D(like_or_empty(in.D, in.A)),
+        delta_bias(like_or_empty(in.delta_bias, in.A)) {}
+
+  void zero() {
+    for (Tensor* t : {&u, &delta, &A, &B, &C, &D, &delta_bias}) t->zero_();
+  }
+};
+
+struct BackwardCall {
+  const Inputs* in[2] = {};
+  Gradients* grads[2] = {};
+  int directions = 1;
+  bool reverse = false;
+  bool softplus = false;
+  Tensor grad_out;
+  OptTensor z, initial_state, grad_last;
+  double scale = 1.0;
+  Tensor dz, dinitial, pregate;  // undefined: not there
+  Tensor checkpoints[2];
+  int64_t interval = 0;
+
+  // Runs forward again for what was not kept, or not at the distance that the kernels need.
+  void complete(const char* op, Discretization method, const Sizes& s) {
+    const bool needs_checkpoints = interval != kInterval && s.length > kInterval;
+    const bool needs_pregate = directions == 2 && z.has_value() && !pregate.defined();
+    if (!needs_checkpoints && !needs_pregate) return;
+    ForwardCall call;
+    for (int d = 0; d < directions; ++d) {
+      call.in[d] = in[d];
+      if (!needs_checkpoints) continue;
+      checkpoints[d] = at::empty(checkpoint_sizes(s, kInterval), in[d]->A.options());
+      call.checkpoints[d] = checkpoints[d];
+    }
+    call.directions = directions;
+    call.reverse = reverse;
+    call.softplus = softplus;
+    call.initial_state = initial_state;
+    call.interval = kInterval;
+    if (needs_pregate) call.pregate = pregate = at::empty(in[0]->u.sizes(), in[0]->u.options());
+    call.run(op, method);
+  }
+
+  void run(const char* op, Discretization method) {
+    const Inputs& first = *in[0];
+    const Tensor& like = first.u;
+    const auto parameters = like.options().dtype(at::kFloat);
+    Backward p;
+    p.size = sizes_of(first, in[directions - 1]->B.size(2), softplus);
+    complete(op, method, p.size);
+    p.directions = directions;
+    const int64_t unit = p.size.channels / p.size.units;
+    p.grad_out = Inputs::rows(grad_out, unit);
+    if (z.has_value()) p.z = Inputs::rows(*z, unit);
+    if (pregate.defined()) p.pregate = Inputs::rows(pregate, unit);
+    p.scale = static_cast<float>(scale);
+    if (dz.defined()) p.dz = dz.mutable_data_ptr();
+    const int64_t states = first.states();
+    const int64_t limit = kMaxStates;
+    p.size.states = static_cast<int>(std::min(states, limit));
+    const Plan plan = plan_backward(p.size, directions, multiprocessor_count());
+    const Tensor workspace =
+        allocate_chunks(p.chunks, plan, p.size, directions, is_two_tap(method), like);
+
+    // Partial sums, and the sums over the parts of the states.
+    const bool deterministic = at::globalContext().deterministicAlgorithms();
+    const int64_t rows = p.size.batch * plan.chunks;
+    Finish finish;
+    finish.size = p.size;
+    finish.directions = directions;
+    finish.rows = rows;
+    Tensor dBC[2], dA[2], dD[2], sums[2];
+    for (int d = 0; d < directions; ++d) {
+      const Tensor& B = in[d]->B;
+      const int groups = static_cast<int>(B.size(2));
+      const int blocks = blocks_per_group(p.size, groups, plan.channels);
+      p.atomic[d] = !deterministic && blocks > 1;
+      finish.groups[d] = groups;
+      finish.parts[d] = p.atomic[d] ? 1 : blocks;
+      dBC[d] = at::empty({finish.parts[d], B.size(0), B.size(1), groups, 2, states}, parameters);
+      if (p.atomic[d]) dBC[d].zero_();
+      dA[d] = at::empty({rows, p.size.channels, states}, parameters);
+      dD[d] = at::empty({rows, 2, p.size.channels}, parameters);
+      if (states > limit) {
+        sums[d] = at::empty({3, like.size(0), like.size(1), like.size(2)}, parameters);
+      }
+      p.du[d] = grads[d]->u.mutable_data_ptr();
+      p.ddelta[d] = grads[d]->delta.mutable_data_ptr();
+      p.dD[d] = dD[d].mutable_data_ptr<float>();
+      finish.dBC[d] = dBC[d].const_data_ptr<float>();
+      finish.dA[d] = dA[d].const_data_ptr<float>();
+      finish.dD[d] = dD[d].const_data_ptr<float>();
+      finish.out_dB[d] = grads[d]->B.mutable_data_ptr();
+      finish.out_dC[d] = grads[d]->C.mutable_data_ptr();
+      finish.out_dA[d] = grads[d]->A.mutable_data_ptr<float>();
+      if (in[d]->D.has_value()) finish.out_dD[d] = grads[d]->D.mutable_data_ptr<float>();
+      if (in[d]->delta_bias.has_value()) {
+        finish.out_ddelta_bias[d] = grads[d]->delta_bias.mutable_data_ptr<float>();
+      }
+    }
+
+    const Launcher launch{op, first.dtype, method};
+    for (int64_t n = 0; n < states; n += limit) {
+      const bool last_part = n + limit >= states;
+      p.size.states = static_cast<int>(std::min(states - n, limit));
+      for (int d = 0; d < directions; ++d) {
+        p.scan[d] = in[d]->scan(directions == 2 ? d == 1 : reverse, unit, n);
+        if (checkpoints[d].defined() && checkpoints[d].numel() > 0) {
+          p.checkpoints[d] = checkpoints[d].const_data_ptr<float>() + n;
+        }
+        if (initial_state.has_value()) {
+          const float* state = initial_state->const_data_ptr<float>();
+          const bool with_drive = initial_state->size(2) > states;
+          p.scan[d].initial = state + n;
+          p.scan[d].initial_pitch = static_cast<int>(initial_state->size(2));
+          p.dinitial[d] = dinitial.mutable_data_ptr<float>() + n;
+          p.dinitial_pitch = p.scan[d].initial_pitch;
+          if (with_drive) {
+            p.scan[d].initial_drive = state + states + n;
+            p.dinitial_drive[d] = dinitial.mutable_data_ptr<float>() + states + n;
+          }
+        }
+        if (grad_last.has_value()) {
+          const float* state = grad_last->const_data_ptr<float>();
+          p.grad_last[d] = state + n;
+          p.grad_last_pitch = static_cast<int>(grad_last->size(2));
+          if (grad_last->size(2) > states) p.grad_last_drive[d] = state + states + n;
+        }
+        p.dBC[d] = dBC[d].mutable_data_ptr<float>() + n;
+        p.dA[d] = dA[d].mutable_data_ptr<float>() + n;
+        p.sum_in[d] = n == 0 ? nullptr : sums[d].const_data_ptr<float>();
+        p.sum_out[d] = last_part ? nullptr : sums[d].mutable_data_ptr<float>();
+      }
+      launch(plan, p);
+    }
+    launch(finish);
+  }
+};
+
+Tensor checked_gradient(const Tensor& grad, const Inputs& in) {
+  check(grad, "grad_out", in.u.sizes(), in.type, in.u);
+  return with_unit_stride(grad);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& u, const Tensor& delta,
+    const Tensor& A, const Tensor& B, const Tensor& C, const OptTensor& D, const OptTensor& z,
+    const OptTensor& delta_bias, const OptTensor& initial_state, const Tensor& checkpoints,
+    bool delta_softplus, std::string_view discretization, bool reverse,
+    int64_t checkpoint_interval) {
+  const c10::cuda::CUDAGuard guard(u.device());
+  const Inputs in(u, delta, A, B, C, D, delta_bias);
+  const Discretization method = method_of(discretization);
+  const Sizes s = sizes_of(in, 1, delta_softplus);
+  check(checkpoints, "checkpoints", checkpoint_sizes(s, checkpoint_interval), at::kFloat, u);
+  check(grad_last_state, "grad_last_state", {s.batch, s.channels, state_parts(method) * s.pitch},
+        at::kFloat, u);
+  Gradients grads(in);
+  BackwardCall call;
+  call.in[0] = &in;
+  call.grads[0] = &grads;
+  call.reverse = reverse;
+  call.softplus = delta_softplus;
+  call.grad_out = checked_gradient(grad_out, in);
+  call.z = checked_gate(z, in);
+  call.initial_state = checked_initial(initial_state, s, method, u);
+  call.grad_last = contiguous(grad_last_state);
+  call.checkpoints[0] = checkpoints.contiguous();
+  call.interval = checkpoint_interval;
+  const Tensor dz = z.has_value() ? at::empty(z->sizes(), z->options()) : like_or_empty({}, u);
+  if (z.has_value()) call.dz = dz;
+  const Tensor dinitial = like_or_empty(call.initial_state, u);
+  call.dinitial = dinitial;
+  if (!in.empty()) {
+    call.run("selective_scan_backward", method);
+  } else {
+    grads.zero();
+    dinitial.zero_();
+    if (initial_state.has_value() && grad_last_state.has_value()) {
+      dinitial.copy_(grad_last_state->narrow(2, 0, dinitial.size(2)));
+    }
+  }
+  return {grads.u, grads.delta, grads.A, grads.B, grads.C, grads.D, dz, grads.delta_bias, dinitial};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+           Tensor, Tensor, Tensor, Tensor>
+bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f,
+                       const Tensor& A_f, const Tensor& B_f, const Tensor& C_f,
+                       const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
+                       const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b,
+                       const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
+                       const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
+                       const Tensor& checkpoints_b, double scale, bool delta_softplus,
+                       std::string_view discretization, int64_t checkpoint_interval) {
+  const c10::cuda::CUDAGuard guard(u_f.device());
+  const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
+  const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
+  check(u_b, "u_b", u_f.sizes(), f.type, u_f);
+  check(A_b, "A_b", A_f.sizes(), at::kFloat, u_f);
+  const Discretization method = method_of(discretization);
+  const Sizes s = sizes_of(f, b.B.size(2), delta_softplus);
+  Gradients grads_f(f), grads_b(b);
+  BackwardCall call;
+  call.in[0] = &f;
+  call.in[1] = &b;
+  call.grads[0] = &grads_f;
+  call.grads[1] = &grads_b;
+  call.directions = 2;
+  call.softplus = delta_softplus;
+  call.grad_out = checked_gradient(grad_out, f);
+  call.z = checked_gate(z, f);
+  call.scale = scale;
+  call.interval = checkpoint_interval;
+  const Tensor* saved[2] = {&checkpoints_f, &checkpoints_b};
+  for (int d = 0; d < 2; ++d) {
+    check(*saved[d], d == 0 ? "checkpoints_f" : "checkpoints_b",
+          checkpoint_sizes(s, checkpoint_interval), at::kFloat, u_f);
+    call.checkpoints[d] = saved[d]->contiguous();
+  }
+  const Tensor dz = z.has_value() ? at::empty(z->sizes(), z->options()) : like_or_empty({}, u_f);
+  if (z.has_value()) {
+    call.dz = dz;
+    if (pregate.dim() == 3) {
+      check(pregate, "pregate", u_f.sizes(), f.type, u_f);
+      call.pregate = with_unit_stride(pregate);
+    }
+  }
+  if (!f.empty()) {
+    call.run("bidirectional_scan_backward", method);
+  } else {
+    grads_f.zero();
+    grads_b.zero();
+  }
+  const Gradients &gf = grads_f, &gb = grads_b;
+  return {gf.u, gf.delta, gf.A, gf.B, gf.C,          gf.D, gf.delta_bias, gb.u, gb.delta,
+          gb.A, gb.B,     gb.C, gb.D, gb.delta_bias, dz};
+}
+
+}  // namespace
+
+#ifndef MMVIM_CUDA_KEY
+#define MMVIM_CUDA_KEY CUDA
+#endif
+TORCH_LIBRARY_IMPL(mmvim, MMVIM_CUDA_KEY, m) {
+  m.impl("selective_scan", forward);
+  m.impl("selective_scan_backward", backward);
+  m.impl("bidirectional_scan", bidirectional_forward);
+  m.impl("bidirectional_scan_backward", bidirectional_backward);
+}
+
+}  // namespace scan
+}  // namespace mmvim

@@ -1,0 +1,524 @@
+// Backward scan.
+//
+// A block walks its channels' length against the scan, in tiles that start at a checkpoint. For
+// each tile it runs the states forward once, keeping those at which its groups of kGroup steps
+// start; then, group by group from the last, it runs the states forward again into registers and
+// the gradient of the state backward. Sums over states (the gradients of u and delta, the ungated
+// output) go through shared memory; sums over channels (the gradients of B and C) through the
+// tensor cores, where a warp adds 32 values of its 32 lanes in 16 instructions, and then to global
+// memory: one addition per block.
+#pragma once
+
+#include "cuda_common.cuh"
+
+namespace mmvim {
+namespace scan {
+
+constexpr int kBackwardTile = kInterval;
+constexpr int kGroup = 4;
+constexpr int kParts = 3;  // sums over states: of u, of delta, of the output
+
+struct BackwardShared {
+  int deltas, inputs, grads, gates, columns, starts, parts, total;  // bytes
+
+  MMVIM_HD BackwardShared(int slices, int channels) {
+    const int rows = kBackwardTile * channels * 4;
+    deltas = 0;
+    inputs = deltas + rows;
+    grads = inputs + rows;
+    gates = grads + rows;
+    columns = gates + rows;
+    starts = columns + kBackwardTile * slices * kSlice * 8;
+    parts = starts + (kBackwardTile / kGroup - 2) * slices * channels * kSlice * 4;
+    total = parts + kParts * slices * kGroup * channels * 4;
+  }
+};
+
+// Adds 32 values over the lanes of a warp: of `steps` kGroup, kSlice values for B and for C.
+template <bool kExact>
+class ChannelSum {
+ public:
+  MMVIM_DEVICE explicit ChannelSum(int lane) : row_(lane / 4), quarter_(lane % 4) {
+#if MMVIM_MATRIX_ADDER
+    MMVIM_UNROLL
+    for (int i = 0; i < 8; ++i) one_[i] = gpu::bits(row_ == i ? 1.f : 0.f);
+#endif
+    clear();
+  }
+
+  MMVIM_DEVICE void clear() {
+#if MMVIM_MATRIX_ADDER
+    MMVIM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      MMVIM_UNROLL
+      for (int j = 0; j < 4; ++j) sum_[i][j] = 0.f;
+    }
+#endif
+  }
+
+  // `step`, `j`: compile-time constants after unrolling.
+  MMVIM_DEVICE void add(int step, int j, float for_B, float for_C) {
+#if MMVIM_MATRIX_ADDER
+    // Rows i and i + 8 of the product sum the two values over four lanes each.
+    const int i = step % 2 * kSlice + j;
+    const uint32_t high_B = round(for_B), high_C = round(for_C);
+    gpu::multiply_16x8x8(sum_[step / 2], one_[i], 0, 0, one_[i], high_B, high_C);
+    if (kExact) {
+      gpu::multiply_16x8x8(sum_[step / 2], one_[i], 0, 0, one_[i],
+                           gpu::bits(for_B - gpu::from_bits(high_B)),
+                           gpu::bits(for_C - gpu::from_bits(high_C)));
+    }
+#else
+    values_[(step * kSlice + j) * 2] = for_B;
+    values_[(step * kSlice + j) * 2 + 1] = for_C;
+#endif
+  }
+
+  // The lane's sum: that of step(), state() and, if is_C(), C.
+  MMVIM_DEVICE float get() {
+#if MMVIM_MATRIX_ADDER
+    float x[4] = {sum_[0][0] + sum_[0][1], sum_[0][2] + sum_[0][3], sum_[1][0] + sum_[1][1],
+                  sum_[1][2] + sum_[1][3]};
+    const bool upper = quarter_ & 2, odd = quarter_ & 1;
+    MMVIM_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const float keep = upper ? x[2 + i] : x[i];
+      x[i] = keep + gpu::exchange_xor(upper ? x[i] : x[2 + i], 2);
+    }
+    const float keep = odd ? x[1] : x[0];
+    return keep + gpu::exchange_xor(odd ? x[0] : x[1], 1);
+#else
+    float mine = 0.f;
+    MMVIM_UNROLL
+    for (int i = 0; i < 32; ++i) {
+      float x = values_[i];
+      MMVIM_UNROLL
+      for (int m = 16; m > 0; m /= 2) x += gpu::exchange_xor(x, m);
+      const int step = i / 8, j = i / 2 % 4, c = i % 2;
+      if (step == this->step() && j == state() && (c == 1) == is_C()) mine = x;
+    }
+    return mine;
+#endif
+  }
+  MMVIM_DEVICE int step() const { return (quarter_ / 2) * 2 + row_ / kSlice; }
+  MMVIM_DEVICE int state() const { return row_ % kSlice; }
+  MMVIM_DEVICE bool is_C() const { return quarter_ % 2 == 1; }
+
+ private:
+  // To the nearest value whose lower 13 bits, which the product ignores, are zero.
+  static MMVIM_DEVICE uint32_t round(float x) {
+    return kExact ? gpu::bits(x) & 0xffffe000u : gpu::bits(x) + 0x1000u;
+  }
+
+  int row_, quarter_;
+#if MMVIM_MATRIX_ADDER
+  uint32_t one_[8];
+  float sum_[2][4];
+#else
+  float values_[32];
+#endif
+};
+
+template <class T, Discretization kMethod, int kCpt>
+MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT Backward p) {
+  using R = Rule<kMethod, GpuMath>;
+  constexpr int kChannels = 32 * kCpt;
+  constexpr int kQuads = kChannels / 4;
+  constexpr int kTile = kBackwardTile;
+  // Where e^z is all there is to a step, it is kept from the second run forward to the run
+  // backward.
+  constexpr bool kKeepDecay = R::kInputIsDelta;
+
+  const Sizes& size = p.size;
+  const int slices = slices_of(size);
+  const int threads = 32 * slices;
+  const int index = gpu::thread_index();
+  const int lane = index % 32;
+  const int slice = index / 32;
+
+  const int blocks = channel_blocks(size, kChannels);
+  int64_t block = gpu::block_index();
+  const int channel_block = static_cast<int>(block % blocks);
+  const Channels channels(size, channel_block, kChannels);
+  block /= blocks;
+  const int direction = static_cast<int>(block % p.directions);
+  block /= p.directions;
+  const int chunk = static_cast<int>(block % p.chunks.count);
+  const int64_t b = block / p.chunks.count;
+  const int begin = chunk * p.chunks.length;
+  const int end = begin + smaller(size.length - begin, p.chunks.length);
+
+  const BackwardShared layout(slices, kChannels);
+  char* const shared = gpu::shared_memory();
+  float* const deltas = reinterpret_cast<float*>(shared + layout.deltas);
+  float* const inputs = reinterpret_cast<float*>(shared + layout.inputs);
+  float* const grads = reinterpret_cast<float*>(shared + layout.grads);
+  float* const gates = reinterpret_cast<float*>(shared + layout.gates);
+  float* const columns = reinterpret_cast<float*>(shared + layout.columns);
+  float* const starts = reinterpret_cast<float*>(shared + layout.starts) + 4 * index;
+  float* const parts = reinterpret_cast<float*>(shared + layout.parts);
+
+  const Scan& scan = p.scan[direction];
+  const bool reverse = scan.reverse;
+  const bool gated = p.z.data != nullptr;
+  const bool writes_dz = gated && direction == 0;
+  const bool needs_y = (writes_dz && p.pregate.data == nullptr) || p.sum_out[direction] != nullptr;
+  const auto time_of = [&](int position) {
+    return reverse ? size.length - 1 - position : position;
+  };
+  const int width = slices * kSlice;
+  const int group = channels.group(size, scan.groups);
+  const int quad = index % kQuads;
+  const int quad_row = index / kQuads;
+  const int quad_rows = threads / kQuads;
+  const Quad bias = load_parameter(scan.delta_bias, channels, quad);
+  const Quad skip = load_parameter(scan.D, channels, quad);
+
+  // Global targets of the lane's sums over channels.
+  ChannelSum<sizeof(T) == 4> channel_sum(lane);
+  const int target_state = slice * kSlice + channel_sum.state();
+  const int64_t target_stride = static_cast<int64_t>(scan.groups) * 2 * size.pitch;
+  float* target = p.dBC[direction] + b * size.length * target_stride +
+                  (group * 2 + channel_sum.is_C()) * size.pitch + target_state;
+  if (!p.atomic[direction]) {
+    const int per_group = blocks / scan.groups;
+    target +=
+        static_cast<int64_t>(channel_block % per_group) * size.batch * size.length * target_stride;
+  }
+
+  float rate[kCpt][kSlice], h[kCpt][kSlice], gradient[kCpt][kSlice], carry[kCpt][kSlice];
+  float dA[kCpt][kSlice];
+  load_states(rate, scan.A, 0, size.pitch, size, channels, lane, slice);
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) {
+      rate[k][j] *= static_cast<float>(R::kRateScale);
+      gradient[k][j] = carry[k][j] = dA[k][j] = 0.f;
+    }
+  }
+  // `gradient`: of the state after the current step, from the steps behind it; `carry`: of v.
+  if (p.chunks.count > 1) {
+    const int64_t at = (static_cast<int64_t>(direction) * p.chunks.count + chunk) * size.batch + b;
+    load_states(gradient, p.chunks.state, at, size.pitch, size, channels, lane, slice);
+    if (R::kTwoTap) load_states(carry, p.chunks.drive, at, size.pitch, size, channels, lane, slice);
+  } else if (p.grad_last[direction] != nullptr) {
+    load_states(gradient, p.grad_last[direction], b, p.grad_last_pitch, size, channels, lane,
+                slice);
+    if (R::kTwoTap) {
+      load_states(carry, p.grad_last_drive[direction], b, p.grad_last_pitch, size, channels, lane,
+                  slice);
+    }
+  }
+  Quad dD = Quad::of([](int) { return 0.f; });
+  Quad dbias = dD;
+
+  for (int at = (end - 1) / kTile * kTile; at >= begin; at -= kTile) {
+    const int count = smaller(kTile, end - at);
+    const int groups = (count + kGroup - 1) / kGroup;
+
+    // Inputs of the tile; zero behind the end of the scan.
+    {
+      const QuadInput<T> u_rows(scan.u, b, channels, quad),
+          delta_rows(scan.delta, b, channels, quad), grad_rows(p.grad_out, b, channels, quad),
+          z_rows(p.z, b, channels, quad);
+      MMVIM_UNROLL_2
+      for (int r = quad_row; r < groups * kGroup; r += quad_rows) {
+        const int t = time_of(at + r);
+        const bool inside = r < count;
+        const int to = r * kChannels + 4 * quad;
+        const Quad u = u_rows.load(t, inside);
+        const Quad raw = delta_rows.load(t, inside);
+        Quad dy = grad_rows.load(t, inside);
+        const Quad z = z_rows.load(t, inside && gated);
+        u.store(inputs + to);
+        Quad::of([&](int i) {
+          const float x = raw.v[i] + bias.v[i];
+          return !inside ? 0.f : size.softplus ? softplus(x) : x;
+        }).store(deltas + to);
+        dy = Quad::of([&](int i) { return dy.v[i] * p.scale; });
+        if (gated) {
+          const Quad s = Quad::of([&](int i) { return logistic(z.v[i]); });
+          if (writes_dz) {
+            // silu'(z) = s (1 + z (1 - s))
+            const Quad gate = Quad::of(
+                [&](int i) { return dy.v[i] * s.v[i] * gpu::fused(z.v[i], 1.f - s.v[i], 1.f); });
+            if (needs_y) {
+              gate.store(gates + to);
+            } else if (inside) {
+              const Quad y = QuadInput<T>(p.pregate, b, channels, quad).load(t, true);
+              QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad)
+                  .store(t, Quad::of([&](int i) { return gate.v[i] * y.v[i]; }));
+            }
+          }
+          dy = Quad::of([&](int i) { return dy.v[i] * z.v[i] * s.v[i]; });
+        }
+        dy.store(grads + to);
+      }
+      const int column_row = index / (2 * width);
+      const int column = index - column_row * 2 * width;
+      const int state = column < width ? column : column - width;
+      const Rows& rows = column < width ? scan.B : scan.C;
+      const T* const base =
+          static_cast<const T*>(rows.data) + b * rows.stride_b + group * rows.stride_g + state;
+      MMVIM_UNROLL_4
+      for (int r = column_row; r < groups * kGroup; r += 16 / kSlice) {
+        const bool inside = r < count && state < size.states;
+        columns[r * 2 * width + column] =
+            inside ? to_float(base[time_of(at + r) * rows.stride_l]) : 0.f;
+      }
+    }
+
+    // State, and v for two taps, before the tile.
+    const auto load_start = [&] {
+      if (at > 0) {
+        const int64_t kept = (size.length - 1) / kInterval;
+        load_states(h, p.checkpoints[direction], b * kept + at / kInterval - 1, size.pitch, size,
+                    channels, lane, slice);
+      } else if (scan.initial != nullptr) {
+        load_states(h, scan.initial, b, scan.initial_pitch, size, channels, lane, slice);
+      } else {
+        clear_states(h);
+      }
+    };
+    float v_start[kCpt][kSlice];
+    load_start();
+    clear_states(v_start);
+    if (R::kTwoTap && at > 0) {
+      load_drive<T>(v_start, scan, size, b, time_of(at - 1), channels, lane, slice);
+    } else if (R::kTwoTap && scan.initial_drive != nullptr) {
+      load_states(v_start, scan.initial_drive, b, scan.initial_pitch, size, channels, lane, slice);
+    }
+    gpu::sync_block();
+
+    {
+      float v[kCpt][kSlice];
+      copy_states(v, v_start);
+      for (int g = 0; g + 1 < groups; ++g) {
+        if (g > 0) {
+          MMVIM_UNROLL
+          for (int k = 0; k < kCpt; ++k)
+            store_slice(starts + ((g - 1) * kCpt + k) * threads * 4, h[k]);
+        }
+        MMVIM_UNROLL
+        for (int i = 0; i < kGroup; ++i) {
+          const int r = g * kGroup + i;
+          float B[kSlice], delta[kCpt], u[kCpt];
+          load_slice(B, columns + r * 2 * width + slice * kSlice);
+          load_lane(delta, deltas + r * kChannels + lane * kCpt);
+          load_lane(u, inputs + r * kChannels + lane * kCpt);
+          MMVIM_UNROLL
+          for (int k = 0; k < kCpt; ++k) {
+            const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
+            MMVIM_UNROLL
+            for (int j = 0; j < kSlice; ++j) {
+              advance_state<R>(h[k][j], v[k][j], delta[k], rate[k][j], x, B[j]);
+            }
+          }
+        }
+      }
+    }
+
+    for (int g = groups - 1; g >= 0; --g) {
+      const int first = g * kGroup;
+      // After the first run, h is the state before the last group.
+      if (g + 1 < groups && g > 0) {
+        MMVIM_UNROLL
+        for (int k = 0; k < kCpt; ++k)
+          load_slice(h[k], starts + ((g - 1) * kCpt + k) * threads * 4);
+      } else if (g + 1 < groups) {
+        load_start();
+      }
+      float before[kCpt][kSlice], v_before[kCpt][kSlice], v[kCpt][kSlice];
+      float after[kGroup][kCpt][kSlice], decay[kGroup][kCpt][kSlice];
+      copy_states(before, h);
+      if (R::kTwoTap) {
+        if (first == 0) {
+          copy_states(v_before, v_start);
+        } else {
+          drives_of(v_before, inputs + (first - 1) * kChannels + lane * kCpt,
+                    columns + (first - 1) * 2 * width + slice * kSlice);
+        }
+        copy_states(v, v_before);
+      }
+      MMVIM_UNROLL
+      for (int i = 0; i < kGroup; ++i) {
+        const int r = first + i;
+        float B[kSlice], delta[kCpt], u[kCpt];
+        load_slice(B, columns + r * 2 * width + slice * kSlice);
+        load_lane(delta, deltas + r * kChannels + lane * kCpt);
+        load_lane(u, inputs + r * kChannels + lane * kCpt);
+        MMVIM_UNROLL
+        for (int k = 0; k < kCpt; ++k) {
+          const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
+          MMVIM_UNROLL
+          for (int j = 0; j < kSlice; ++j) {
+            if constexpr (kKeepDecay) {
+              decay[i][k][j] = R::step(delta[k], rate[k][j]).a;
+              h[k][j] = gpu::fused(decay[i][k][j], h[k][j], x * B[j]);
+            } else {
+              advance_state<R>(h[k][j], v[k][j], delta[k], rate[k][j], x, B[j]);
+            }
+            after[i][k][j] = h[k][j];
+          }
+        }
+      }
+
+      channel_sum.clear();
+      MMVIM_UNROLL
+      for (int i = kGroup - 1; i >= 0; --i) {
+        const int r = first + i;
+        // The gradient of v must not pass through steps that do not exist.
+        if (R::kTwoTap && r >= count) continue;
+        float B[kSlice], C[kSlice], delta[kCpt], u[kCpt], dy[kCpt];
+        float for_B[kSlice], for_C[kSlice], to_u[kCpt], to_delta[kCpt], y[kCpt];
+        load_slice(B, columns + r * 2 * width + slice * kSlice);
+        load_slice(C, columns + r * 2 * width + width + slice * kSlice);
+        load_lane(delta, deltas + r * kChannels + lane * kCpt);
+        load_lane(u, inputs + r * kChannels + lane * kCpt);
+        load_lane(dy, grads + r * kChannels + lane * kCpt);
+        if (R::kTwoTap && i > 0) {
+          drives_of(v, inputs + (r - 1) * kChannels + lane * kCpt,
+                    columns + (r - 1) * 2 * width + slice * kSlice);
+        } else if (R::kTwoTap) {
+          copy_states(v, v_before);
+        }
+        MMVIM_UNROLL
+        for (int k = 0; k < kCpt; ++k) {
+          const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
+          to_u[k] = to_delta[k] = y[k] = 0.f;
+          MMVIM_UNROLL
+          for (int j = 0; j < kSlice; ++j) {
+            const float h_before = i > 0 ? after[i - 1][k][j] : before[k][j];
+            const float h_after = after[i][k][j];
+            const float g = gpu::fused(C[j], dy[k], gradient[k][j]);
+            float to_drive = g;  // gradient of B times x
+            if constexpr (kKeepDecay) {
+              gradient[k][j] = g * decay[i][k][j];
+              const float gz = gradient[k][j] * h_before;
+              to_delta[k] = gpu::fused(gz, rate[k][j], to_delta[k]);
+              dA[k][j] = gpu::fused(gz, delta[k], dA[k][j]);
+            } else {
+              const auto s = R::step_with_grad(delta[k], rate[k][j]);
+              float gz, gdelta;
+              pull_back<R, GpuMath>(s, g * h_before, g * x * B[j], g * v[k][j], &gz, &gdelta);
+              to_delta[k] = gpu::fused(gz, rate[k][j], to_delta[k] + gdelta);
+              dA[k][j] = gpu::fused(gz, delta[k], dA[k][j]);
+              to_drive = g * s.w0;
+              if (R::kTwoTap) {
+                to_drive += carry[k][j];
+                carry[k][j] = g * s.w1;
+              }
+              gradient[k][j] = g * s.a;
+            }
+            to_u[k] = gpu::fused(to_drive, B[j], to_u[k]);
+            y[k] = gpu::fused(C[j], h_after, y[k]);
+            for_B[j] = k == 0 ? to_drive * x : gpu::fused(to_drive, x, for_B[j]);
+            for_C[j] = k == 0 ? dy[k] * h_after : gpu::fused(dy[k], h_after, for_C[j]);
+          }
+          to_delta[k] *= static_cast<float>(1 / R::kRateScale);
+        }
+        MMVIM_UNROLL
+        for (int j = 0; j < kSlice; ++j) channel_sum.add(i, j, for_B[j], for_C[j]);
+        float* part = parts + (slice * kGroup + i) * kChannels + lane * kCpt;
+        const int pitch = slices * kGroup * kChannels;
+        store_lane(part, to_u);
+        store_lane(part + pitch, to_delta);
+        if (needs_y) store_lane(part + 2 * pitch, y);
+      }
+
+      const float sum = channel_sum.get();
+      const int sum_row = first + channel_sum.step();
+      if (sum_row < count && target_state < size.states) {
+        float* const address = target + time_of(at + sum_row) * target_stride;
+        if (p.atomic[direction]) {
+          gpu::add_to_global(address, sum);
+        } else {
+          *address = sum;
+        }
+      }
+      gpu::sync_block();
+
+      // Different warps take their turn in successive groups.
+      int i = quad_row - first % quad_rows;
+      if (i < 0) i += quad_rows;
+      for (; i < kGroup && first + i < count; i += quad_rows) {
+        const int t = time_of(at + first + i);
+        const int from = (first + i) * kChannels + 4 * quad;
+        const auto part = [&](int which) {
+          const float* row = parts + (which * slices * kGroup + i) * kChannels + 4 * quad;
+          Quad sum = Quad::load(row);
+          for (int s = 1; s < slices; ++s) sum.add(Quad::load(row + s * kGroup * kChannels));
+          return sum;
+        };
+        const Quad delta = Quad::load(deltas + from);
+        const Quad u = Quad::load(inputs + from);
+        const Quad dy = Quad::load(grads + from);
+        Quad du = part(0);
+        Quad ddelta = part(1);
+        if (R::kInputIsDelta) {
+          ddelta = Quad::of([&](int i) { return gpu::fused(u.v[i], du.v[i], ddelta.v[i]); });
+          du = Quad::of([&](int i) { return delta.v[i] * du.v[i]; });
+        }
+        Quad y = Quad::of([](int) { return 0.f; });
+        if (needs_y) y = part(2);
+        const int64_t pitch = size.batch * size.length * size.channels;
+        if (p.sum_in[direction] != nullptr) {
+          const float* sums = p.sum_in[direction];
+          du.add(QuadRows<const float>(sums, size, b, channels, quad).load(t));
+          ddelta.add(QuadRows<const float>(sums + pitch, size, b, channels, quad).load(t));
+          if (needs_y)
+            y.add(QuadRows<const float>(sums + 2 * pitch, size, b, channels, quad).load(t));
+        }
+        if (p.sum_out[direction] != nullptr) {
+          float* sums = p.sum_out[direction];
+          QuadRows<float>(sums, size, b, channels, quad).store(t, du);
+          QuadRows<float>(sums + pitch, size, b, channels, quad).store(t, ddelta);
+          QuadRows<float>(sums + 2 * pitch, size, b, channels, quad).store(t, y);
+          continue;
+        }
+        du = Quad::of([&](int i) { return gpu::fused(skip.v[i], dy.v[i], du.v[i]); });
+        if (size.softplus) {
+          ddelta = Quad::of([&](int i) { return ddelta.v[i] * softplus_slope(delta.v[i]); });
+        }
+        dD = Quad::of([&](int i) { return gpu::fused(u.v[i], dy.v[i], dD.v[i]); });
+        dbias.add(ddelta);
+        QuadRows<T>(static_cast<T*>(p.du[direction]), size, b, channels, quad).store(t, du);
+        QuadRows<T>(static_cast<T*>(p.ddelta[direction]), size, b, channels, quad).store(t, ddelta);
+        if (writes_dz && needs_y) {
+          const Quad gate = Quad::load(gates + from);
+          y = Quad::of([&](int i) { return gate.v[i] * gpu::fused(skip.v[i], u.v[i], y.v[i]); });
+          QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad).store(t, y);
+        }
+      }
+      gpu::sync_block();
+    }
+  }
+
+  const int64_t row = b * p.chunks.count + chunk;
+  store_states(dA, p.dA[direction], row, size.pitch, size, channels, lane, slice);
+  if (begin == 0 && p.dinitial[direction] != nullptr) {
+    store_states(gradient, p.dinitial[direction], b, p.dinitial_pitch, size, channels, lane, slice);
+    if (R::kTwoTap && p.dinitial_drive[direction] != nullptr) {
+      store_states(carry, p.dinitial_drive[direction], b, p.dinitial_pitch, size, channels, lane,
+                   slice);
+    }
+  }
+  if (p.sum_out[direction] != nullptr) return;
+  dD.store(deltas + quad_row * kChannels + 4 * quad);
+  dbias.store(inputs + quad_row * kChannels + 4 * quad);
+  gpu::sync_block();
+  for (int c = index; c < channels.count; c += threads) {
+    float sum_D = 0.f, sum_bias = 0.f;
+    for (int r = 0; r < quad_rows; ++r) {
+      sum_D += deltas[r * kChannels + c];
+      sum_bias += inputs[r * kChannels + c];
+    }
+    float* to = p.dD[direction] + row * 2 * size.channels + channels.first + c;
+    to[0] = sum_D;
+    to[size.channels] = sum_bias;
+  }
+}
+
+}  // namespace scan
+}  // namespace mmvim

@@ -1,0 +1,257 @@
+// Chunks of the length that run side by side: each is scanned from zero, then the states that enter
+// the chunks follow one from another. `kAdjoint` does so for the gradient of the state, against the
+// scan's order.
+#pragma once
+
+#include "cuda_common.cuh"
+
+namespace mmvim {
+namespace scan {
+
+constexpr int kLocalTile = 16;
+
+struct LocalShared {
+  int first, second, third, deltas, drives, columns, total;  // bytes
+
+  MMVIM_HD LocalShared(int element, int slices, int channels) {
+    const int rows = kLocalTile * channels;
+    first = 0;
+    second = first + rows * element;
+    third = second + rows * element;
+    deltas = third + rows * element;
+    drives = deltas + rows * 4;
+    columns = drives + rows * 4;
+    total = columns + kLocalTile * slices * kSlice * 4;
+  }
+};
+
+struct Local {
+  Sizes size;
+  Scan scan[2];
+  int directions = 1;
+  Rows z, grad_out;  // adjoint only
+  float scale = 1.f;
+  Chunks chunks;
+  // Whether chunks are counted along time or, as in backward, in scan order.
+  bool in_scan_order = false;
+};
+
+// Positions [begin, end) of a chunk.
+struct ChunkRange {
+  int begin, end;
+
+  MMVIM_DEVICE ChunkRange(const Sizes& size, const Chunks& chunks, int chunk, bool from_end) {
+    begin = chunk * chunks.length;
+    end = begin + smaller(size.length - begin, chunks.length);
+    if (from_end) {
+      const int first = size.length - end;
+      end = size.length - begin;
+      begin = first;
+    }
+  }
+};
+
+template <class T, Discretization kMethod, int kCpt, bool kAdjoint>
+MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Local p) {
+  using R = Rule<kMethod, GpuMath>;
+  constexpr int kChannels = 32 * kCpt;
+  constexpr int kQuads = kChannels / 4;
+  constexpr int kTile = kLocalTile;
+  constexpr int kColumnRows = 32 / kSlice;
+  constexpr int kColumnItems = kTile / kColumnRows;
+  // The gradient of v leaves a chunk with the weight of its first step's second tap.
+  constexpr bool kDrive = kAdjoint && R::kTwoTap;
+
+  const Sizes& size = p.size;
+  const int slices = slices_of(size);
+  const int threads = 32 * slices;
+  const int index = gpu::thread_index();
+  const int lane = index % 32;
+  const int slice = index / 32;
+
+  const int blocks = channel_blocks(size, kChannels);
+  int64_t block = gpu::block_index();
+  const Channels channels(size, static_cast<int>(block % blocks), kChannels);
+  block /= blocks;
+  const int direction = static_cast<int>(block % p.directions);
+  block /= p.directions;
+  const int chunk = static_cast<int>(block % p.chunks.count);
+  const int64_t b = block / p.chunks.count;
+
+  const LocalShared layout(sizeof(T), slices, kChannels);
+  char* const shared = gpu::shared_memory();
+  T* const first_tile = reinterpret_cast<T*>(shared + layout.first);
+  T* const second_tile = reinterpret_cast<T*>(shared + layout.second);
+  T* const third_tile = reinterpret_cast<T*>(shared + layout.third);
+  float* const deltas = reinterpret_cast<float*>(shared + layout.deltas);
+  float* const drives = reinterpret_cast<float*>(shared + layout.drives);
+  float* const columns = reinterpret_cast<float*>(shared + layout.columns);
+
+  const Scan& scan = p.scan[direction];
+  // Order of this walk: that of the scan, or against it.
+  const bool reverse = scan.reverse != kAdjoint;
+  const bool gated = kAdjoint && p.z.data != nullptr;
+  const ChunkRange range(size, p.chunks, chunk, p.in_scan_order ? kAdjoint : scan.reverse);
+  const int time_step = reverse ? -1 : 1;
+  const auto time_of = [&](int position) {
+    return reverse ? size.length - 1 - position : position;
+  };
+
+  const int width = slices * kSlice;
+  const int column_row = index / width;
+  const int state = index - column_row * width;
+  const Rows& column_rows = kAdjoint ? scan.C : scan.B;
+  const T* const column_base = static_cast<const T*>(column_rows.data) + b * column_rows.stride_b +
+                               channels.group(size, scan.groups) * column_rows.stride_g + state;
+  T next_column[kColumnItems];
+
+  const auto load = [&](int at, int count) {
+    const int t = time_of(at);
+    const Rows& input = kAdjoint ? p.grad_out : scan.u;
+    InputRows<T>(scan.delta, b, channels.first)
+        .template copy<kChannels>(first_tile, t, time_step, count, channels.count, index, threads);
+    InputRows<T>(input, b, channels.first)
+        .template copy<kChannels>(second_tile, t, time_step, count, channels.count, index, threads);
+    if (gated) {
+      InputRows<T>(p.z, b, channels.first)
+          .template copy<kChannels>(third_tile, t, time_step, count, channels.count, index,
+                                    threads);
+    }
+    MMVIM_UNROLL
+    for (int i = 0; i < kColumnItems; ++i) {
+      const int r = column_row + i * kColumnRows;
+      next_column[i] = from_float<T>(0.f);
+      if (r < count && state < size.states) {
+        next_column[i] = column_base[(t + r * time_step) * column_rows.stride_l];
+      }
+    }
+  };
+  const auto prepare = [&](int count) {
+    const int quad = index % kQuads;
+    const Quad bias = load_parameter(scan.delta_bias, channels, quad);
+    for (int r = index / kQuads; r < count; r += threads / kQuads) {
+      const int at = r * kChannels + 4 * quad;
+      const Quad raw = Quad::load(first_tile + at);
+      const Quad delta = Quad::of([&](int i) {
+        const float x = raw.v[i] + bias.v[i];
+        return size.softplus ? softplus(x) : x;
+      });
+      delta.store(deltas + at);
+      Quad drive = Quad::load(second_tile + at);
+      if (kAdjoint) {
+        drive = Quad::of([&](int i) { return drive.v[i] * p.scale; });
+        if (gated) {
+          const Quad z = Quad::load(third_tile + at);
+          drive = Quad::of([&](int i) { return drive.v[i] * z.v[i] * logistic(z.v[i]); });
+        }
+      } else if (R::kInputIsDelta) {
+        drive = Quad::of([&](int i) { return drive.v[i] * delta.v[i]; });
+      }
+      drive.store(drives + at);
+    }
+    MMVIM_UNROLL
+    for (int i = 0; i < kColumnItems; ++i) {
+      columns[(column_row + i * kColumnRows) * width + state] = to_float(next_column[i]);
+    }
+  };
+
+  float rate[kCpt][kSlice], h[kCpt][kSlice], v[kCpt][kSlice], decay[kCpt][kSlice];
+  float last_w1[kCpt][kSlice], sum[kCpt];
+  load_states(rate, scan.A, 0, size.pitch, size, channels, lane, slice);
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    sum[k] = 0.f;
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) {
+      rate[k][j] *= static_cast<float>(R::kRateScale);
+      h[k][j] = v[k][j] = last_w1[k][j] = 0.f;
+      decay[k][j] = 1.f;
+    }
+  }
+  if (!kAdjoint && R::kTwoTap) {
+    if (range.begin > 0) {
+      load_drive<T>(v, scan, size, b, time_of(range.begin - 1), channels, lane, slice);
+    } else if (scan.initial_drive != nullptr) {
+      load_states(v, scan.initial_drive, b, scan.initial_pitch, size, channels, lane, slice);
+    }
+  }
+
+  int count = smaller(kTile, range.end - range.begin);
+  load(range.begin, count);
+  for (int at = range.begin; at < range.end;) {
+    gpu::wait_for_copies();
+    gpu::sync_block();
+    prepare(count);
+    gpu::sync_block();
+    const int next = at + count;
+    const int next_count = smaller(kTile, range.end - next);
+    if (next_count > 0) load(next, next_count);
+
+    const float* step = deltas + lane * kCpt;
+    const float* row = columns + slice * kSlice;
+    MMVIM_UNROLL_4
+    for (int i = 0; i < count; ++i) {
+      float B[kSlice], delta[kCpt], x[kCpt];
+      load_slice(B, row);
+      load_lane(delta, step);
+      load_lane(x, step + kTile * kChannels);
+      MMVIM_UNROLL
+      for (int k = 0; k < kCpt; ++k) {
+        sum[k] += delta[k];
+        MMVIM_UNROLL
+        for (int j = 0; j < kSlice; ++j) {
+          if (!kAdjoint) {
+            if (!kDecaysExponentially<kMethod>) decay[k][j] *= R::step(delta[k], rate[k][j]).a;
+            advance_state<R>(h[k][j], v[k][j], delta[k], rate[k][j], x[k], B[j]);
+            continue;
+          }
+          // h is the gradient that reaches the state before this step.
+          const auto s = R::step(delta[k], rate[k][j]);
+          const float g = gpu::fused(B[j], x[k], h[k][j]);
+          h[k][j] = s.a * g;
+          if (kDrive) {
+            v[k][j] = s.w1 * g;
+            last_w1[k][j] = s.w1 * decay[k][j];
+          }
+          if (kDrive || !kDecaysExponentially<kMethod>) decay[k][j] *= s.a;
+        }
+      }
+      step += kChannels;
+      row += width;
+    }
+    at = next;
+    count = next_count;
+  }
+  if (kDecaysExponentially<kMethod>) {
+    MMVIM_UNROLL
+    for (int k = 0; k < kCpt; ++k) {
+      MMVIM_UNROLL
+      for (int j = 0; j < kSlice; ++j) {
+        const float exponent = sum[k] * rate[k][j];
+        decay[k][j] = R::kRateScale == 1.0 ? GpuMath::exp(exponent) : gpu::exp2(exponent);
+      }
+    }
+  }
+  const int64_t to = (static_cast<int64_t>(direction) * p.chunks.count + chunk) * size.batch + b;
+  store_states(h, p.chunks.state, to, size.pitch, size, channels, lane, slice);
+  store_states(decay, p.chunks.decay, to, size.pitch, size, channels, lane, slice);
+  if (kDrive) {
+    store_states(v, p.chunks.drive, to, size.pitch, size, channels, lane, slice);
+    store_states(last_w1, p.chunks.drive_decay, to, size.pitch, size, channels, lane, slice);
+  }
+}
+
+// Puts what enters each chunk in place of what leaves it.
+struct Carry {
+  Sizes size;
+  int directions = 1;
+  bool backwards[2] = {};        // whether the walk meets the last chunk first
+  const float* initial[2] = {};  // state or gradient that enters the first chunk, or null
+  const float* initial_drive[2] = {};
+  int initial_pitch = 0;
+  Chunks chunks;
+};
+int launch_carry(const Carry& p, CUstream_st* stream);
+
+}  // namespace scan
+}  // namespace mmvim

@@ -1,0 +1,310 @@
+// What the kernels of the scan share: how a block's threads map to channels and states, and loads.
+//
+// A lane owns kCpt neighbouring channels, a warp a slice of kSlice states of its lanes' channels,
+// so a block of ceil(n / kSlice) warps owns 32 kCpt channels.
+#pragma once
+
+#include "../common/gpu_math.cuh"
+#include "../common/vector.cuh"
+#include "cuda.h"
+
+namespace mmvim {
+namespace scan {
+
+constexpr int kSlice = 4;
+constexpr int kMaxSlices = kMaxStates / kSlice;
+
+template <Discretization kMethod>
+constexpr bool kDecaysExponentially =
+    kMethod != Discretization::kBilinear && kMethod != Discretization::kTustin;
+
+MMVIM_HD int smaller(int a, int b) { return a < b ? a : b; }
+MMVIM_HD int slices_of(const Sizes& size) { return (size.states + kSlice - 1) / kSlice; }
+MMVIM_HD int channel_blocks(const Sizes& size, int width) {
+  const int unit = size.channels / size.units;
+  return size.units * ((unit + width - 1) / width);
+}
+
+// Channels [first, first + count) of one block.
+struct Channels {
+  int first, count;
+
+  MMVIM_DEVICE Channels(const Sizes& size, int block, int width) {
+    const int unit_channels = size.channels / size.units;
+    const int per_unit = (unit_channels + width - 1) / width;
+    const int unit = block / per_unit;
+    const int inner = (block - unit * per_unit) * width;
+    first = unit * unit_channels + inner;
+    count = smaller(width, unit_channels - inner);
+  }
+  MMVIM_DEVICE int group(const Sizes& size, int groups) const {
+    return first / (size.channels / groups);
+  }
+};
+
+// Rows of one batch entry from channel `first`, copied to shared memory in rows of `kChannels`.
+template <class T>
+struct InputRows {
+  const T* base;
+  int64_t stride;
+  int vector;
+
+  MMVIM_DEVICE InputRows(const Rows& rows, int64_t b, int first)
+      : base(static_cast<const T*>(rows.data) + b * rows.stride_b + first),
+        stride(rows.stride_l),
+        vector(rows.vector) {}
+
+  // Row r of `count` rows is time `time + r * step`. Channels past the last become zero.
+  template <int kChannels>
+  MMVIM_DEVICE void copy(T* shared, int time, int step, int count, int channels, int index,
+                         int threads) const {
+    if (vector == 16) {
+      copy_by<kChannels, 16>(shared, time, step, count, channels, index, threads);
+    } else if (vector == 8) {
+      copy_by<kChannels, 8>(shared, time, step, count, channels, index, threads);
+    } else {
+      copy_by<kChannels, 0>(shared, time, step, count, channels, index, threads);
+    }
+  }
+
+ private:
+  template <int kChannels, int kBytes>
+  MMVIM_DEVICE void copy_by(T* shared, int time, int step, int count, int channels, int index,
+                            int threads) const {
+    constexpr int kElements = kBytes == 0 ? 1 : kBytes / static_cast<int>(sizeof(T));
+    constexpr int kPerRow = kChannels / kElements;
+    for (int i = index; i < count * kPerRow; i += threads) {
+      const int r = i / kPerRow;
+      const int c = i % kPerRow * kElements;
+      const T* from = base + (time + r * step) * stride + c;
+      T* to = shared + r * kChannels + c;
+      if (kBytes != 0 && c + kElements <= channels) {
+        gpu::copy_async<kBytes == 0 ? 4 : kBytes>(to, from);
+        continue;
+      }
+      MMVIM_UNROLL
+      for (int e = 0; e < kElements; ++e) to[e] = c + e < channels ? from[e] : from_float<T>(0.f);
+    }
+  }
+};
+
+// Values of four neighbouring channels.
+struct Quad {
+  float v[4];
+
+  template <class F>
+  static MMVIM_DEVICE Quad of(F f) {
+    Quad q;
+    MMVIM_UNROLL
+    for (int i = 0; i < 4; ++i) q.v[i] = f(i);
+    return q;
+  }
+  // Aligned.
+  template <class T>
+  static MMVIM_DEVICE Quad load(const T* p) {
+    Packed<T, 4> x;
+    x.raw = *reinterpret_cast<const typename Packed<T, 4>::Raw*>(p);
+    return of([&](int i) { return x.get(i); });
+  }
+  template <class T>
+  MMVIM_DEVICE void store(T* p) const {
+    Packed<T, 4> x;
+    MMVIM_UNROLL
+    for (int i = 0; i < 4; ++i) x.set(i, v[i]);
+    x.store(p);
+  }
+  // Elements from `count` on are absent: zero, not stored.
+  template <class T>
+  static MMVIM_DEVICE Quad load(const T* p, int count) {
+    return of([&](int i) { return i < count ? to_float(p[i]) : 0.f; });
+  }
+  template <class T>
+  MMVIM_DEVICE void store(T* p, int count) const {
+    MMVIM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) p[i] = from_float<T>(v[i]);
+    }
+  }
+  MMVIM_DEVICE void add(const Quad& x) {
+    MMVIM_UNROLL
+    for (int i = 0; i < 4; ++i) v[i] += x.v[i];
+  }
+};
+
+// Four channels of an input's rows.
+template <class T>
+struct QuadInput {
+  const T* base;
+  int64_t stride;
+  int count;
+  bool whole;
+
+  MMVIM_DEVICE QuadInput(const Rows& rows, int64_t b, const Channels& channels, int quad)
+      : base(static_cast<const T*>(rows.data) + b * rows.stride_b + channels.first + 4 * quad),
+        stride(rows.stride_l),
+        count(channels.count - 4 * quad),
+        whole(count >= 4 && rows.vector >= 4 * static_cast<int>(sizeof(T))) {}
+
+  MMVIM_DEVICE Quad load(int t, bool inside) const {
+    if (whole && inside) return Quad::load(base + t * stride);
+    return Quad::load(base + t * stride, inside ? count : 0);
+  }
+};
+
+// Four channels of the rows of a contiguous (b, l, d) array, at one time step.
+template <class T>
+struct QuadRows {
+  T* base;
+  int64_t stride;
+  int count;
+  bool whole;
+
+  MMVIM_DEVICE QuadRows(T* data, const Sizes& size, int64_t b, const Channels& channels, int quad)
+      : base(data + b * size.length * size.channels + channels.first + 4 * quad),
+        stride(size.channels),
+        count(channels.count - 4 * quad),
+        whole(count >= 4 && (size.channels | channels.first) % 4 == 0) {}
+
+  MMVIM_DEVICE Quad load(int t) const {
+    return whole ? Quad::load(base + t * stride) : Quad::load(base + t * stride, count);
+  }
+  MMVIM_DEVICE void store(int t, const Quad& x) const {
+    if (whole) {
+      x.store(base + t * stride);
+    } else {
+      x.store(base + t * stride, count);
+    }
+  }
+};
+
+// A parameter (d,) of four channels; zero where there is none.
+MMVIM_DEVICE Quad load_parameter(const float* data, const Channels& channels, int quad) {
+  const int count = data == nullptr ? 0 : channels.count - 4 * quad;
+  return Quad::load(data + channels.first + 4 * quad, count);
+}
+
+// kSlice states of each of the lane's channels, of a (rows, d, pitch) array; zero outside.
+template <int kCpt>
+MMVIM_DEVICE void load_states(float (&h)[kCpt][kSlice], const float* data, int64_t row, int pitch,
+                              const Sizes& size, const Channels& channels, int lane, int slice) {
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    const int c = lane * kCpt + k;
+    const float* p = data + (row * size.channels + channels.first + c) * pitch + slice * kSlice;
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) {
+      h[k][j] = c < channels.count && slice * kSlice + j < size.states ? p[j] : 0.f;
+    }
+  }
+}
+
+template <int kCpt>
+MMVIM_DEVICE void store_states(const float (&h)[kCpt][kSlice], float* data, int64_t row, int pitch,
+                               const Sizes& size, const Channels& channels, int lane, int slice) {
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    const int c = lane * kCpt + k;
+    if (c >= channels.count) continue;
+    float* p = data + (row * size.channels + channels.first + c) * pitch + slice * kSlice;
+    if (reinterpret_cast<uintptr_t>(p) % 16 == 0 && slice * kSlice + kSlice <= size.states) {
+      *reinterpret_cast<float4*>(p) = make_float4(h[k][0], h[k][1], h[k][2], h[k][3]);
+      continue;
+    }
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) {
+      if (slice * kSlice + j < size.states) p[j] = h[k][j];
+    }
+  }
+}
+
+// v of two-tap methods after the step at time t: B u.
+template <class T, int kCpt>
+MMVIM_DEVICE void load_drive(float (&v)[kCpt][kSlice], const Scan& scan, const Sizes& size,
+                             int64_t b, int t, const Channels& channels, int lane, int slice) {
+  const T* u = static_cast<const T*>(scan.u.data) + b * scan.u.stride_b + t * scan.u.stride_l +
+               channels.first;
+  const T* B = static_cast<const T*>(scan.B.data) + b * scan.B.stride_b + t * scan.B.stride_l +
+               channels.group(size, scan.groups) * scan.B.stride_g + slice * kSlice;
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    const int c = lane * kCpt + k;
+    const float x = c < channels.count ? to_float(u[c]) : 0.f;
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) {
+      v[k][j] = slice * kSlice + j < size.states ? x * to_float(B[j]) : 0.f;
+    }
+  }
+}
+
+template <int kCpt>
+MMVIM_DEVICE void copy_states(float (&to)[kCpt][kSlice], const float (&from)[kCpt][kSlice]) {
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) to[k][j] = from[k][j];
+  }
+}
+
+template <int kCpt>
+MMVIM_DEVICE void clear_states(float (&h)[kCpt][kSlice]) {
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) h[k][j] = 0.f;
+  }
+}
+
+MMVIM_DEVICE void load_slice(float (&v)[kSlice], const float* shared) {
+  const float4 x = *reinterpret_cast<const float4*>(shared);
+  v[0] = x.x;
+  v[1] = x.y;
+  v[2] = x.z;
+  v[3] = x.w;
+}
+
+MMVIM_DEVICE void store_slice(float* shared, const float (&v)[kSlice]) {
+  *reinterpret_cast<float4*>(shared) = make_float4(v[0], v[1], v[2], v[3]);
+}
+
+// One value of each of the lane's channels.
+MMVIM_DEVICE void load_lane(float (&v)[1], const float* shared) { v[0] = shared[0]; }
+MMVIM_DEVICE void load_lane(float (&v)[2], const float* shared) {
+  const float2 x = *reinterpret_cast<const float2*>(shared);
+  v[0] = x.x;
+  v[1] = x.y;
+}
+MMVIM_DEVICE void store_lane(float* shared, const float (&v)[1]) { shared[0] = v[0]; }
+MMVIM_DEVICE void store_lane(float* shared, const float (&v)[2]) {
+  *reinterpret_cast<float2*>(shared) = make_float2(v[0], v[1]);
+}
+
+// v after a step: B u.
+template <int kCpt>
+MMVIM_DEVICE void drives_of(float (&v)[kCpt][kSlice], const float* input, const float* column) {
+  float B[kSlice], u[kCpt];
+  load_slice(B, column);
+  load_lane(u, input);
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) v[k][j] = u[k] * B[j];
+  }
+}
+
+// One step of one state; `x` is u, or delta u where the method's input weight is delta.
+template <class R>
+MMVIM_DEVICE void advance_state(float& h, float& v, float delta, float rate, float x, float B) {
+  const auto s = R::step(delta, rate);
+  const float drive = x * B;
+  if constexpr (R::kInputIsDelta) {
+    h = gpu::fused(s.a, h, drive);
+  } else if constexpr (R::kTwoTap) {
+    h = gpu::fused(s.w1, v, gpu::fused(s.w0, drive, s.a * h));
+    v = drive;
+  } else {
+    h = gpu::fused(s.w0, drive, s.a * h);
+  }
+}
+
+}  // namespace scan
+}  // namespace mmvim

@@ -1,0 +1,13 @@
+#include "cuda_forward_launch.cuh"
+
+namespace mmvim {
+namespace scan {
+
+template <>
+int launch_forward<DType::kBFloat16>(Discretization method, const Plan& plan, const Forward& p,
+                                     CUstream_st* stream) {
+  return launch_forward_of<__nv_bfloat16>(method, plan, p, stream);
+}
+
+}  // namespace scan
+}  // namespace mmvim

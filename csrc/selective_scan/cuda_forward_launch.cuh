@@ -1,0 +1,57 @@
+// Launches of the forward scan for one dtype.
+#pragma once
+
+#include "cuda_chunks.cuh"
+#include "cuda_forward.cuh"
+
+namespace mmvim {
+namespace scan {
+
+template <class T, Discretization kMethod, int kCpt>
+int launch_forward_as(const Plan& plan, Forward p, CUstream_st* stream) {
+  const int slices = slices_of(p.size);
+  const int64_t blocks = p.size.batch * channel_blocks(p.size, 32 * kCpt);
+  p.chunks.count = plan.chunks;
+  p.chunks.length = plan.chunk_length;
+  if (plan.chunks > 1) {
+    Local local;
+    local.size = p.size;
+    local.directions = p.directions;
+    local.chunks = p.chunks;
+    Carry carry;
+    carry.size = p.size;
+    carry.directions = p.directions;
+    carry.initial_pitch = p.scan[0].initial_pitch;
+    carry.chunks = p.chunks;
+    for (int d = 0; d < p.directions; ++d) {
+      local.scan[d] = p.scan[d];
+      carry.backwards[d] = p.scan[d].reverse;
+      carry.initial[d] = p.scan[d].initial;
+    }
+    const LocalShared shared(sizeof(T), slices, 32 * kCpt);
+    int error =
+        gpu::launch(local_kernel<T, kMethod, kCpt, false>, blocks * plan.chunks * p.directions,
+                    32 * slices, shared.total, stream, local);
+    if (error == 0) error = launch_carry(carry, stream);
+    if (error != 0) return error;
+  }
+  const int meeting_rows = p.directions == 2 && p.meeting == nullptr ? plan.chunk_length : 0;
+  const ForwardShared shared(sizeof(T), p.directions, slices, 32 * kCpt, meeting_rows);
+  return gpu::launch(forward_kernel<T, kMethod, kCpt>, blocks * plan.chunks,
+                     32 * slices * p.directions, shared.total, stream, p);
+}
+
+template <class T>
+int launch_forward_of(Discretization method, const Plan& plan, const Forward& p,
+                      CUstream_st* stream) {
+  int error = 0;
+  with_discretization(method, [&](auto tag) {
+    constexpr Discretization kMethod = decltype(tag)::value;
+    error = plan.channels == 64 ? launch_forward_as<T, kMethod, 2>(plan, p, stream)
+                                : launch_forward_as<T, kMethod, 1>(plan, p, stream);
+  });
+  return error;
+}
+
+}  // namespace scan
+}  // namespace mmvim

@@ -1,0 +1,223 @@
+// What does not depend on the method: plans, the step between chunks, the last sums of backward.
+#include <cstdlib>
+
+#include "../common/gpu_math.cuh"
+#include "../common/vector.cuh"
+#include "cuda_backward.cuh"
+#include "cuda_chunks.cuh"
+#include "cuda_forward.cuh"
+
+namespace mmvim {
+namespace scan {
+namespace {
+
+constexpr int kCarryThreads = 128;
+
+// One thread per direction, batch entry, channel and state.
+MMVIM_KERNEL void carry_kernel(const MMVIM_GRID_CONSTANT Carry p) {
+  constexpr int kAhead = 8;
+  const Sizes& size = p.size;
+  const int64_t rows = size.batch * size.channels;
+  const int64_t i = gpu::block_index() * kCarryThreads + gpu::thread_index();
+  if (i >= rows * size.states * p.directions) return;
+  const int state = static_cast<int>(i % size.states);
+  const int direction = static_cast<int>(i / size.states / rows);
+  const int64_t row = i / size.states % rows;
+
+  const int64_t initial = row * p.initial_pitch + state;
+  float h = p.initial[direction] == nullptr ? 0.f : p.initial[direction][initial];
+  float v = p.initial_drive[direction] == nullptr ? 0.f : p.initial_drive[direction][initial];
+  const int64_t pitch = rows * size.pitch;
+  const int64_t base = direction * p.chunks.count * pitch + row * size.pitch + state;
+  for (int c = 0; c < p.chunks.count; c += kAhead) {
+    float state_out[kAhead], decay[kAhead];
+    MMVIM_UNROLL
+    for (int j = 0; j < kAhead; ++j) {
+      if (c + j >= p.chunks.count) continue;
+      const int chunk = p.backwards[direction] ? p.chunks.count - 1 - c - j : c + j;
+      state_out[j] = p.chunks.state[base + chunk * pitch];
+      decay[j] = p.chunks.decay[base + chunk * pitch];
+    }
+    MMVIM_UNROLL
+    for (int j = 0; j < kAhead; ++j) {
+      if (c + j >= p.chunks.count) continue;
+      const int chunk = p.backwards[direction] ? p.chunks.count - 1 - c - j : c + j;
+      const int64_t at = base + chunk * pitch;
+      p.chunks.state[at] = h;
+      if (p.chunks.drive != nullptr) {
+        const float leaving = gpu::fused(p.chunks.drive_decay[at], h, p.chunks.drive[at]);
+        p.chunks.drive[at] = v;
+        v = leaving;
+      }
+      h = gpu::fused(decay[j], h, state_out[j]);
+    }
+  }
+}
+
+struct FinishLaunch {
+  Finish finish;
+  int64_t convert_blocks[2] = {};
+  int64_t sum_blocks = 0;
+};
+
+constexpr int kFinishThreads = 256;
+constexpr int kFinishColumns = 32;
+
+// Block [0, convert_blocks): gradients of B and C, an element a thread. The others: sums over rows
+// of dA, dD and ddelta_bias, kFinishColumns columns a block.
+template <class T>
+MMVIM_KERNEL void finish_kernel(const MMVIM_GRID_CONSTANT FinishLaunch p) {
+  const Sizes& size = p.finish.size;
+  int64_t block = gpu::block_index();
+  const int index = gpu::thread_index();
+  for (int d = 0; d < p.finish.directions; ++d) {
+    const int64_t elements = size.batch * size.length * p.finish.groups[d] * 2 * size.pitch;
+    if (block < p.convert_blocks[d]) {
+      const int64_t i = block * kFinishThreads + index;
+      if (i >= elements) return;
+      float sum = 0.f;
+      for (int part = 0; part < p.finish.parts[d]; ++part)
+        sum += p.finish.dBC[d][part * elements + i];
+      const int64_t row = i / (2 * size.pitch);
+      const int column = static_cast<int>(i - row * 2 * size.pitch);
+      const bool is_C = column >= size.pitch;
+      T* out = static_cast<T*>(is_C ? p.finish.out_dC[d] : p.finish.out_dB[d]);
+      out[row * size.pitch + column - (is_C ? size.pitch : 0)] = from_float<T>(sum);
+      return;
+    }
+    block -= p.convert_blocks[d];
+    if (block < p.sum_blocks) {
+      // Columns: those of dA (d, n), then dD and ddelta_bias (2, d).
+      const int64_t columns_A = static_cast<int64_t>(size.channels) * size.pitch;
+      const int64_t column = block * kFinishColumns + index % kFinishColumns;
+      const bool of_A = column < columns_A;
+      const int64_t columns = of_A ? columns_A : 2 * size.channels;
+      const int64_t at = of_A ? column : column - columns_A;
+      const float* from = (of_A ? p.finish.dA[d] : p.finish.dD[d]) + at;
+      float sum = 0.f;
+      if (at < columns) {
+        MMVIM_UNROLL_4
+        for (int64_t row = index / kFinishColumns; row < p.finish.rows;
+             row += kFinishThreads / kFinishColumns) {
+          sum += from[row * columns];
+        }
+      }
+      float* shared = reinterpret_cast<float*>(gpu::shared_memory());
+      shared[index] = sum;
+      gpu::sync_block();
+      if (index >= kFinishColumns || at >= columns) return;
+      for (int i = 1; i < kFinishThreads / kFinishColumns; ++i)
+        sum += shared[i * kFinishColumns + index];
+      if (of_A) {
+        p.finish.out_dA[d][at] = sum;
+      } else {
+        float* out = at < size.channels ? p.finish.out_dD[d] : p.finish.out_ddelta_bias[d];
+        if (out != nullptr) out[at % size.channels] = sum;
+      }
+      return;
+    }
+    block -= p.sum_blocks;
+  }
+}
+
+template <class T>
+int launch_finish_of(const Finish& finish, CUstream_st* stream) {
+  FinishLaunch p;
+  p.finish = finish;
+  const Sizes& size = finish.size;
+  const int64_t columns = static_cast<int64_t>(size.channels) * (size.pitch + 2);
+  p.sum_blocks = (columns + kFinishColumns - 1) / kFinishColumns;
+  int64_t blocks = 0;
+  for (int d = 0; d < finish.directions; ++d) {
+    const int64_t elements = size.batch * size.length * finish.groups[d] * 2 * size.pitch;
+    p.convert_blocks[d] = (elements + kFinishThreads - 1) / kFinishThreads;
+    blocks += p.convert_blocks[d] + p.sum_blocks;
+  }
+  return gpu::launch(finish_kernel<T>, blocks, kFinishThreads, kFinishThreads * sizeof(float),
+                     stream, p);
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Shared memory that two directions may spend on meeting, without too few blocks a multiprocessor.
+constexpr int kMeetingLimit = 110 * 1024;
+
+// At least so many warps a multiprocessor keep it busy.
+constexpr int kBusyWarps = 12;
+
+void set_chunks(const Sizes& size, int64_t count, int granularity, Plan* plan) {
+  const int64_t tiles = divide_up(size.length, granularity);
+  const int64_t per_chunk = divide_up(tiles, count < 1 ? 1 : count);
+  plan->chunk_length = static_cast<int>(per_chunk) * granularity;
+  plan->chunks = static_cast<int>(divide_up(tiles, per_chunk));
+}
+
+// `MMVIM_SCAN_PLAN=<channels>x<chunks>` overrides the plans, for tests and measurements.
+bool plan_from_environment(const Sizes& size, int granularity, Plan* plan) {
+  const char* text = std::getenv("MMVIM_SCAN_PLAN");
+  if (text == nullptr) return false;
+  char* rest = nullptr;
+  plan->channels = std::strtol(text, &rest, 10) == 32 ? 32 : 64;
+  set_chunks(size, *rest == 'x' ? std::strtol(rest + 1, nullptr, 10) : 1, granularity, plan);
+  return true;
+}
+
+Plan plan_of(const Sizes& size, int directions, int multiprocessors, int granularity,
+             int chunk_steps) {
+  Plan plan;
+  if (plan_from_environment(size, granularity, &plan)) return plan;
+  const auto warps = [&](int channels) {
+    return size.batch * channel_blocks(size, channels) * slices_of(size) * directions;
+  };
+  const int64_t busy = static_cast<int64_t>(kBusyWarps) * multiprocessors;
+  // Two channels a thread share loads of B and C; one channel a thread makes twice the warps.
+  plan.channels = warps(64) >= busy ? 64 : 32;
+  set_chunks(size, 1, granularity, &plan);
+  if (warps(32) * 3 < busy && size.length >= 4 * chunk_steps) {
+    plan.channels = 64;
+    const int64_t wanted = divide_up(busy, warps(64));
+    const int64_t possible = size.length / chunk_steps;
+    set_chunks(size, wanted < possible ? wanted : possible, granularity, &plan);
+  }
+  return plan;
+}
+
+}  // namespace
+
+int blocks_per_group(const Sizes& size, int groups, int block_channels) {
+  return channel_blocks(size, block_channels) / groups;
+}
+
+Plan plan_forward(const Sizes& size, int directions, int multiprocessors) {
+  Plan plan = plan_of(size, directions, multiprocessors, kForwardTile, 4 * kForwardTile);
+  if (directions == 2) {
+    const ForwardShared shared(4, 2, slices_of(size), plan.channels, plan.chunk_length);
+    plan.meeting_in_shared = shared.total <= kMeetingLimit;
+  }
+  return plan;
+}
+
+Plan plan_backward(const Sizes& size, int directions, int multiprocessors) {
+  return plan_of(size, directions, multiprocessors, kBackwardTile, 2 * kBackwardTile);
+}
+
+int launch_carry(const Carry& p, CUstream_st* stream) {
+  const int64_t count = p.size.batch * p.size.channels * p.size.states * p.directions;
+  return gpu::launch(carry_kernel, divide_up(count, kCarryThreads), kCarryThreads, 0, stream, p);
+}
+
+template <>
+int launch_finish<DType::kFloat>(const Finish& p, CUstream_st* stream) {
+  return launch_finish_of<float>(p, stream);
+}
+template <>
+int launch_finish<DType::kBFloat16>(const Finish& p, CUstream_st* stream) {
+  return launch_finish_of<__nv_bfloat16>(p, stream);
+}
+template <>
+int launch_finish<DType::kHalf>(const Finish& p, CUstream_st* stream) {
+  return launch_finish_of<__half>(p, stream);
+}
+
+}  // namespace scan
+}  // namespace mmvim
