@@ -7,7 +7,12 @@ from pathlib import Path
 # The package beside this script is the one that runs, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmvim.engine.launcher import main_train
+try:
+    from mmvim.engine.launcher import main_train
+except ImportError as error:
+    if (error.name or '').startswith('mmvim'):
+        raise
+    sys.exit(f'error: {error}')
 
 if __name__ == '__main__':
     main_train()

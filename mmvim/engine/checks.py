@@ -174,7 +174,10 @@ def _check_dataset(dataset: dict, path: str) -> None:
             )
     prefix = dataset.get('data_prefix')
     prefixes = {'': prefix} if isinstance(prefix, str) else prefix or {}
+    has_labels = any('Annotations' in str(step) for step in dataset.get('pipeline') or ())
     for name, value in prefixes.items():
+        if 'seg' in name and not has_labels:
+            continue
         full = _join(root, value) if isinstance(value, str) else ''
         if full and _is_local(full) and not os.path.isdir(os.path.expanduser(full)):
             key = f'{path}.data_prefix.{name}' if name else f'{path}.data_prefix'

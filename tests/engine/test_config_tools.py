@@ -70,6 +70,7 @@ def test_paths_that_are_not_checked(tmp_path, monkeypatch):
         {'type': 'PlainDataset', 'data_root': 'gone', 'backend_args': {'backend': 'petrel'}},
         {'type': 'NotThere', 'data_root': 'gone'},
         {'type': 'PlainDataset'},
+        {'type': 'PlainDataset', 'data_prefix': {'seg_map_path': 'no labels at test time'}},
     ):
         checks.check_config(config(dataset), ('train',))
     checks.check_config(config({'type': 'PlainDataset', 'data_root': 'gone'}), ('train',), False)
@@ -86,6 +87,14 @@ def test_paths_that_are(tmp_path, monkeypatch):
         (
             {'type': 'PlainDataset', 'data_root': 'data', 'ann_file': str(tmp_path / 'a.json')},
             str(tmp_path / 'a.json'),
+        ),
+        (
+            {
+                'type': 'PlainDataset',
+                'data_prefix': {'seg_map_path': 'maps'},
+                'pipeline': [{'type': 'LoadAnnotations'}],
+            },
+            "data_prefix.seg_map_path: the directory 'maps'",
         ),
         ({'type': 'PlainDataset', 'data_root': 3}, 'data_root must be str, not 3'),
     ):

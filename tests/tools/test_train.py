@@ -346,6 +346,20 @@ def test_script_runs_anywhere_and_reports(toy, run_script):
     assert 'Traceback' not in done.stderr + done.stdout
 
 
+def test_script_without_mmengine(toy, run_script):
+    hidden = toy / 'hidden' / 'mmengine'
+    hidden.mkdir(parents=True)
+    (hidden / '__init__.py').write_text(
+        "raise ModuleNotFoundError(\"No module named 'mmengine'\", name='mmengine')\n"
+    )
+    done = run_script('train.py', 'config.py', cwd=toy, PYTHONPATH=str(hidden.parent))
+    assert done.returncode != 0
+    assert done.stderr.startswith('error: ')
+    assert 'mmengine' in done.stderr
+    assert 'pip install' in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
 def test_workers_options_without_workers(toy):
     runner = main_train(
         [
