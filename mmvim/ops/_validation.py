@@ -130,7 +130,9 @@ def check_negative(name: str, A: Tensor) -> None:
     version. Values that do not exist (fake and meta tensors, tracing) or must not be waited for
     (capture of a CUDA graph) are taken on trust.
     """
-    if torch.compiler.is_compiling() or not isinstance(A, Tensor) or A.is_meta:
+    if torch.compiler.is_compiling() or not isinstance(A, Tensor):
+        return
+    if A.is_meta or not A.is_floating_point():
         return
     version = None if A.is_inference() else A._version
     if version is not None and getattr(A, '_mmvim_negative', None) == version:

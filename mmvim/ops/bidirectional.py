@@ -92,16 +92,21 @@ def bidirectional_scan_unchecked(
         forward, backward = (_autocast(x, dtype) for x in (forward, backward))
         (z,) = to_activation(dtype, z)
     forward, backward = (x._replace(B=grouped(x.B), C=grouped(x.C)) for x in (forward, backward))
-    for name, x, gate in (('forward', forward, z), ('backward', backward, None)):
+    for name, x in (('forward', forward), ('backward', backward)):
         u, delta, A, B, C, D, delta_bias = x
         check.check_scan(
-            u, delta, A, B, C, D, gate, delta_bias, discretization, suffix=f' of {name}'
+            u, delta, A, B, C, D, None, delta_bias, discretization, suffix=f' of {name}'
         )
     name, first = 'u of backward', forward.u
     check.check_shape(name, backward.u, 'b l d', first.shape)
     check.check_dtype(name, backward.u, first.dtype, why='as u of forward')
     check.check_device(name, backward.u, 'u of forward', first.device)
     check.check_shape('A of backward', backward.A, 'd n', forward.A.shape)
+    if z is not None:
+        check.check_activation('z', z, 'b l d')
+        check.check_shape('z', z, 'b l d', first.shape)
+        check.check_dtype('z', z, first.dtype, why='as u of forward')
+        check.check_device('z', z, 'u of forward', first.device)
     ops = resolve(backend, 'bidirectional_scan', first)
     return ops.bidirectional_scan(
         *forward,
