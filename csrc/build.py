@@ -131,11 +131,14 @@ def cuda_sources() -> list[str]:
     return [_relative(p) for p in sorted(ROOT.glob('*/*.cu'))]
 
 
-def sources_hash() -> str:
-    """Changes whenever anything that is compiled changes."""
-    digest = hashlib.sha256()
+def sources_hash(cuda: bool) -> str:
+    """Changes whenever something changes that is compiled, or how."""
+    flags = (_CXX_FLAGS, _MSVC_FLAGS, _ISA_FLAGS, _NVCC_FLAGS, sorted(_O2_SOURCES))
+    digest = hashlib.sha256(repr(flags).encode())
     for path in sorted(ROOT.rglob('*')):
-        if path.suffix in ('.h', '.cpp', '.cu', '.cuh') or path == Path(__file__).resolve():
+        if path.suffix not in ('.h', '.cpp', '.cu', '.cuh'):
+            continue
+        if cuda or not (path.suffix in ('.cu', '.cuh') or path.name.startswith('cuda')):
             digest.update(_relative(path).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -499,7 +502,7 @@ def build(
     seconds = time.monotonic() - start
     info = {
         'torch': torch.__version__,
-        'sources': sources_hash(),
+        'sources': sources_hash(config is not None),
         'compiler': compiler.version,
         'cpu': list(isas()),
         'cuda': None if config is None else nvcc_version(config.nvcc),
