@@ -11,12 +11,12 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import layers, models, ops
-    from .models import SimpleFPN, Vim
+    from .models import MambaVision, SimpleFPN, Vim
 
 _SUBMODULES = ('compat', 'datasets', 'engine', 'layers', 'models', 'ops', 'registry', 'utils')
-_MODELS = ('SimpleFPN', 'Vim', 'VisionMamba')
+_MODELS = ('MambaVision', 'SimpleFPN', 'Vim', 'VisionMamba')
 
-__all__ = ['SimpleFPN', 'Vim', '__version__', 'layers', 'models', 'ops']
+__all__ = ['MambaVision', 'SimpleFPN', 'Vim', '__version__', 'layers', 'models', 'ops']
 
 
 def __getattr__(name: str) -> object:

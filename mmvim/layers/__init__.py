@@ -4,6 +4,7 @@ from .bimamba import BiMamba
 from .conv import CausalConv1d
 from .drop import DropPath
 from .mamba import Mamba, MambaState
+from .mambavision import Attention, MambaVisionMixer, window_partition, window_reverse
 from .norm import LayerNorm, LayerNorm2d, RMSNorm, build_norm
 from .patch_embed import PatchEmbed
 from .position import (
@@ -19,6 +20,7 @@ from .stack import MambaBlock, MambaStack, drop_path_rates
 
 __all__ = [
     'CLS_TOKEN_PLACES',
+    'Attention',
     'BiMamba',
     'CausalConv1d',
     'DropPath',
@@ -28,6 +30,7 @@ __all__ = [
     'MambaBlock',
     'MambaStack',
     'MambaState',
+    'MambaVisionMixer',
     'PatchEmbed',
     'RMSNorm',
     'apply_rotary',
@@ -38,4 +41,6 @@ __all__ = [
     'rotary_table_2d',
     'split_tokens',
     'token_positions',
+    'window_partition',
+    'window_reverse',
 ]

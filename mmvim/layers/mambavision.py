@@ -1,0 +1,223 @@
+"""Layers of MambaVision: its mixer, its attention and the windows that both work in.
+
+Hatamizadeh and Kautz: MambaVision: A Hybrid Mamba-Transformer Vision Backbone, CVPR 2025,
+https://arxiv.org/abs/2407.08083.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmvim import ops
+
+from ._common import check_positive
+from .conv import CausalConv1d
+from .mamba import MixerBase
+
+
+class MambaVisionMixer(MixerBase):
+    """MambaVision's mixer: half of the channels pass a scan, the other half a convolution only.
+
+    ``x, z = in_proj(h); x = scan(silu(conv1d_x(x))); z = silu(conv1d_z(z))``, and the output is
+    ``out_proj([x, z])`` (section 3.2 of the paper). The convolutions are centred and have no bias;
+    z is no gate. Parameter names are those of the official model.
+
+    Args:
+        d_model (int): Channels of input and output.
+        d_state (int): States per channel. Defaults to 8.
+        d_conv (int): Convolution width, 2 to 4. Defaults to 3.
+        expand (int | float): ``expand * d_model`` channels, an even number, are mixed, half of
+            them by the scan. Defaults to 1.
+        dt_rank (int | str): Rank of Δ; 'auto' is ``ceil(d_model / 16)``. Defaults to 'auto'.
+        double_dt_bias (bool): Whether Δ is ``softplus(dt_proj(x) + 2 * bias)``. The official code
+            adds the bias in the projection and again in the scan, and released weights were
+            trained so. False adds it once. Defaults to True.
+        discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`. Defaults to 'zoh'.
+        dt_init (str): 'official' starts with a Δ of about 0.69 everywhere: a zero bias and weights
+            of deviation 0.02, which is what the official model ends up with. 'proper' is Mamba's
+            initialisation, Δ in [dt_min, dt_max], whether or not the bias is doubled. Defaults to
+            'official'.
+        dt_min (float): Smallest initial Δ of 'proper'. Defaults to 1e-3.
+        dt_max (float): Largest initial Δ of 'proper'. Defaults to 0.1.
+        ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
+
+    Raises:
+        ValueError: If an argument is not among the allowed ones.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 8,
+        d_conv: int = 3,
+        expand: int | float = 1,
+        dt_rank: int | str = 'auto',
+        double_dt_bias: bool = True,
+        discretization: str = 'zoh',
+        dt_init: str = 'official',
+        dt_min: float = 1e-3,
+        dt_max: float = 0.1,
+        ops_backend: str = 'auto',
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_positive(d_model=d_model)
+        if int(expand * d_model) % 2:
+            raise ValueError(
+                f'd_model={d_model} and expand={expand}: expand * d_model must be even'
+            )
+        # The base class counts the channels of the scan, and z as many again.
+        super().__init__(
+            d_model,
+            d_state=d_state,
+            d_conv=d_conv,
+            expand=expand / 2,
+            dt_rank=dt_rank,
+            discretization=discretization,
+            dt_init=dt_init,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            ops_backend=ops_backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.expand = expand
+        self.double_dt_bias = double_dt_bias
+        del self.conv1d
+        self.conv1d_x, self.conv1d_z = (
+            CausalConv1d(
+                self.d_inner,
+                d_conv,
+                bias=False,
+                activation='silu',
+                mode='same',
+                ops_backend=ops_backend,
+                **self._factory,
+            )
+            for _ in range(2)
+        )
+        self.out_proj = nn.Linear(2 * self.d_inner, d_model, bias=False, **self._factory)
+        if dt_init == 'official':
+            nn.init.trunc_normal_(self.dt_proj.weight, std=0.02)
+            nn.init.zeros_(self.dt_proj.bias)
+        elif double_dt_bias:
+            with torch.no_grad():
+                self.dt_proj.bias /= 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix along the sequence.
+
+        Args:
+            x (Tensor): (batch, length, d_model).
+
+        Returns:
+            Tensor: (batch, length, d_model).
+        """
+        self._check_input(x)
+        # Depthwise: one convolution of all channels is the two of the halves.
+        xz = ops.causal_conv1d(
+            self.in_proj(x),
+            torch.cat((self.conv1d_x.taps, self.conv1d_z.taps)),
+            activation='silu',
+            mode='same',
+            backend=self._backend,
+        )
+        u, z = xz.chunk(2, dim=-1)
+        inputs = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
+        bias = inputs.delta_bias
+        y = ops.selective_scan(
+            inputs.u,
+            inputs.delta,
+            inputs.A,
+            inputs.B,
+            inputs.C,
+            inputs.D,
+            delta_bias=2 * bias if self.double_dt_bias else bias,
+            delta_softplus=True,
+            discretization=self.discretization,
+            backend=self._backend,
+        )
+        return self.out_proj(torch.cat((y, z), dim=-1))
+
+    def extra_repr(self) -> str:
+        """Describe the layer."""
+        return f'{super().extra_repr()}, double_dt_bias={self.double_dt_bias}'
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (batch, length, dim), with bias and without positions.
+
+    Args:
+        dim (int): Channels.
+        num_heads (int): Number of heads, a divisor of ``dim``.
+
+    Raises:
+        ValueError: If ``num_heads`` does not divide ``dim``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive(dim=dim, num_heads=num_heads)
+        if dim % num_heads:
+            raise ValueError(f'num_heads={num_heads} must divide the {dim} channels')
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, device=device, dtype=dtype)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend; ``x`` and the result are (batch, length, dim)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        """Describe the layer."""
+        return f'num_heads={self.num_heads}'
+
+
+def window_partition(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Cut maps into windows of tokens, padding zeros at the right and the bottom where needed.
+
+    Args:
+        x (Tensor): (batch, channels, height, width).
+        window (tuple): Rows and columns of a window.
+
+    Returns:
+        Tensor: (batch * windows, rows * columns, channels). Windows and the tokens in them are in
+        row-major order.
+    """
+    batch, channels, height, width = x.shape
+    rows, columns = window
+    x = x.permute(0, 2, 3, 1)
+    bottom, right = -height % rows, -width % columns
+    if bottom or right:
+        x = F.pad(x, (0, 0, 0, right, 0, bottom))
+    x = x.reshape(batch, x.shape[1] // rows, rows, x.shape[2] // columns, columns, channels)
+    return x.transpose(2, 3).reshape(-1, rows * columns, channels)
+
+
+def window_reverse(
+    windows: Tensor, window: tuple[int, int], batch: int, size: tuple[int, int]
+) -> Tensor:
+    """Undo :func:`window_partition`, leaving the padding out.
+
+    Args:
+        windows (Tensor): (batch * windows, rows * columns, channels).
+        window (tuple): Rows and columns of a window.
+        batch (int): Number of maps.
+        size (tuple): Height and width of the maps.
+
+    Returns:
+        Tensor: (batch, channels, height, width), in channels-last memory order.
+    """
+    (rows, columns), (height, width) = window, size
+    down, across = -(-height // rows), -(-width // columns)
+    x = windows.reshape(batch, down, across, rows, columns, windows.shape[-1]).transpose(2, 3)
+    x = x.reshape(batch, down * rows, across * columns, windows.shape[-1])
+    return x[:, :height, :width].permute(0, 3, 1, 2)

@@ -1,0 +1,682 @@
+"""MambaVision: convolutions at high resolution, Mamba and attention in windows at low resolution.
+
+Hatamizadeh and Kautz: MambaVision: A Hybrid Mamba-Transformer Vision Backbone, CVPR 2025,
+https://arxiv.org/abs/2407.08083. This is a new implementation that reads the official checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import re
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from mmvim.layers import (
+    Attention,
+    DropPath,
+    LayerNorm2d,
+    MambaVisionMixer,
+    window_partition,
+    window_reverse,
+)
+from mmvim.layers._common import check_choice, check_positive
+from mmvim.layers.patch_embed import to_2tuple
+from mmvim.registry import MODELS
+
+from ..utils.checkpoint import (
+    keys_under,
+    layer_count,
+    rename_keys,
+    size_mismatches,
+    unwrap_state_dict,
+)
+
+_NUM_STAGES = 4
+_NUM_CONV_STAGES = 2
+_BLOCK_KEY = r'levels\.(\d+)\.blocks\.\d+\.'
+_DT_BIAS_KEY = r'levels\.\d+\.blocks\.\d+\.mixer\.dt_proj\.bias$'
+_SINGLE_DT_BIAS = 'single_dt_bias'
+_HEAD_KEYS = ('head.weight', 'head.bias')
+_ENCODER = 'encoder.'
+
+Window = tuple[int, int] | None
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=bias)
+
+
+def _scale(dim: int, initial: float | None) -> nn.Parameter | None:
+    return None if initial is None else nn.Parameter(torch.full((dim,), float(initial)))
+
+
+class Stem(nn.Module):
+    """Two convolutions of stride 2: a quarter of the image's height and width."""
+
+    def __init__(self, in_channels: int, stem_dims: int, embed_dims: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.conv_down = nn.Sequential(
+            _conv3x3(in_channels, stem_dims, stride=2),
+            nn.BatchNorm2d(stem_dims, eps=1e-4),
+            nn.ReLU(),
+            _conv3x3(stem_dims, embed_dims, stride=2),
+            nn.BatchNorm2d(embed_dims, eps=1e-4),
+            nn.ReLU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed images (batch, in_channels, height, width)."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'images must be (batch, {self.in_channels}, height, width), got {tuple(x.shape)}'
+            )
+        return self.conv_down(x)
+
+
+class Downsample(nn.Module):
+    """Halves height and width and doubles the channels."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Sequential(_conv3x3(dim, 2 * dim, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Downsample (batch, dim, height, width)."""
+        return self.reduction(x)
+
+
+class ConvBlock(nn.Module):
+    """Residual block of two convolutions."""
+
+    def __init__(self, dim: int, drop_path: float, layer_scale: float | None) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(dim, dim, bias=True)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.act = nn.GELU(approximate='tanh')
+        self.conv2 = _conv3x3(dim, dim, bias=True)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.gamma = _scale(dim, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (batch, dim, height, width)."""
+        out = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        if self.gamma is not None:
+            out = out * self.gamma[:, None, None]
+        return x + self.drop_path(out)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (..., dim)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class TokenBlock(nn.Module):
+    """Pre-norm residual block of a mixer (Mamba or attention) and an MLP."""
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_ratio: float,
+        drop_path: float,
+        layer_scale: float | None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.mixer = mixer
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim))
+        self.gamma_1 = _scale(dim, layer_scale)
+        self.gamma_2 = _scale(dim, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (batch, length, dim)."""
+        out = self.mixer(self.norm1(x))
+        x = x + self.drop_path(out if self.gamma_1 is None else out * self.gamma_1)
+        out = self.mlp(self.norm2(x))
+        return x + self.drop_path(out if self.gamma_2 is None else out * self.gamma_2)
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, and the downsampling after them, which the owner calls.
+
+    Args:
+        blocks (Sequence[nn.Module]): :class:`ConvBlock` or :class:`TokenBlock`.
+        downsample (nn.Module, optional): None after the last stage.
+        windowed (bool): Whether the blocks take tokens, which they do window by window.
+        window (tuple, optional): Rows and columns of a window. None: the whole map is one window,
+            whatever its size.
+        with_cp (bool): Whether to recompute blocks in the backward pass.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        downsample: nn.Module | None,
+        windowed: bool,
+        window: Window,
+        with_cp: bool,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.windowed = windowed
+        self.window = window
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (batch, dim, height, width), without the downsampling."""
+        if not self.windowed:
+            return self._run(x)
+        batch, _, *size = x.shape
+        window = self.window or tuple(size)
+        return window_reverse(self._run(window_partition(x, window)), window, batch, tuple(size))
+
+    def _run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.with_cp and self.training and torch.is_grad_enabled():
+                x = _run_checkpointed(block, x)
+            else:
+                x = block(x)
+        return x
+
+
+def _run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(norms)),
+    )
+
+
+@contextlib.contextmanager
+def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
+    """Keep a block's second pass from counting its batch twice in the running statistics."""
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+@MODELS.register_module()
+class MambaVision(BaseModule):
+    """MambaVision backbone.
+
+    A convolutional stem, two stages of convolutions and two stages of tokens, whose first blocks
+    are Mamba mixers and whose last ``depth // 2`` blocks are attention, with strides 4, 8, 16 and
+    32. The token stages work in windows without shift; images of any size are accepted, since maps
+    are padded with zeros to a multiple of the window. Official checkpoints load as they are (raw,
+    or wrapped in ``{'state_dict': …}`` or ``{'model': …}``).
+
+    Args:
+        arch (str | dict): 'tiny', 'tiny2', 'small', 'base', 'large', 'large2', 'large3', or a dict
+            with ``depths`` (four), ``embed_dims`` (channels of the first stage, doubled by each
+            further one), ``stem_dims`` and ``num_heads`` and, optionally, ``window_sizes``
+            ((14, 7)), ``mlp_ratio`` (4), ``drop_path_rate`` (0), ``layer_scale`` (None),
+            ``d_state`` (8), ``d_conv`` (3) and ``expand`` (1). ``num_heads`` are those of the two
+            token stages, or four as the official configs write them, of which the first two stand
+            for the convolutional stages and mean nothing. Defaults to 'tiny'.
+        window_sizes (Sequence, optional): Windows of the two token stages, in tokens: each an
+            integer, a pair (rows, columns), or None for the whole map as one window without
+            padding. Four, as the official configs write them, are accepted as for ``num_heads``.
+            Defaults to None, which means those of the arch: (16, 8) for 'large3' (the released
+            large3 for images of 256), else (14, 7). Released models for images of 512 ('large2'
+            and 'large3') need (32, 16).
+        in_channels (int): Channels of the image. Defaults to 3.
+        out_type (str): What each output is. 'avg_featmap': (batch, channels), the mean of the map
+            after the norm; of the last stage it is what the official classification head reads.
+            'featmap': (batch, channels, height, width). Defaults to 'avg_featmap'.
+        out_indices (int | Sequence[int]): Stages whose outputs, before their downsampling, are
+            returned, ascending; negative ones count from the end. Stages after the last of them
+            are not run. Defaults to -1.
+        out_norm (str): Norm of the outputs. 'final': the last stage's passes the batch norm
+            ``norm``, the others stay as they are (classification). 'separate': each passes a layer
+            norm over channels of its own, ``outnorm{i}``, and there is no ``norm`` (the official
+            detection and segmentation models). 'none': all stay as they are. Defaults to 'final'.
+        layer_scale (float | str, optional): Initial value of the learnt scales of the token
+            blocks' branches; None means no scales. Defaults to 'auto', which is the arch's: 1e-5
+            from 'base' on, none below.
+        layer_scale_conv (float, optional): The same for the convolutional blocks. Defaults to
+            None, as in all released models.
+        drop_path_rate (float, optional): Largest stochastic-depth rate; rates grow linearly from 0
+            over all blocks. A window counts as a sample. Defaults to None, which means the arch's:
+            0.2 ('tiny' to 'small'), 0.3 ('base' to 'large2') or 0.5 ('large3'). The official
+            detection and segmentation models were trained with these, whatever their configs say.
+        double_dt_bias (bool): Whether the bias of Δ is added twice, as the official code does and
+            as released weights need it. With False it is added once; checkpoints of the other
+            kind are converted when they are loaded (a checkpoint made with False has the key
+            ``single_dt_bias``, official ones do not). Defaults to True.
+        discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`; released checkpoints use
+            'zoh'. Defaults to 'zoh'.
+        dt_init (str): 'official' starts with Δ near 0.69, as the official model does because a
+            later initialisation overwrites the intended one; the published results were reached
+            with it. 'proper' starts with Δ in [1e-3, 0.1], as was intended. Defaults to 'official'.
+        frozen_stages (int): -1 freezes nothing, 0 the stem, k > 0 the first k stages, their
+            downsampling included, as well (and the output norms if these are all). Defaults to -1.
+        with_cp (bool): Whether to recompute each block in the backward pass to save memory. The
+            running statistics of batch norms count each batch once. Defaults to False.
+        ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
+        init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
+
+    Raises:
+        TypeError: If an argument is unknown.
+        ValueError: If an argument is not among the allowed ones, or a checkpoint does not fit.
+
+    Example:
+        >>> model = MambaVision('tiny', out_type='featmap', out_indices=(0, 1, 2, 3))
+        >>> [tuple(f.shape) for f in model(torch.randn(1, 3, 224, 224))]
+        [(1, 80, 56, 56), (1, 160, 28, 28), (1, 320, 14, 14), (1, 640, 7, 7)]
+    """
+
+    arch_zoo: dict = {  # noqa: RUF012
+        'tiny': {
+            'depths': (1, 3, 8, 4), 'embed_dims': 80, 'stem_dims': 32, 'num_heads': (8, 16),
+            'drop_path_rate': 0.2,
+        },
+        'tiny2': {
+            'depths': (1, 3, 11, 4), 'embed_dims': 80, 'stem_dims': 32, 'num_heads': (8, 16),
+            'drop_path_rate': 0.2,
+        },
+        'small': {
+            'depths': (3, 3, 7, 5), 'embed_dims': 96, 'stem_dims': 64, 'num_heads': (8, 16),
+            'drop_path_rate': 0.2,
+        },
+        'base': {
+            'depths': (3, 3, 10, 5), 'embed_dims': 128, 'stem_dims': 64, 'num_heads': (8, 16),
+            'drop_path_rate': 0.3, 'layer_scale': 1e-5,
+        },
+        'large': {
+            'depths': (3, 3, 10, 5), 'embed_dims': 196, 'stem_dims': 64, 'num_heads': (16, 32),
+            'drop_path_rate': 0.3, 'layer_scale': 1e-5,
+        },
+        'large2': {
+            'depths': (3, 3, 12, 5), 'embed_dims': 196, 'stem_dims': 64, 'num_heads': (16, 32),
+            'drop_path_rate': 0.3, 'layer_scale': 1e-5,
+        },
+        'large3': {
+            'depths': (3, 3, 20, 10), 'embed_dims': 256, 'stem_dims': 64, 'num_heads': (16, 32),
+            'window_sizes': (16, 8), 'drop_path_rate': 0.5, 'layer_scale': 1e-5,
+        },
+    }  # fmt: skip
+    OUT_TYPES = ('avg_featmap', 'featmap')
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        window_sizes: Sequence[int | tuple[int, int] | None] | None = None,
+        in_channels: int = 3,
+        out_type: str = 'avg_featmap',
+        out_indices: int | Sequence[int] = -1,
+        out_norm: str = 'final',
+        layer_scale: float | str | None = 'auto',
+        layer_scale_conv: float | None = None,
+        drop_path_rate: float | None = None,
+        double_dt_bias: bool = True,
+        discretization: str = 'zoh',
+        dt_init: str = 'official',
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        ops_backend: str = 'auto',
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        check_choice('out_type', out_type, self.OUT_TYPES)
+        check_choice('out_norm', out_norm, ('final', 'separate', 'none'))
+        check_positive(in_channels=in_channels)
+        self.arch = self._parse_arch(arch)
+        if layer_scale == 'auto':
+            layer_scale = self.arch['layer_scale']
+        if drop_path_rate is None:
+            drop_path_rate = self.arch['drop_path_rate']
+        for name, value in (('layer_scale', layer_scale), ('layer_scale_conv', layer_scale_conv)):
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise ValueError(f'{name}={value!r} must be a number or None')
+        if window_sizes is None:
+            window_sizes = self.arch['window_sizes']
+        self.window_sizes = self._parse_windows(window_sizes)
+        self.depths: tuple[int, ...] = self.arch['depths']
+        self.embed_dims = [self.arch['embed_dims'] * 2**i for i in range(_NUM_STAGES)]
+        self.out_type = out_type
+        self.out_norm = out_norm
+        self.layer_scale = layer_scale
+        self.double_dt_bias = double_dt_bias
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        self.out_indices = self._parse_out_indices(out_indices)
+
+        self.patch_embed = Stem(in_channels, self.arch['stem_dims'], self.embed_dims[0])
+        last = max(sum(self.depths) - 1, 1)
+        rates = iter([drop_path_rate * i / last for i in range(last + 1)])
+        mixer = {key: self.arch[key] for key in ('d_state', 'd_conv', 'expand')}
+        mixer.update(
+            double_dt_bias=double_dt_bias,
+            discretization=discretization,
+            dt_init=dt_init,
+            ops_backend=ops_backend,
+        )
+        self.levels = nn.ModuleList()
+        for i, (dim, depth) in enumerate(zip(self.embed_dims, self.depths, strict=True)):
+            windowed = i >= _NUM_CONV_STAGES
+            if windowed:
+                heads = self.arch['num_heads'][i - _NUM_CONV_STAGES]
+                mixers = [
+                    Attention(dim, heads)
+                    if j >= depth - depth // 2
+                    else MambaVisionMixer(dim, **mixer)
+                    for j in range(depth)
+                ]
+                ratio = self.arch['mlp_ratio']
+                blocks = [TokenBlock(dim, m, ratio, next(rates), layer_scale) for m in mixers]
+            else:
+                blocks = [ConvBlock(dim, next(rates), layer_scale_conv) for _ in range(depth)]
+            self.levels.append(
+                Stage(
+                    blocks,
+                    Downsample(dim) if i + 1 < _NUM_STAGES else None,
+                    windowed,
+                    self.window_sizes[i - _NUM_CONV_STAGES] if windowed else None,
+                    with_cp,
+                )
+            )
+        if out_norm == 'final':
+            self.norm = nn.BatchNorm2d(self.embed_dims[-1])
+        elif out_norm == 'separate':
+            for i in self.out_indices:
+                self.add_module(f'outnorm{i}', LayerNorm2d(self.embed_dims[i]))
+        if not double_dt_bias:
+            # Only the key matters: it says of a checkpoint how its biases are meant.
+            self.register_buffer(_SINGLE_DT_BIAS, torch.ones((), dtype=torch.long))
+
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self._freeze_stages()
+
+    def _parse_arch(self, arch: str | dict) -> dict:
+        if isinstance(arch, str):
+            check_choice('arch', arch, tuple(self.arch_zoo))
+            arch = self.arch_zoo[arch]
+        if not isinstance(arch, Mapping):
+            raise TypeError(f'arch={arch!r} must be one of {sorted(self.arch_zoo)} or a dict')
+        needed = {'depths', 'embed_dims', 'stem_dims', 'num_heads'}
+        optional = {
+            'window_sizes': (14, 7), 'mlp_ratio': 4, 'drop_path_rate': 0.0, 'layer_scale': None,
+            'd_state': 8, 'd_conv': 3, 'expand': 1,
+        }  # fmt: skip
+        unknown, missing = set(arch) - needed - set(optional), needed - set(arch)
+        if unknown or missing:
+            raise ValueError(
+                f'arch has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; '
+                f'allowed: {sorted(needed | set(optional))}'
+            )
+        arch = {**optional, **arch}
+        for key in ('embed_dims', 'stem_dims'):
+            if not _is_positive(arch[key]):
+                raise ValueError(f'arch[{key!r}]={arch[key]!r} must be a positive integer')
+        depths = arch['depths']
+        if not _is_sequence(depths, _NUM_STAGES) or not all(map(_is_positive, depths)):
+            raise ValueError(f"arch['depths']={depths!r} must be {_NUM_STAGES} positive integers")
+        heads = _of_token_stages("arch['num_heads']", arch['num_heads'])
+        if not all(map(_is_positive, heads)):
+            raise ValueError(f"arch['num_heads']={arch['num_heads']!r} must be positive integers")
+        if not arch['mlp_ratio'] > 0:
+            raise ValueError(f"arch['mlp_ratio']={arch['mlp_ratio']!r} must be positive")
+        return {**arch, 'depths': tuple(depths), 'num_heads': heads}
+
+    def _parse_windows(self, window_sizes: Sequence) -> tuple[Window, ...]:
+        return tuple(
+            None if window is None else to_2tuple('window_sizes', window)
+            for window in _of_token_stages('window_sizes', window_sizes)
+        )
+
+    def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
+        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        indices = tuple(i + _NUM_STAGES if i < 0 else i for i in given)
+        if not indices or any(not 0 <= i < _NUM_STAGES for i in indices):
+            raise ValueError(f'out_indices={out_indices!r} must be stages, 0 .. {_NUM_STAGES - 1}')
+        if any(a >= b for a, b in itertools.pairwise(indices)):
+            raise ValueError(f'out_indices={out_indices!r} must be ascending, each stage once')
+        return indices
+
+    def _freeze_stages(self) -> None:
+        if not -1 <= self.frozen_stages <= _NUM_STAGES:
+            raise ValueError(f'frozen_stages={self.frozen_stages!r} must be in -1 .. {_NUM_STAGES}')
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        modules = [self.patch_embed, *self.levels[: self.frozen_stages]]
+        if self.frozen_stages == _NUM_STAGES:
+            modules += [m for name, m in self.named_children() if 'norm' in name]
+        return modules
+
+    def train(self, mode: bool = True) -> MambaVision:
+        """Switch to training mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen_modules():
+            module.eval()
+        return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Return the depth of a parameter, for layer-wise learning-rate decay.
+
+        Args:
+            param_name (str): Full name of the parameter.
+            prefix (str): What stands before this backbone's own names, such as ``'backbone.'``.
+                Defaults to ''.
+
+        Returns:
+            tuple[int, int]: The depth, and the number of depths. Depth 0 is the stem, ``i + 1``
+            block ``i`` of all stages together, a stage's downsampling that of its last block, and
+            the last everything after the blocks, other modules of the model included.
+        """
+        num_depths = sum(self.depths) + 2
+        if not param_name.startswith(prefix):
+            return num_depths - 1, num_depths
+        name = param_name[len(prefix) :]
+        if name.startswith('patch_embed.'):
+            return 0, num_depths
+        match = re.match(r'levels\.(\d+)\.(?:blocks\.(\d+)|downsample)\.', name)
+        if not match:
+            return num_depths - 1, num_depths
+        stage = int(match[1])
+        if match[2] is None:
+            return sum(self.depths[: stage + 1]), num_depths
+        return sum(self.depths[:stage]) + int(match[2]) + 1, num_depths
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the features.
+
+        Args:
+            x (Tensor): (batch, in_channels, height, width).
+
+        Returns:
+            tuple[Tensor, ...]: One output, as ``out_type`` says, for each of ``out_indices``.
+
+        Raises:
+            ValueError: If the shape is wrong.
+        """
+        x = self.patch_embed(x)
+        outputs = []
+        for i, level in enumerate(self.levels[: self.out_indices[-1] + 1]):
+            if i:
+                x = self.levels[i - 1].downsample(x)
+            x = level(x)
+            if i in self.out_indices:
+                outputs.append(self._output(i, x))
+        return tuple(outputs)
+
+    def _output(self, index: int, x: Tensor) -> Tensor:
+        if self.out_norm == 'separate':
+            x = getattr(self, f'outnorm{index}')(x)
+        elif self.out_norm == 'final' and index == _NUM_STAGES - 1:
+            x = self.norm(x)
+        return x if self.out_type == 'featmap' else x.mean(dim=(2, 3))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: dict,
+        *args: Any,
+    ) -> None:
+        """Fit an official checkpoint to this model before loading it."""
+        if not prefix:
+            _unwrap(state_dict)
+        self._fit_state_dict(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _checkpoint_filter(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        """Let a classifier load an official checkpoint, its head included.
+
+        mmpretrain's ``ImageClassifier`` calls this before loading. Keys of the bare official model
+        get the names that they have in a classifier.
+        """
+        if not prefix:
+            _unwrap(state_dict)
+        keys = keys_under(state_dict, prefix)
+        if any(k.startswith('backbone.') for k in keys) or not layer_count(keys, _BLOCK_KEY):
+            return
+        heads = {k: k.replace('head.', 'head.fc.') for k in _HEAD_KEYS}
+        names = {prefix + k: prefix + heads.get(k, f'backbone.{k}') for k in keys}
+        rename_keys(state_dict, names)
+
+    def _fit_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+        keys = keys_under(state_dict, prefix)
+        own = {name for name, _ in itertools.chain(self.named_parameters(), self.named_buffers())}
+        if any('_flat_param' in key for key in keys) or not own:
+            return  # shards of FSDP's own format
+        self._check_keys(keys, own, prefix)
+        unwanted = list(_HEAD_KEYS)
+        if self.out_norm != 'final':
+            unwanted += [key for key in keys if key.startswith('norm.')]
+        for key in unwanted:
+            if state_dict.pop(prefix + key, None) is not None:
+                print_log(
+                    f"MambaVision: '{key}' of the checkpoint has no place in this model and is not "
+                    'loaded',
+                    logger='current',
+                    level=logging.DEBUG,
+                )
+        wrong = size_mismatches(self, state_dict, prefix)
+        if wrong:
+            name, given, expected = wrong[0]
+            more = f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''
+            self._reject(f'{prefix}{name} is {given} there and {expected} here{more}')
+        self._fit_dt_bias(state_dict, prefix)
+
+    def _reject(self, reason: str) -> None:
+        raise ValueError(
+            f'the checkpoint does not fit this MambaVision (embed_dims={self.embed_dims[0]}, '
+            f'depths={self.depths}, layer_scale={self.layer_scale}): {reason}'
+        )
+
+    def _check_keys(self, keys: list[str], own: set[str], prefix: str) -> None:
+        if prefix and not keys:
+            self._reject(
+                f"it has no key that starts with '{prefix}' (weights of a backbone alone go into "
+                "the backbone's init_cfg=dict(type='Pretrained', checkpoint=…))"
+            )
+        depths = tuple(
+            layer_count(keys, rf'levels\.{i}\.blocks\.(\d+)\.norm1\.weight$')
+            for i in range(_NUM_STAGES)
+        )
+        foreign = [k for k in keys if k not in own and k not in _HEAD_KEYS]
+        foreign = [k for k in foreign if k != _SINGLE_DT_BIAS and not k.startswith('norm.')]
+        if foreign and not layer_count(keys, _BLOCK_KEY):
+            found = next(filter(None, (re.match(rf'(.*\.){_BLOCK_KEY}', k) for k in keys)), None)
+            hint = (
+                f"; a MambaVision's keys stand under '{prefix}{found[1]}': give that prefix"
+                if found
+                else ''
+            )
+            self._reject(f"its keys are another model's: {', '.join(foreign[:3])} …{hint}")
+        if not any(depths):
+            return
+        if depths != self.depths:
+            self._reject(f'its depths are {depths}')
+        scaled = any(k.endswith('.gamma_1') for k in keys)
+        if scaled != (self.layer_scale is not None):
+            self._reject(f'it has {"a" if scaled else "no"} layer scale')
+
+    def _fit_dt_bias(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+        """Convert the biases of Δ between being added once and twice."""
+        biases = [k for k in keys_under(state_dict, prefix) if re.match(_DT_BIAS_KEY, k)]
+        key = prefix + _SINGLE_DT_BIAS
+        double = key not in state_dict
+        if not biases or double == self.double_dt_bias:
+            return
+        if self.double_dt_bias:
+            del state_dict[key]
+        else:
+            state_dict[key] = torch.ones((), dtype=torch.long)
+        factor = 2.0 if double else 0.5
+        for name in biases:
+            state_dict[prefix + name] = state_dict[prefix + name] * factor
+        print_log(
+            f'MambaVision: the checkpoint adds the bias of Δ {"twice" if double else "once"} and '
+            f'this model {"once" if double else "twice"}; its biases are multiplied by {factor:g}',
+            logger='current',
+            level=logging.INFO,
+        )
+
+
+def _unwrap(state_dict: MutableMapping[str, Any]) -> None:
+    """Unwrap as :func:`unwrap_state_dict`; of a model with an encoder, keep only that."""
+    unwrap_state_dict(state_dict)
+    keys = keys_under(state_dict, _ENCODER)
+    if layer_count(keys, _BLOCK_KEY):
+        weights = {key: state_dict[_ENCODER + key] for key in keys}
+        state_dict.clear()
+        state_dict.update(weights)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_sequence(value: object, *lengths: int) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) in lengths
+
+
+def _of_token_stages(name: str, values: Sequence) -> tuple:
+    """Return the two values of the token stages, of two or of four."""
+    if not _is_sequence(values, _NUM_STAGES - _NUM_CONV_STAGES, _NUM_STAGES):
+        raise ValueError(
+            f'{name}={values!r} must be two values, of the last two stages, or four, of all stages'
+        )
+    return tuple(values)[-(_NUM_STAGES - _NUM_CONV_STAGES) :]
