@@ -1,8 +1,10 @@
 // Registers the CPU kernels of selective_scan and bidirectional_scan: checks, allocation, dispatch.
 #include <torch/library.h>
 
+#include <numeric>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../common/cpu_glue.h"
 #include "cpu_kernels.h"
@@ -75,6 +77,7 @@ struct Inputs {
     in.delta = view(delta);
     in.B = grouped(B);
     in.C = grouped(C);
+    in.groups = B.size(2);
     in.A = A.const_data_ptr();
     in.D = data(D);
     in.delta_bias = data(delta_bias);
@@ -172,7 +175,7 @@ struct Gradients {
   }
 };
 
-// The checkpoints that were saved, or new ones; `pregate`, if not null, receives the ungated sum.
+// The checkpoints that were saved, or new ones.
 void find_checkpoints(ScanBackwardArgs& a, const Tensor& saved, int64_t interval, Tensor& keep,
                       const Inputs& in) {
   check(saved, "checkpoints", checkpoint_sizes(a.shape, interval), in.compute);
@@ -232,15 +235,12 @@ void check_pair(const Inputs& f, const Inputs& b) {
               f.type, " and ", b.u.sizes(), " ", b.type, ", A ", f.A.sizes(), " and ", b.A.sizes());
 }
 
-// The kernels of the two directions share one shape; groups may differ, then each runs alone.
 ScanForwardArgs pair_arguments(const Inputs& f, const Inputs& b, std::string_view discretization,
                                bool delta_softplus) {
   check_pair(f, b);
-  TORCH_CHECK(f.B.size(2) == b.B.size(2),
-              "both directions must have the same number of groups, got ", f.B.size(2), " and ",
-              b.B.size(2));
   ScanForwardArgs a;
   a.shape = f.shape(discretization, delta_softplus);
+  a.shape.groups = std::lcm(f.B.size(2), b.B.size(2));
   a.directions = 2;
   a.inputs[0] = f.arguments(false);
   a.inputs[1] = b.arguments(true);

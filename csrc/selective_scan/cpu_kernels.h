@@ -11,6 +11,7 @@
 namespace mmvim {
 
 struct ScanShape {
+  // groups: a common multiple of the groups of all inputs, and a divisor of the channels.
   int64_t batch = 0, length = 0, channels = 0, states = 0, groups = 1;
   Discretization method = Discretization::kZoh;
   bool delta_softplus = false;
@@ -28,6 +29,7 @@ struct GroupedView {
 struct ScanInputs {
   View u, delta;
   GroupedView B, C;
+  int64_t groups = 1;
   const void* A = nullptr;
   const void* D = nullptr;
   const void* delta_bias = nullptr;

@@ -75,7 +75,11 @@ class TileReader {
   using V = typename M::V;
 
   TileReader(const ScanShape& shape, const ScanInputs& inputs, const Block& block, int64_t padded)
-      : shape_(shape), in_(inputs), block_(block), padded_(padded) {}
+      : shape_(shape),
+        in_(inputs),
+        block_(block),
+        padded_(padded),
+        group_(block.channel / (shape.channels / inputs.groups)) {}
 
   int64_t row_of(int64_t step) const { return in_.reverse ? shape_.length - 1 - step : step; }
 
@@ -127,7 +131,7 @@ class TileReader {
  private:
   void states(S* dst, const GroupedView& g, int64_t t) const {
     load_row(dst, g.view.at(block_.batch, t, 0), g.view.dtype, g.view.stride_d, shape_.states,
-             g.stride_g * block_.group);
+             g.stride_g * group_);
   }
   static void load_row(S* dst, const void* src, DType type, int64_t stride, int64_t count,
                        int64_t offset) {
@@ -138,7 +142,7 @@ class TileReader {
   const ScanShape& shape_;
   const ScanInputs& in_;
   const Block& block_;
-  const int64_t padded_;
+  const int64_t padded_, group_;
 };
 
 template <class S>
