@@ -110,9 +110,22 @@ class _Direction:
         self.delta_softplus, self.method, self.reverse = delta_softplus, method, reverse
         self.two_tap = method in TWO_TAP
         self.exact_matmul = self.dtype == torch.float64 or _full_precision_matmul()
-        per_step = max(self.batch * self.channels * self.states, 1)
+        self.per_step = self.batch * self.channels * self.states
         budget = _CHUNK_VALUES_CPU if u.device.type == 'cpu' else _CHUNK_VALUES
-        self.chunk = max(budget // per_step, 1)
+        self.chunk = max(budget // max(self.per_step, 1), 1)
+        self._workspace = {}
+
+    def buffer(self, name: str, steps: int) -> Tensor:
+        """Uninitialised (t, b, g, n, m), the same memory for the same name.
+
+        Fresh memory for every temporary costs more in page faults than the arithmetic on it.
+        """
+        if name not in self._workspace:
+            largest = min(self.chunk, self.length) + 1
+            self._workspace[name] = self.u.new_empty(
+                (largest, self.batch, self.groups, self.states, self.width), dtype=self.dtype
+            )
+        return self._workspace[name][:steps]
 
     def inward(self, x: Tensor) -> Tensor:
         """(..., d, n) to (..., g, n, m)."""
@@ -184,26 +197,33 @@ class _Direction:
 class _Chunk:
     """Coefficients and states of one chunk; ``h`` holds the state before it too."""
 
-    def __init__(self, scan: _Direction, start: int, stop: int, h: Tensor, v: Tensor | None):
+    def __init__(
+        self, scan: _Direction, start: int, stop: int, h: Tensor, v: Tensor | None, last_use: bool
+    ):
+        steps = stop - start
         self.where = where = scan.memory(start, stop)
         self.u = scan.channels_of(scan.u, where)
         self.delta = scan.step_size(where)
         self.B = scan.states_of(scan.B, where)
-        self.z = self.delta * scan.A
-        self.coefficients = a, w0, w1 = coefficients(scan.method, self.delta, self.z)
-        steps = stop - start
+        self.z = torch.mul(self.delta, scan.A, out=scan.buffer('z', steps))
+        # Without a backward pass nobody asks for z again; that of 'zoh' needs only a.
+        self.coefficients = a, w0, w1 = coefficients(
+            scan.method, self.delta, self.z, overwrite=last_use or scan.method == 'zoh'
+        )
         first, self.last = (steps, 0) if scan.reverse else (0, steps)
         self.now = slice(0, -1) if scan.reverse else slice(1, None)
         self.before = slice(1, None) if scan.reverse else slice(0, -1)
-        self.h = torch.empty((steps + 1, *h.shape), dtype=h.dtype, device=h.device)
+        self.h = scan.buffer('h', steps + 1)
         self.h[first] = h
         drive = self.h[self.now]
         self.v = None
-        if w1 is None:
+        if scan.method == 'zoh':
             self.w0_u = w0 * self.u
             torch.mul(self.w0_u, self.B, out=drive)
+        elif w1 is None:
+            torch.mul(w0, self.u, out=drive).mul_(self.B)
         else:
-            self.v = torch.empty_like(self.h)
+            self.v = scan.buffer('v', steps + 1)
             self.v[first] = v
             torch.mul(self.B, self.u, out=self.v[self.now])
             torch.mul(w0, self.v[self.now], out=drive)
@@ -281,7 +301,7 @@ def scan_forward(
     h, v = scan.start(initial_state)
     for start in range(0, scan.length, scan.chunk):
         stop = min(start + scan.chunk, scan.length)
-        chunk = _Chunk(scan, start, stop, h, v)
+        chunk = _Chunk(scan, start, stop, h, v, last_use=True)
         chunk.run(reverse, keep_a=False)
         y[:, chunk.where] = _output(scan, chunk).transpose(0, 1)
         if checkpoint_interval > 0:
@@ -355,7 +375,7 @@ def scan_backward(
     for start, stop, h, v in _chunks_backwards(
         scan, initial_state, checkpoints, checkpoint_interval
     ):
-        chunk = _Chunk(scan, start, stop, h, v)
+        chunk = _Chunk(scan, start, stop, h, v, last_use=False)
         chunk.run(reverse, keep_a=True)
         a, w0, w1 = chunk.coefficients
         where = chunk.where
@@ -368,7 +388,7 @@ def scan_backward(
 
         # The adjoint recurrence: g_t = C_t gy_t + a_{t+1} g_{t+1}, walked against the scan.
         first, last = (-1, 0) if reverse else (0, -1)
-        g = gy * C_t
+        g = torch.mul(gy, C_t, out=scan.buffer('g', stop - start))
         g[last] += carry
         inner = a[:-1] if reverse else a[1:]
         linear_scan_(inner.clone() if _in_tree(inner) else inner, g, not reverse)
@@ -376,7 +396,7 @@ def scan_backward(
 
         a_z, w0_delta, w0_z, w1_delta, w1_z = derivatives(method, chunk.delta, chunk.z, a)
         # Gradient with respect to z, and to Δ where it acts other than through z.
-        gz = (g * h_before).mul_(a_z)
+        gz = torch.mul(g, h_before, out=scan.buffer('gz', stop - start)).mul_(a_z)
         if w0_z is None:
             # w0 is the same for all states: sums over them come first.
             gB = scan.over_states(chunk.B, g)
@@ -384,9 +404,9 @@ def scan_backward(
             du_t = gB * w0
             ddelta_t = (gB * chunk.u).mul_(w0_delta)
         else:
-            g_v = g * w0
+            g_v = torch.mul(g, w0, out=scan.buffer('g_v', stop - start))
             if w1 is None:
-                gv0 = (g * chunk.B).mul_(chunk.u)
+                gv0 = torch.mul(g, chunk.B, out=scan.buffer('gv0', stop - start)).mul_(chunk.u)
             else:
                 gv0 = g * chunk.v[chunk.now]
                 gv1 = g * chunk.v[chunk.before]
@@ -451,7 +471,7 @@ def _chunks_backwards(
             stop = min(start + scan.chunk, seg_stop)
             pieces.append((start, stop, h, v))
             if stop < seg_stop:
-                chunk = _Chunk(scan, start, stop, h, v)
+                chunk = _Chunk(scan, start, stop, h, v, last_use=True)
                 chunk.run(scan.reverse, keep_a=False)
                 h, v = (None if x is None else x.clone() for x in chunk.end())
         yield from reversed(pieces)

@@ -115,19 +115,20 @@ def _phi_derivative(phi: list[Tensor], z: Tensor, k: int) -> Tensor:
     return torch.where(z.abs() < _SERIES_RADIUS, near, far)
 
 
-def coefficients(method: str, delta: Tensor, z: Tensor) -> Coefficients:
+def coefficients(method: str, delta: Tensor, z: Tensor, *, overwrite: bool = False) -> Coefficients:
     """Coefficients of ``method``.
 
     Args:
         method: One of :data:`DISCRETIZATIONS`.
         delta: Δ, broadcastable to ``z``.
-        z: ΔA. Not modified.
+        z: ΔA.
+        overwrite: z may be overwritten, and a stored there.
 
     Returns:
         ``w0`` has the shape of ``delta`` for ``'zoh'``, else of ``z``.
     """
     if method == 'zoh':
-        return Coefficients(torch.exp(z), delta, None)
+        return Coefficients(z.exp_() if overwrite else torch.exp(z), delta, None)
     if method in ('bilinear', 'tustin'):
         r = torch.rsub(z, 1, alpha=0.5).reciprocal_()
         a = (1 + 0.5 * z).mul_(r)
@@ -164,7 +165,7 @@ def derivatives(method: str, delta: Tensor, z: Tensor, a: Tensor) -> Derivatives
     Args:
         method: One of :data:`DISCRETIZATIONS`.
         delta: Δ, broadcastable to ``z``.
-        z: ΔA.
+        z: ΔA; ignored by ``'zoh'``.
         a: The coefficient a, from :func:`coefficients`. Not modified, but results may be it.
     """
     if method == 'zoh':
