@@ -217,13 +217,14 @@ def _run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 @contextlib.contextmanager
 def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
     """Keep a block's second pass from counting its batch twice in the running statistics."""
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 @MODELS.register_module()
