@@ -6,6 +6,7 @@ weights come from. Everything else is the config's own.
 
 import importlib.util
 import math
+import numbers
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -181,9 +182,9 @@ def _run(cfg: Config) -> dict[str, float]:
     assert not untouched, f'parameters without gradient: {sorted(untouched)}'
     metrics = runner.test()
     assert metrics
-    numbers = [value for value in metrics.values() if isinstance(value, int | float)]
-    assert numbers
-    assert all(math.isfinite(value) for value in numbers), metrics
+    values = [value for value in metrics.values() if isinstance(value, numbers.Real)]
+    assert values
+    assert all(math.isfinite(value) for value in values), metrics
     return metrics
 
 

@@ -1,8 +1,5 @@
 # UPerNet on four of Vim's layers, brought to strides 4, 8, 16 and 32.
-#
-# Batch norms become synchronised ones in distributed runs, and only there.
-sync_bn = 'torch'
-norm_cfg = dict(type='BN', requires_grad=True)
+norm_cfg = dict(type='SyncBN', requires_grad=True)
 
 model = dict(
     type='EncoderDecoder',
