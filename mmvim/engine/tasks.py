@@ -106,7 +106,8 @@ def _collect(heads: Iterable[tuple[str, Any]]) -> dict[str, int]:
         parts = head if isinstance(head, nn.ModuleList) else [head]
         for i, part in enumerate(parts):
             count = _classes(part)
-            if count is not None:
+            # A region proposal network has one class whatever the data.
+            if count is not None and not type(part).__name__.endswith('RPNHead'):
                 name = f'{path}.{i}' if isinstance(head, nn.ModuleList) else path
                 found[f'{name}.num_classes'] = count
     return found
