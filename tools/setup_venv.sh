@@ -78,7 +78,7 @@ check_cv2() {
 install() {
   make_venv
   check_disk
-  pip_install 'pip, setuptools, wheel and ninja' -q --upgrade 'pip>=23.1' 'setuptools>=68' wheel ninja
+  pip_install 'pip, setuptools, wheel and ninja' -q --upgrade 'pip>=23.1' 'setuptools>=77' wheel ninja
   # shellcheck disable=SC2086
   pip_install "PyTorch ($TORCH_SPEC; several GB for the CUDA build)" $TORCH_SPEC
   # With build isolation: mmcv then builds without torch and skips its operators, which would take
