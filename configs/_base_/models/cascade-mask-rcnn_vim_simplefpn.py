@@ -112,7 +112,7 @@ model = dict(
         ),
         rpn_proposal=dict(
             nms_pre=2000,
-            max_per_img=2000,
+            max_per_img=1000,
             nms=dict(type='nms', iou_threshold=0.7),
             min_bbox_size=0,
         ),
