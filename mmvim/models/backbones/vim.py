@@ -8,27 +8,19 @@ checkpoints.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-import re
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmvim.layers import (
     CLS_TOKEN_PLACES,
-    DropPath,
-    MambaBlock,
     PatchEmbed,
     apply_rotary,
-    build_norm,
-    drop_path_rates,
     insert_tokens,
     resize_pos_embed,
     rotary_table_2d,
@@ -39,20 +31,11 @@ from mmvim.layers._common import check_choice
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
 
-from ..utils.checkpoint import (
-    keys_under,
-    layer_count,
-    rename_keys,
-    size_mismatches,
-    unwrap_state_dict,
-)
-
-_LAYER_KEY = r'layers\.(\d+)\.(mixer|norm)\.'
-_HEAD_KEYS = ('head.weight', 'head.bias')
+from ..utils.backbone import MambaBackbone
 
 
 @MODELS.register_module(name=['Vim', 'VisionMamba'])
-class Vim(BaseModule):
+class Vim(MambaBackbone):
     """Vision Mamba backbone.
 
     Patches and a class token pass a stack of pre-norm bidirectional Mamba blocks. Images of any
@@ -235,140 +218,28 @@ class Vim(BaseModule):
             self.register_parameter('pos_embed', None)
         self.drop_after_pos = nn.Dropout(drop_rate)
 
-        rates = drop_path_rates(drop_path_rate, self.num_layers)
-        norm_args = {
-            'eps': norm_eps, 'residual_in_fp32': residual_in_fp32, 'ops_backend': ops_backend
-        }  # fmt: skip
-        mixer = {k: v for k, v in self.arch.items() if k not in ('embed_dims', 'depth')}
-        if bimamba != 'none':
-            mixer['merge'] = merge
-        self.layers = nn.ModuleList(
-            MambaBlock(
-                self.embed_dims,
-                bidirectional=None if bimamba == 'none' else bimamba,
-                norm=norm,
-                norm_eps=norm_eps,
-                residual_in_fp32=residual_in_fp32,
-                drop_path=rates[i],
-                ops_backend=ops_backend,
-                layer_scale=layer_scale,
-                discretization=discretization,
-                dt_init=dt_init,
-                reverse=if_bidirectional and i % 2 == 1,
-                **mixer,
-            )
-            for i in range(self.num_layers)
+        self._build_layers(
+            merge=merge,
+            norm=norm,
+            norm_eps=norm_eps,
+            residual_in_fp32=residual_in_fp32,
+            drop_path_rate=drop_path_rate,
+            ops_backend=ops_backend,
+            reverse_odd=if_bidirectional,
+            layer_scale=layer_scale,
+            discretization=discretization,
+            dt_init=dt_init,
         )
-        self.drop_path = DropPath(rates[-1])
-        if out_norm != 'none':
-            self.norm_f = build_norm(norm, self.embed_dims, **norm_args)
-        if out_norm == 'separate':
-            for i in self.out_indices:
-                if i != self.num_layers - 1:
-                    self.add_module(f'norm{i}', build_norm(norm, self.embed_dims, **norm_args))
-
-        self._reset_tokens_and_outputs()
-        self._register_state_dict_hook(_save_grid)
-        self._freeze_stages()
-
-    @property
-    def num_extra_tokens(self) -> int:
-        """Number of class tokens in the sequence."""
-        return len(token_positions(self.cls_token_place, 1))
-
-    def _parse_arch(self, arch: str | dict) -> dict:
-        if isinstance(arch, str):
-            check_choice('arch', arch, tuple(self.arch_zoo))
-            return dict(self.arch_zoo[arch])
-        if not isinstance(arch, Mapping):
-            raise TypeError(f'arch={arch!r} must be one of {sorted(self.arch_zoo)} or a dict')
-        allowed = {'embed_dims', 'depth', 'd_state', 'd_conv', 'expand', 'dt_rank'}
-        unknown, missing = set(arch) - allowed, {'embed_dims', 'depth'} - set(arch)
-        if unknown or missing:
-            raise ValueError(
-                f'arch has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; '
-                f'allowed: {sorted(allowed)}'
-            )
-        for key in ('embed_dims', 'depth'):
-            if not isinstance(arch[key], int) or arch[key] < 1:
-                raise ValueError(f'arch[{key!r}]={arch[key]!r} must be a positive integer')
-        return dict(arch)
+        self._finish()
 
     def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        depth = self.num_layers
-        indices = tuple(i + depth if i < 0 else i for i in given)
-        if not indices or any(not 0 <= i < depth for i in indices):
-            raise ValueError(f'out_indices={out_indices!r} must be layers of 0 .. {depth - 1}')
-        if any(a >= b for a, b in itertools.pairwise(indices)):
-            raise ValueError(f'out_indices={out_indices!r} must be ascending, each layer once')
+        indices = super()._parse_out_indices(out_indices)
         if self.if_bidirectional and any(i % 2 == 0 for i in indices):
             raise ValueError(
                 f'out_indices={out_indices!r}: with if_bidirectional=True layers (0, 1), (2, 3) … '
                 'form pairs and only the second of a pair, an odd index, has an output'
             )
         return indices
-
-    def _reset_tokens_and_outputs(self) -> None:
-        for name in ('cls_token', 'cls_token_head', 'cls_token_tail', 'pos_embed'):
-            parameter = getattr(self, name, None)
-            if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=0.02)
-        for layer in self.layers:
-            # The outputs of all layers add up: keep their sum's variance as GPT-2 does.
-            nn.init.kaiming_uniform_(layer.mixer.out_proj.weight, a=math.sqrt(5))
-            with torch.no_grad():
-                layer.mixer.out_proj.weight /= math.sqrt(self.num_layers)
-
-    def _freeze_stages(self) -> None:
-        if not -1 <= self.frozen_stages <= self.num_layers:
-            raise ValueError(
-                f'frozen_stages={self.frozen_stages!r} must be in -1 .. {self.num_layers}'
-            )
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-        if self.frozen_stages >= 0:
-            for name, parameter in self.named_parameters(recurse=False):
-                if name.startswith(('cls_token', 'pos_embed')):
-                    parameter.requires_grad_(False)
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        modules = [self.patch_embed, self.drop_after_pos, *self.layers[: self.frozen_stages]]
-        if self.frozen_stages == self.num_layers:
-            modules.append(self.drop_path)
-            modules += [m for name, m in self.named_children() if name.startswith('norm')]
-        return modules
-
-    def train(self, mode: bool = True) -> Vim:
-        """Switch to training mode; frozen parts stay in evaluation mode."""
-        super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
-        return self
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Return the depth of a parameter, for layer-wise learning-rate decay.
-
-        Args:
-            param_name (str): Full name of the parameter.
-            prefix (str): What stands before this backbone's own names, such as ``'backbone.'``.
-                Defaults to ''.
-
-        Returns:
-            tuple[int, int]: The depth, and the number of depths. Depth 0 is the patch embedding,
-            the tokens and the position embedding, ``i + 1`` layer ``i``, and the last everything
-            after the layers, other modules of the model included.
-        """
-        num_depths = self.num_layers + 2
-        if not param_name.startswith(prefix):
-            return num_depths - 1, num_depths
-        name = param_name[len(prefix) :]
-        if name.startswith(('patch_embed.', 'cls_token', 'pos_embed')):
-            return 0, num_depths
-        match = re.match(r'layers\.(\d+)\.', name)
-        return (int(match[1]) + 1 if match else num_depths - 1), num_depths
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the features.
@@ -421,13 +292,6 @@ class Vim(BaseModule):
             )
         return self.drop_after_pos(hidden), grid
 
-    def _run_layer(
-        self, layer: MambaBlock, hidden: Tensor, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if self.with_cp and self.training:
-            return checkpoint(layer, hidden, residual, use_reentrant=False)
-        return layer(hidden, residual)
-
     def _run_pair(
         self, second: int, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -439,10 +303,6 @@ class Vim(BaseModule):
         hidden, residual = hidden + hidden_b, residual + residual_b
         return (hidden / 2, residual / 2) if self.merge == 'mean' else (hidden, residual)
 
-    def _drop_path_after(self, index: int) -> DropPath:
-        is_last = index == self.num_layers - 1
-        return self.drop_path if is_last else self.layers[index + 1].drop_path
-
     def _output(
         self,
         index: int,
@@ -452,18 +312,9 @@ class Vim(BaseModule):
         positions: tuple[int, ...],
     ) -> Tensor:
         """Make the output of layer ``index`` out of its hidden state and residual."""
-        is_last = index == self.num_layers - 1
-        norm = None
-        if self.out_norm == 'shared' or (is_last and self.out_norm != 'none'):
-            norm = self.norm_f
-        elif self.out_norm == 'separate':
-            norm = getattr(self, f'norm{index}')
         if self.if_bidirectional:
             hidden = self._drop_path_after(index)(hidden)
-        if norm is None:
-            x = (hidden + residual).to(hidden.dtype)
-        else:
-            x = norm(hidden, residual)
+        x = self._stream(index, hidden, residual)
         if self.out_type == 'raw':
             return x
         if self.out_type == 'cls_token' and positions:
@@ -479,97 +330,7 @@ class Vim(BaseModule):
             return patches.amax(dim=1)
         return patches[:, -1] if pool == 'last' else patches
 
-    def _load_from_state_dict(
-        self,
-        state_dict: MutableMapping[str, Any],
-        prefix: str,
-        local_metadata: dict,
-        *args: Any,
-    ) -> None:
-        """Fit an official or resized checkpoint to this model before loading it."""
-        if not prefix:
-            unwrap_state_dict(state_dict)
-        self._fit_state_dict(state_dict, prefix, local_metadata)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-
-    def _checkpoint_filter(
-        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any
-    ) -> None:
-        """Let a classifier load an official checkpoint, its head included.
-
-        mmpretrain's ``ImageClassifier`` calls this before loading. Keys of the bare official model
-        get the names that they have in a classifier.
-        """
-        if not prefix:
-            unwrap_state_dict(state_dict)
-        keys = keys_under(state_dict, prefix)
-        if any(k.startswith('backbone.') for k in keys) or not layer_count(keys, _LAYER_KEY):
-            return
-        heads = {k: k.replace('head.', 'head.fc.') for k in _HEAD_KEYS}
-        names = {prefix + k: prefix + heads.get(k, f'backbone.{k}') for k in keys}
-        rename_keys(state_dict, names)
-
-    def _fit_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping
-    ) -> None:
-        keys = keys_under(state_dict, prefix)
-        own = {name for name, _ in self.named_parameters()}
-        if any('_flat_param' in key for key in keys) or not own:
-            return  # shards of FSDP's own format
-        self._check_keys(keys, own, prefix)
-        for key in _HEAD_KEYS:
-            if state_dict.pop(prefix + key, None) is not None:
-                print_log(
-                    f"Vim: '{key}' of the checkpoint is the classifier's and is not loaded",
-                    logger='current',
-                    level=logging.DEBUG,
-                )
-        if self.out_norm == 'none':
-            state_dict.pop(f'{prefix}norm_f.weight', None)
-            state_dict.pop(f'{prefix}norm_f.bias', None)
-        self._take_rope(state_dict, prefix)
-        self._fit_pos_embed(state_dict, prefix, local_metadata)
-        wrong = size_mismatches(self, state_dict, prefix)
-        if wrong:
-            name, given, expected = wrong[0]
-            more = f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''
-            self._reject(f'{prefix}{name} is {given} there and {expected} here{more}')
-
-    def _reject(self, reason: str) -> None:
-        raise ValueError(
-            f'the checkpoint does not fit this Vim (embed_dims={self.embed_dims}, '
-            f'depth={self.num_layers}, bimamba={self.bimamba!r}, '
-            f'cls_token={self.cls_token_place!r}): {reason}'
-        )
-
-    def _check_keys(self, keys: list[str], own: set[str], prefix: str) -> None:
-        if prefix and not keys:
-            self._reject(
-                f"it has no key that starts with '{prefix}' (weights of a backbone alone go into "
-                "the backbone's init_cfg=dict(type='Pretrained', checkpoint=…))"
-            )
-        depth = layer_count(keys, r'layers\.(\d+)\.mixer\.A_log$')
-        foreign = [k for k in keys if k not in own and k not in _HEAD_KEYS]
-        if foreign and not layer_count(keys, _LAYER_KEY):
-            found = next((re.match(rf'(.*\.){_LAYER_KEY}', k) for k in keys if 'mixer.' in k), None)
-            hint = (
-                f"; a Vim's keys stand under '{prefix}{found[1]}': give that prefix"
-                if found
-                else ''
-            )
-            self._reject(f"its keys are another model's: {', '.join(foreign[:3])} …{hint}")
-        if not depth:
-            return
-        if depth != self.num_layers:
-            self._reject(f'its depth is {depth}')
-        if 'layers.0.mixer.conv1d_b.weight' in keys:
-            bimamba = 'v2'
-        else:
-            bimamba = 'v1' if 'layers.0.mixer.A_b_log' in keys else 'none'
-        if bimamba != self.bimamba:
-            self._reject(f'its bimamba is {bimamba!r}')
-
-    def _take_rope(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+    def _fit_own(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
         """Drop the tables of rotary angles, which are computed here, after comparing them."""
         cos = state_dict.pop(f'{prefix}rope.freqs_cos', None)
         state_dict.pop(f'{prefix}rope.freqs_sin', None)
@@ -583,74 +344,3 @@ class Vim(BaseModule):
         expected, _ = rotary_table_2d(self.embed_dims, (side, side), self.rope_pt_size)
         if not torch.allclose(cos.float().cpu()[:, ::2], expected.cpu(), atol=1e-3):
             self._reject(f'its rotary angles were not made with rope_pt_size={self.rope_pt_size}')
-
-    def _fit_pos_embed(
-        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping
-    ) -> None:
-        """Resize a position embedding of another image size; drop an unwanted class token."""
-        pos_embed = state_dict.get(f'{prefix}pos_embed')
-        single, double = f'{prefix}cls_token', f'{prefix}cls_token_head'
-        place = self.cls_token_place
-        if double in state_dict:
-            place = 'double'
-        elif single in state_dict:
-            # A checkpoint does not say where its class token stands. All released ones have it in
-            # the middle.
-            place = 'middle' if place in ('double', 'none') else place
-        elif pos_embed is not None and keys_under(state_dict, f'{prefix}layers.'):
-            place = 'none'
-        if place != self.cls_token_place and self.cls_token_place != 'none':
-            self._reject(f'its class token is {place!r}')
-        if place != self.cls_token_place:
-            for name in ('cls_token', 'cls_token_head', 'cls_token_tail'):
-                state_dict.pop(prefix + name, None)
-            print_log(
-                f'Vim: the checkpoint has a class token ({place}) and this model has none; the '
-                'token and its position embedding are not loaded',
-                logger='current',
-                level=logging.WARNING,
-            )
-        if pos_embed is None or self.pos_embed is None:
-            return
-        if pos_embed.dim() != 3 or pos_embed.shape[2] != self.embed_dims:
-            return  # reported with the other sizes
-        positions = token_positions(place, pos_embed.shape[1])
-        source = self._source_grid(pos_embed.shape[1] - len(positions), local_metadata)
-        if place != self.cls_token_place:
-            positions = token_positions(place, math.prod(source))
-            pos_embed = split_tokens(pos_embed, positions)[0]
-        if source != self.grid:
-            pos_embed = resize_pos_embed(
-                pos_embed, source, self.grid, self.cls_token_place, self.interpolate_mode
-            )
-            print_log(
-                f'Vim: resized the position embedding from {source} to {self.grid} patches',
-                logger='current',
-                level=logging.INFO,
-            )
-        state_dict[f'{prefix}pos_embed'] = pos_embed
-
-    def _source_grid(self, num_patches: int, local_metadata: Mapping) -> tuple[int, int]:
-        """Rows and columns of a checkpoint's position embedding.
-
-        Our own checkpoints say it in their metadata. Otherwise the same number of patches means
-        the same grid, and another number a square or, if it is none, our aspect ratio.
-        """
-        saved = local_metadata.get('pos_grid')
-        if saved is not None and math.prod(saved) == num_patches:
-            return tuple(saved)
-        if num_patches == math.prod(self.grid):
-            return self.grid
-        side = math.isqrt(num_patches)
-        if side * side == num_patches:
-            return side, side
-        rows = round(math.sqrt(num_patches * self.grid[0] / self.grid[1]))
-        if rows and num_patches % rows == 0:
-            return rows, num_patches // rows
-        self._reject(f'its position embedding has {num_patches} patches, which is no grid')
-        raise AssertionError('unreachable')
-
-
-def _save_grid(module: Vim, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Write into a checkpoint's metadata which grid its position embedding is for."""
-    local_metadata['pos_grid'] = list(module.grid)
