@@ -11,12 +11,21 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import layers, models, ops
-    from .models import MambaVision, SimpleFPN, Vim
+    from .models import MambaVision, SimpleFPN, VideoMamba, Vim
 
 _SUBMODULES = ('compat', 'datasets', 'engine', 'layers', 'models', 'ops', 'registry', 'utils')
-_MODELS = ('MambaVision', 'SimpleFPN', 'Vim', 'VisionMamba')
+_MODELS = ('MambaVision', 'SimpleFPN', 'VideoMamba', 'Vim', 'VisionMamba')
 
-__all__ = ['MambaVision', 'SimpleFPN', 'Vim', '__version__', 'layers', 'models', 'ops']
+__all__ = [
+    'MambaVision',
+    'SimpleFPN',
+    'VideoMamba',
+    'Vim',
+    '__version__',
+    'layers',
+    'models',
+    'ops',
+]
 
 
 def __getattr__(name: str) -> object:

@@ -51,7 +51,7 @@ VISBACKENDS = _child(root.VISBACKENDS, _ENGINE)
 LOG_PROCESSORS = _child(root.LOG_PROCESSORS, _ENGINE)
 INFERENCERS = _child(root.INFERENCERS, _ENGINE)
 
-PLAIN_NAMES = ('Vim', 'VisionMamba', 'MambaVision', 'SimpleFPN')
+PLAIN_NAMES = ('Vim', 'VisionMamba', 'VideoMamba', 'MambaVision', 'SimpleFPN')
 _placeholders: dict[str, Callable] = {}
 
 

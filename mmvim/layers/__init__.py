@@ -17,6 +17,7 @@ from .position import (
     token_positions,
 )
 from .stack import MambaBlock, MambaStack, drop_path_rates
+from .tubelet_embed import TubeletEmbed, resize_temporal_pos_embed
 
 __all__ = [
     'CLS_TOKEN_PLACES',
@@ -33,11 +34,13 @@ __all__ = [
     'MambaVisionMixer',
     'PatchEmbed',
     'RMSNorm',
+    'TubeletEmbed',
     'apply_rotary',
     'build_norm',
     'drop_path_rates',
     'insert_tokens',
     'resize_pos_embed',
+    'resize_temporal_pos_embed',
     'rotary_table_2d',
     'split_tokens',
     'token_positions',

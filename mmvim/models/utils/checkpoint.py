@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-_WRAPPERS = ('model', 'state_dict')
+_WRAPPERS = ('model', 'module', 'state_dict')
 
 
 def unwrap_state_dict(state_dict: MutableMapping[str, Any]) -> None:
     """Replace ``{'model': weights, 'optimizer': …}`` by the weights, in place.
 
-    ``{'state_dict': weights}`` is unwrapped too, and the ``module.`` that a data-parallel wrapper
-    puts before each key is removed.
+    Weights under 'module' or 'state_dict' are unwrapped too, and the ``module.`` that a
+    data-parallel wrapper puts before each key is removed.
     """
     for wrapper in _WRAPPERS:
         if isinstance(state_dict.get(wrapper), Mapping):
@@ -56,3 +56,22 @@ def size_mismatches(
         if given.shape != own.shape:
             wrong.append((name, tuple(given.shape), tuple(own.shape)))
     return wrong
+
+
+def strip_prefixes(state_dict: MutableMapping[str, Any], prefixes: tuple[str, ...]) -> None:
+    """Remove the first of ``prefixes`` that a key has, in place.
+
+    Raises:
+        ValueError: If two keys would become one.
+    """
+    names = {}
+    for key in state_dict:
+        prefix = next((p for p in prefixes if key.startswith(p)), '')
+        if prefix:
+            names[key] = key[len(prefix) :]
+    kept = [key for key in state_dict if key not in names]
+    new = [*names.values(), *kept]
+    if len(set(new)) < len(new):
+        twice = next(key for key in new if new.count(key) > 1)
+        raise ValueError(f"the checkpoint has '{twice}' twice: bare, or under one of {prefixes}")
+    rename_keys(state_dict, names)

@@ -1,0 +1,406 @@
+"""VideoMamba.
+
+Li, Li, Wang, He, Wang, Wang and Qiao: VideoMamba: State Space Model for Efficient Video
+Understanding, ECCV 2024, https://arxiv.org/abs/2403.06977. Official code:
+https://github.com/OpenGVLab/VideoMamba (Apache-2.0). This is a new implementation that reads the
+official checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmvim.layers import (
+    PatchEmbed,
+    TubeletEmbed,
+    resize_pos_embed,
+    resize_temporal_pos_embed,
+)
+from mmvim.layers._common import check_choice, check_positive
+from mmvim.layers.patch_embed import to_2tuple
+from mmvim.registry import MODELS
+
+from ..utils.backbone import LAYER_KEY, MambaBackbone
+from ..utils.checkpoint import keys_under, layer_count, strip_prefixes, unwrap_state_dict
+
+_PATCH_WEIGHT = 'patch_embed.proj.weight'
+_TEMPORAL = 'temporal_pos_embedding'
+
+
+@MODELS.register_module()
+class VideoMamba(MambaBackbone):
+    """VideoMamba backbone, for images or for videos.
+
+    A class token and the patches, frame after frame and each frame in raster order, pass a stack
+    of pre-norm bidirectional Mamba blocks whose directions are summed. Images and videos of any
+    size and length are accepted: the position embeddings are resized, over space as
+    ``interpolate_mode`` says and over time linearly.
+
+    Official checkpoints load as they are (raw or under 'model', 'module' or 'state_dict', with
+    ``module.``, ``backbone.`` or ``encoder.`` before their keys), also those of another image size
+    or number of frames. A video model also loads the weights of an image model: see
+    ``inflation``. Its temporal position embedding then is zero.
+
+    Args:
+        arch (str | dict): 'tiny', 'small', 'middle', 'base', or a dict with ``embed_dims`` and
+            ``depth`` and, optionally, ``d_state`` (16), ``d_conv`` (4), ``expand`` (2) and
+            ``dt_rank`` ('auto'). Defaults to 'tiny'.
+        img_size (int | tuple): Height and width in pixels that the position embedding is made
+            for. Defaults to 224.
+        patch_size (int | tuple): Side of a patch in pixels. Defaults to 16.
+        stride (int | tuple, optional): Distance of patches. Defaults to None, which means
+            ``patch_size``.
+        in_channels (int): Channels of the image. Defaults to 3.
+        num_frames (int, optional): Frames that the temporal position embedding is made for, a
+            multiple of ``tubelet_size``. Defaults to None, which makes an image model.
+        tubelet_size (int): Frames that are embedded together; T frames are T / ``tubelet_size``
+            time steps. Must be 1 in an image model. Defaults to 1.
+        inflation (str): How a video model takes an image model's patch embedding: 'center' puts
+            it into the middle frame of the tubelet and zeros into the others, 'average' spreads
+            it evenly. Defaults to 'center'.
+        cls_token (str): Place of the class token: 'head' or 'none'. Defaults to 'head'.
+        out_type (str): What each output is. 'pooled': (batch, channels), see ``pool``. 'featmap':
+            (batch, channels, rows, columns), of videos (batch, channels, steps, rows, columns).
+            'frame_featmap', of videos only: (batch * steps, channels, rows, columns), the steps of
+            a video one after another, for 2-D necks and heads. 'raw': (batch, length, channels),
+            all tokens in order. Defaults to 'pooled'.
+        pool (str, optional): How ``out_type='pooled'`` pools: 'cls' (the class token), 'avg' (the
+            mean of the patches), 'cls+avg' (their sum) or 'cls_cat_avg' (both, with twice the
+            channels). Defaults to None, which is 'cls', or 'avg' where there is no class token or
+            only one direction; must be None where nothing is pooled.
+        keep_temporal (bool): Whether 'avg' is taken in each time step, so that pooled outputs are
+            (batch, steps, channels). Defaults to False.
+        out_indices (int | Sequence[int]): Layers whose outputs are returned, ascending; negative
+            ones count from the end. Layers after the last of them are not run. Defaults to -1.
+        out_norm (str): Norm of the outputs, as in :class:`mmvim.models.Vim`: 'final', 'shared',
+            'separate' or 'none'. Defaults to 'final'.
+        interpolate_mode (str): How the spatial position embedding is resized. Defaults to
+            'bicubic'.
+        bimamba (str): 'v2' (both directions) or 'none' (one). One direction has no class token
+            pooling, as a token at the head sees nothing then. Defaults to 'v2'.
+        merge (str, optional): 'sum' or 'mean' of the directions. Defaults to None, which is
+            'sum', as in the official model.
+        norm (str): 'RMSNorm' or 'LayerNorm'. Defaults to 'RMSNorm'.
+        norm_eps (float): Defaults to 1e-5.
+        residual_in_fp32 (bool): Whether the residual stream is kept in float32. Defaults to True.
+        layer_scale (float, optional): Initial value of a learnt scale of each mixer's output.
+            Defaults to None, which means no scale.
+        drop_rate (float): Dropout after the position embedding. Defaults to 0.
+        drop_path_rate (float): Largest stochastic-depth rate; rates grow linearly from 0 over the
+            layers and the last layer's output has the largest. Defaults to 0.
+        discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`; released checkpoints use
+            'zoh'. Defaults to 'zoh'.
+        dt_init (str): All else is initialised as in the official model. 'proper' initialises Δ in
+            [1e-3, 0.1]. 'official' does to Δ's projection what the official code does to every
+            linear layer, it too: weights of standard deviation 0.02 and zero biases, which leaves
+            Δ near 0.69. Defaults to 'proper'.
+        frozen_stages (int): -1 freezes nothing, 0 the patch embedding, the class token and the
+            position embeddings, k > 0 the first k layers as well (and ``norm_f`` if these are
+            all). Defaults to -1.
+        with_cp (bool): Whether to recompute each layer in the backward pass to save memory.
+            Defaults to False.
+        ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
+        init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
+
+    Raises:
+        TypeError: If an argument is unknown.
+        ValueError: If an argument is not among the allowed ones, or a checkpoint does not fit.
+
+    Example:
+        >>> model = VideoMamba(arch='tiny', num_frames=8)
+        >>> model(torch.randn(1, 3, 8, 224, 224))[0].shape
+        torch.Size([1, 192])
+    """
+
+    arch_zoo: dict = {  # noqa: RUF012
+        'tiny': {'embed_dims': 192, 'depth': 24},
+        'small': {'embed_dims': 384, 'depth': 24},
+        'middle': {'embed_dims': 576, 'depth': 32},
+        'base': {'embed_dims': 768, 'depth': 24},
+    }
+    OUT_TYPES = ('pooled', 'featmap', 'frame_featmap', 'raw')
+    POOLS = ('cls', 'avg', 'cls+avg', 'cls_cat_avg')
+    _token_names = ('cls_token', 'pos_embed', _TEMPORAL)
+    _released_cls_token = 'head'
+
+    def __init__(
+        self,
+        arch: str | dict = 'tiny',
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        stride: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        num_frames: int | None = None,
+        tubelet_size: int = 1,
+        inflation: str = 'center',
+        cls_token: str = 'head',
+        out_type: str = 'pooled',
+        pool: str | None = None,
+        keep_temporal: bool = False,
+        out_indices: int | Sequence[int] = -1,
+        out_norm: str = 'final',
+        interpolate_mode: str = 'bicubic',
+        bimamba: str = 'v2',
+        merge: str | None = None,
+        norm: str = 'RMSNorm',
+        norm_eps: float = 1e-5,
+        residual_in_fp32: bool = True,
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        discretization: str = 'zoh',
+        dt_init: str = 'proper',
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        ops_backend: str = 'auto',
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        check_choice('inflation', inflation, ('center', 'average'))
+        check_choice('cls_token', cls_token, ('head', 'none'))
+        check_choice('out_type', out_type, self.OUT_TYPES)
+        check_choice('pool', pool, (None, *self.POOLS))
+        check_choice('out_norm', out_norm, ('final', 'shared', 'separate', 'none'))
+        check_choice('bimamba', bimamba, ('v2', 'none'))
+        check_choice('merge', merge, (None, 'sum', 'mean'))
+        if merge is not None and bimamba == 'none':
+            raise ValueError(f"merge={merge!r} has no effect with bimamba='none'")
+        if discretization == 'rk4' and dt_init == 'official':
+            print_log(
+                "VideoMamba: discretization='rk4' grows without bound for a large Δ, and "
+                "dt_init='official' starts with one; use dt_init='proper'",
+                logger='current',
+                level=logging.WARNING,
+            )
+        self.arch = self._parse_arch(arch)
+        self.embed_dims: int = self.arch['embed_dims']
+        self.num_layers: int = self.arch['depth']
+        self.num_frames = num_frames
+        self.tubelet_size = tubelet_size
+        self.inflation = inflation
+        self.cls_token_place = cls_token
+        self.out_type = out_type
+        self.out_norm = out_norm
+        self.interpolate_mode = interpolate_mode
+        self.bimamba = bimamba
+        self.frozen_stages = frozen_stages
+        self.with_cp = with_cp
+        self.out_indices = self._parse_out_indices(out_indices)
+        self.pool = self._parse_pool(pool)
+        self.keep_temporal = self._parse_keep_temporal(keep_temporal)
+
+        size = in_channels, self.embed_dims, patch_size, stride
+        if self.is_video:
+            check_positive(num_frames=num_frames)
+            self.patch_embed = TubeletEmbed(*size, tubelet_size)
+            self.num_steps = self.patch_embed.steps(num_frames)
+        elif tubelet_size != 1:
+            raise ValueError(f'tubelet_size={tubelet_size!r} needs num_frames, which is None')
+        elif out_type == 'frame_featmap':
+            raise ValueError("out_type='frame_featmap' needs num_frames, which is None")
+        else:
+            self.patch_embed = PatchEmbed(*size)
+        # torch's own initialisation, as the official model leaves it.
+        self.patch_embed.proj.reset_parameters()
+        self.img_size = to_2tuple('img_size', img_size)
+        self.grid = self.patch_embed.grid(*self.img_size)
+        if cls_token == 'head':
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
+        num_tokens = math.prod(self.grid) + self.num_extra_tokens
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, self.embed_dims))
+        if self.is_video:
+            self.temporal_pos_embedding = nn.Parameter(
+                torch.zeros(1, self.num_steps, self.embed_dims)
+            )
+        self.drop_after_pos = nn.Dropout(drop_rate)
+        self._build_layers(
+            merge=merge or 'sum',
+            norm=norm,
+            norm_eps=norm_eps,
+            residual_in_fp32=residual_in_fp32,
+            drop_path_rate=drop_path_rate,
+            ops_backend=ops_backend,
+            layer_scale=layer_scale,
+            discretization=discretization,
+            dt_init=dt_init,
+        )
+        self._reset_projections(dt_init)
+        self._finish()
+
+    @property
+    def is_video(self) -> bool:
+        """Whether the input has frames."""
+        return self.num_frames is not None
+
+    def _parse_pool(self, pool: str | None) -> str:
+        if pool is not None and self.out_type != 'pooled':
+            raise ValueError(f'pool={pool!r} has no effect with out_type={self.out_type!r}')
+        blind = self.cls_token_place == 'none' or self.bimamba == 'none'
+        if pool is None:
+            return 'avg' if blind else 'cls'
+        if pool != 'avg' and self.cls_token_place == 'none':
+            raise ValueError(f"pool={pool!r} needs a class token, and cls_token='none'")
+        if pool != 'avg' and blind:
+            raise ValueError(
+                f"pool={pool!r} with bimamba='none': the class token at the head sees nothing of "
+                "the input in one direction; use pool='avg'"
+            )
+        return pool
+
+    def _parse_keep_temporal(self, keep_temporal: bool) -> bool:
+        if keep_temporal and not self.is_video:
+            raise ValueError('keep_temporal=True needs num_frames, which is None')
+        if keep_temporal and (self.out_type != 'pooled' or self.pool == 'cls'):
+            raise ValueError(
+                f'keep_temporal=True has no effect with out_type={self.out_type!r} and '
+                f'pool={self.pool!r}'
+            )
+        return keep_temporal
+
+    def _reset_projections(self, dt_init: str) -> None:
+        """Initialise linear layers as the official model does, Δ's only if that is asked for."""
+        for name, module in self.layers.named_modules():
+            is_delta = name.endswith(('.dt_proj', '.dt_proj_b'))
+            if isinstance(module, nn.Linear) or (is_delta and dt_init == 'official'):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _reset_tokens_and_outputs(self) -> None:
+        super()._reset_tokens_and_outputs()
+        if self.cls_token_place != 'none':
+            nn.init.zeros_(self.cls_token)
+        if self.is_video:
+            nn.init.zeros_(self.temporal_pos_embedding)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the features.
+
+        Args:
+            x (Tensor): (batch, in_channels, height, width), or (batch, in_channels, frames,
+                height, width) if the model has ``num_frames``.
+
+        Returns:
+            tuple[Tensor, ...]: One output, as ``out_type`` says, for each of ``out_indices``.
+
+        Raises:
+            ValueError: If the shape is wrong, the image is smaller than a patch, or the number of
+                frames is no multiple of ``tubelet_size``.
+        """
+        hidden, grid = self._embed(x)
+        residual = None
+        outputs = []
+        for i in range(self.out_indices[-1] + 1):
+            hidden, residual = self._run_layer(self.layers[i], hidden, residual)
+            # What a layer makes is dropped once, for its output and for the next layer.
+            hidden = self._drop_path_after(i)(hidden)
+            if i in self.out_indices:
+                outputs.append(self._output(self._stream(i, hidden, residual), grid))
+        return tuple(outputs)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Make (batch, class token + steps * rows * columns, channels), and (rows, columns)."""
+        patches, grid = self.patch_embed(x)
+        pos_embed = resize_pos_embed(
+            self.pos_embed, self.grid, grid, self.cls_token_place, self.interpolate_mode
+        )
+        start = self.num_extra_tokens
+        patches = patches + pos_embed[:, start:]
+        if self.is_video:
+            temporal = resize_temporal_pos_embed(self.temporal_pos_embedding, patches.shape[1])
+            patches = (patches + temporal.unsqueeze(2)).flatten(1, 2)
+        if start:
+            token = (self.cls_token + pos_embed[:, :1]).to(patches.dtype)
+            patches = torch.cat((token.expand(patches.shape[0], -1, -1), patches), dim=1)
+        return self.drop_after_pos(patches.contiguous()), grid
+
+    def _output(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Make an output out of all tokens ``x`` (batch, length, channels)."""
+        if self.out_type == 'raw':
+            return x
+        if self.out_type == 'pooled':
+            return self._pooled(x, grid)
+        patches = x[:, self.num_extra_tokens :].transpose(1, 2)
+        if not self.is_video:
+            return patches.unflatten(2, grid)
+        maps = patches.unflatten(2, (-1, *grid))
+        return maps if self.out_type == 'featmap' else maps.transpose(1, 2).flatten(0, 1)
+
+    def _pooled(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        token, patches = x[:, 0], x[:, self.num_extra_tokens :]
+        if self.pool == 'cls':
+            return token
+        if self.keep_temporal:
+            mean = patches.unflatten(1, (-1, math.prod(grid))).mean(dim=2)
+            token = token.unsqueeze(1).expand_as(mean)
+        else:
+            mean = patches.mean(dim=1)
+        if self.pool == 'avg':
+            return mean
+        return token + mean if self.pool == 'cls+avg' else torch.cat((token, mean), dim=-1)
+
+    def _unwrap(self, state_dict: MutableMapping[str, Any]) -> None:
+        unwrap_state_dict(state_dict)
+        strip_prefixes(state_dict, ('encoder.',))
+
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        if not prefix:
+            self._unwrap(state_dict)
+            strip_prefixes(state_dict, ('backbone.',))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _is_dropped(self, key: str) -> bool:
+        # distill_head is what the official self-distillation trains beside the head.
+        return key.startswith(('head.', 'distill_head.'))
+
+    def _describe(self) -> str:
+        frames = f', num_frames={self.num_frames}, tubelet_size={self.tubelet_size}'
+        return super()._describe() + (frames if self.is_video else '')
+
+    def _fit_own(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+        """Inflate an image model's weights; resize a temporal position embedding."""
+        weight = state_dict.get(prefix + _PATCH_WEIGHT)
+        temporal = state_dict.get(prefix + _TEMPORAL)
+        if not self.is_video:
+            if temporal is not None or (weight is not None and weight.dim() == 5):
+                self._reject("it is a video model's, and num_frames=None makes an image model")
+            return
+        if weight is not None and weight.dim() == 4:
+            state_dict[prefix + _PATCH_WEIGHT] = self._inflate(weight)
+            whole = layer_count(keys_under(state_dict, prefix), LAYER_KEY)
+            if temporal is None and whole:
+                state_dict[prefix + _TEMPORAL] = torch.zeros_like(self.temporal_pos_embedding)
+            print_log(
+                f"VideoMamba: inflated an image model's weights ({self.inflation}) to tubelets of "
+                f'{self.tubelet_size} frames',
+                logger='current',
+                level=logging.INFO,
+            )
+        if temporal is None or temporal.dim() != 3 or temporal.shape[2] != self.embed_dims:
+            return  # a wrong size is reported with the others
+        if temporal.shape[1] != self.num_steps:
+            state_dict[prefix + _TEMPORAL] = resize_temporal_pos_embed(temporal, self.num_steps)
+            print_log(
+                f'VideoMamba: resized the temporal position embedding from {temporal.shape[1]} to '
+                f'{self.num_steps} steps',
+                logger='current',
+                level=logging.INFO,
+            )
+
+    def _inflate(self, weight: Tensor) -> Tensor:
+        """Extend (channels, in_channels, height, width) over the frames of a tubelet."""
+        frames = self.tubelet_size
+        if self.inflation == 'average':
+            return weight.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+        inflated = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
+        inflated[:, :, frames // 2] = weight
+        return inflated
