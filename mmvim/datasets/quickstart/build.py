@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .digits import SPLIT_SIZES
@@ -19,21 +19,21 @@ from .scenes import (
 )
 from .writers import CLS_IMAGE_SIZE, Progress, write_cls, write_det, write_seg
 
-_VERSION = 1
+_VERSION = 2
 _MANIFEST = 'manifest.json'
 _SCENES = {
-    'scene_counts': SCENE_COUNTS,
     'scene_size': SCENE_SIZE,
     'digits_per_scene': DIGITS_PER_SCENE,
     'digit_height': DIGIT_HEIGHT,
     'photos': PHOTOS,
 }
 _PARAMETERS = {
-    'cls': {'split_sizes': SPLIT_SIZES, 'image_size': CLS_IMAGE_SIZE},
+    'cls': {'image_size': CLS_IMAGE_SIZE},
     'det': _SCENES,
     'seg': _SCENES,
 }
-_WRITERS: dict[str, Callable[[Path, Progress], int]] = {
+_SIZES = {'cls': SPLIT_SIZES, 'det': SCENE_COUNTS, 'seg': SCENE_COUNTS}
+_WRITERS: dict[str, Callable[[Path, Mapping[str, int], Progress], int]] = {
     'cls': write_cls,
     'det': write_det,
     'seg': write_seg,
@@ -44,7 +44,12 @@ TASKS: tuple[str, ...] = tuple(_WRITERS)
 
 
 def prepare(
-    task: str, root: str | Path, *, progress: Progress | None = None, force: bool = False
+    task: str,
+    root: str | Path,
+    *,
+    sizes: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
 ) -> bool:
     """Write the data of ``task`` to ``root/<task>`` unless it is there already.
 
@@ -54,6 +59,8 @@ def prepare(
     Args:
         task: 'cls', 'det' or 'seg'.
         root: the folder that gets ``<task>/``; made when missing.
+        sizes: images per split ('train', 'val', 'test'), for smaller data. Defaults to all 1,797
+            digits, or the scenes of ``SCENE_COUNTS``.
         progress: called with (files written, files in all).
         force: make the data again even when it is complete.
 
@@ -61,15 +68,18 @@ def prepare(
         Whether data was written; False when it was already complete.
 
     Raises:
-        ValueError: unknown task.
+        ValueError: unknown task or split, or more digits asked for than there are.
         QuickstartDataError: a package is missing, or the folder cannot be written, is full or holds
             something else.
     """
     if task not in _WRITERS:
         raise ValueError(f'task must be one of {list(TASKS)}, got {task!r}')
+    sizes = _check_sizes(task, sizes)
     root = Path(root)
     target = root / task
-    wanted = json.loads(json.dumps({'version': _VERSION, 'task': task, **_PARAMETERS[task]}))
+    wanted = json.loads(
+        json.dumps({'version': _VERSION, 'task': task, 'sizes': sizes, **_PARAMETERS[task]})
+    )
     if target.exists():
         found = _read_manifest(target)
         if not force and found is not None and _is_complete(target, found, wanted):
@@ -80,13 +90,31 @@ def prepare(
                 'move it away or choose another folder with --out'
             )
     try:
-        _build(task, root, target, wanted, progress or (lambda done, total: None))
+        _build(task, root, target, sizes, wanted, progress or (lambda done, total: None))
     except OSError as error:
         raise QuickstartDataError(_explain(error, root)) from error
     return True
 
 
-def _build(task: str, root: Path, target: Path, wanted: dict, progress: Progress) -> None:
+def _check_sizes(task: str, sizes: Mapping[str, int] | None) -> dict[str, int]:
+    most = _SIZES[task]
+    if sizes is None:
+        return dict(most)
+    if set(sizes) != set(most) or any(size < 1 for size in sizes.values()):
+        raise ValueError(f'sizes must name {list(most)}, each at least 1, got {dict(sizes)}')
+    if task == 'cls' and any(sizes[split] > most[split] for split in most):
+        raise ValueError(f'sizes={dict(sizes)} is more than there are: {most}')
+    return {split: int(sizes[split]) for split in most}
+
+
+def _build(
+    task: str,
+    root: Path,
+    target: Path,
+    sizes: dict[str, int],
+    wanted: dict,
+    progress: Progress,
+) -> None:
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free // 2**20
     if free < _NEEDED_MIB[task]:
@@ -98,7 +126,7 @@ def _build(task: str, root: Path, target: Path, wanted: dict, progress: Progress
     try:
         tree = partial / task
         tree.mkdir()
-        count = _WRITERS[task](tree, progress)
+        count = _WRITERS[task](tree, sizes, progress)
         with open(tree / _MANIFEST, 'w') as file:
             json.dump({**wanted, 'files': count}, file, indent=2)
         if target.exists():

@@ -1,14 +1,14 @@
 """Write splits to disk: class folders, COCO JSON, ADE20K-style label maps."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .digits import DIGIT_CLASSES, load_digits
 from .errors import require
-from .scenes import SCENE_COUNTS, SCENE_SIZE, Scene, SceneGenerator
+from .scenes import SCENE_SIZE, Scene, SceneGenerator
 
 #: Called with (files written, files in all).
 Progress = Callable[[int, int], None]
@@ -36,19 +36,24 @@ CLS_IMAGE_SIZE = 32  # pixels
 _JPEG_QUALITY = 95
 
 
-def write_cls(root: Path, progress: Progress) -> int:
+def write_cls(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
     """Write ``root/{train,val,test}/<class>/<index>.png``, 32x32 grey, white ink on black.
+
+    Args:
+        root: an existing, empty folder.
+        sizes: split name to the number of its digits that are written, the first ones.
+        progress: called after each file.
 
     Returns:
         Files written.
     """
     image_module = require('PIL.Image')
     splits = load_digits()
-    total, done = sum(len(s.labels) for s in splits.values()), 0
-    for name, split in splits.items():
+    total, done = sum(sizes.values()), 0
+    for name, size in sizes.items():
         for label in DIGIT_CLASSES:
             (root / name / label).mkdir(parents=True)
-        for digit, label, index in zip(*split, strict=True):
+        for digit, label, index in zip(*(part[:size] for part in splits[name]), strict=True):
             image = image_module.fromarray(np.rint(digit * 255).astype(np.uint8))
             image = image.resize((CLS_IMAGE_SIZE,) * 2, image_module.Resampling.BICUBIC)
             image.save(root / name / DIGIT_CLASSES[label] / f'{index:04d}.png')
@@ -57,18 +62,23 @@ def write_cls(root: Path, progress: Progress) -> int:
     return done
 
 
-def write_det(root: Path, progress: Progress) -> int:
+def write_det(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
     """Write ``root/{train,val,test}/*.jpg`` and ``root/annotations/instances_<split>.json``.
 
     The JSON is COCO's: images, categories ('0'-'9' with ids 1-10), and annotations with bbox, area,
     polygon segmentation and iscrowd.
 
+    Args:
+        root: an existing, empty folder.
+        sizes: split name to number of scenes.
+        progress: called after each file.
+
     Returns:
         Files written.
     """
     (root / 'annotations').mkdir(parents=True)
-    total, done = sum(SCENE_COUNTS.values()) + len(SCENE_COUNTS), 0
-    for split, count in SCENE_COUNTS.items():
+    total, done = sum(sizes.values()) + len(sizes), 0
+    for split, count in sizes.items():
         (root / split).mkdir()
         generate = SceneGenerator(split)
         images, annotations = [], []
@@ -114,19 +124,24 @@ def write_det(root: Path, progress: Progress) -> int:
     return done
 
 
-def write_seg(root: Path, progress: Progress) -> int:
+def write_seg(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
     """Write ``root/{images,annotations}/{training,validation,test}/*``.
 
     Label maps follow ADE20K: 0 is unlabelled and ignored (``reduce_zero_label=True`` turns it into
     255), here the blended rim of each stroke, where neither answer is right. 1 is background and
     2-11 are the digits '0'-'9'.
 
+    Args:
+        root: an existing, empty folder.
+        sizes: split name to number of scenes.
+        progress: called after each file.
+
     Returns:
         Files written.
     """
     image_module = require('PIL.Image')
-    total, done = 2 * sum(SCENE_COUNTS.values()), 0
-    for split, count in SCENE_COUNTS.items():
+    total, done = 2 * sum(sizes.values()), 0
+    for split, count in sizes.items():
         images = root / 'images' / ADE_FOLDERS[split]
         annotations = root / 'annotations' / ADE_FOLDERS[split]
         images.mkdir(parents=True)
