@@ -79,8 +79,7 @@ class MiniatureData:
     def _make_quickstart(root: Path) -> None:
         from mmvim.datasets import quickstart
 
-        with mock.patch.dict(quickstart.SCENE_COUNTS, dict.fromkeys(quickstart.SCENE_COUNTS, 2)):
-            quickstart.prepare(root.name, root.parent)
+        quickstart.prepare(root.name, root.parent, sizes=dict(train=4, val=2, test=2))
 
 
 def shrink(cfg: Config, data: MiniatureData, work_dir: Path, shallow: bool = True) -> Config:
