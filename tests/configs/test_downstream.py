@@ -10,6 +10,7 @@ import pytest
 import torch
 from config_harness import REPO, build_model, run, shrink
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 STRANGERS = {
     'mmdet': """
@@ -88,6 +89,7 @@ def test_resolves_in_fresh_processes(tmp_path):
     program = """
         import sys
         from mmengine.config import Config
+from mmengine.runner import Runner
         from mmengine.registry import MODELS, init_default_scope
         cfg = Config.fromfile('config.py')
         assert ('mmvim' in sys.modules) is ('custom_imports' in cfg)
@@ -166,3 +168,18 @@ def test_starts_from_official_weights(config, tmp_path):
     torch.testing.assert_close(middle, weights['pos_embed'][0, 98])
     if cfg.default_scope == 'mmpretrain':
         torch.testing.assert_close(model.head.fc.weight, weights['head.weight'])
+
+
+def test_tests_official_weights(miniature_data, tmp_path):
+    arch = dict(embed_dims=192, depth=2)
+    weights = official_checkpoint(tmp_path / 'official.pth', arch)
+    cfg = Config.fromfile(REPO / 'configs/vim/vim-tiny_8xb128_in1k.py')
+    cfg = shrink(cfg, miniature_data, tmp_path)
+    cfg.custom_hooks = []
+    cfg.load_from = str(tmp_path / 'official.pth')
+    runner = Runner.from_cfg(cfg)
+    assert 'accuracy/top1' in runner.test()
+    torch.testing.assert_close(runner.model.head.fc.weight, weights['head.weight'])
+    torch.testing.assert_close(
+        runner.model.backbone.layers[1].mixer.A_b_log, weights['layers.1.mixer.A_b_log']
+    )
