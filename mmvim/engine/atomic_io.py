@@ -1,6 +1,7 @@
 """Local file writes that either happen completely or leave the old file in place."""
 
 import os
+import uuid
 from pathlib import Path
 
 from mmengine.fileio import io, register_backend
@@ -25,7 +26,8 @@ class AtomicLocalBackend(LocalBackend):
         directory = os.path.dirname(filepath)
         if directory:
             os.makedirs(directory, exist_ok=True)
-        temporary = f'{filepath}{TEMPORARY_SUFFIX}'
+        # Several ranks may write the same file, for instance the metrics of a test.
+        temporary = f'{filepath}.{uuid.uuid4().hex[:8]}{TEMPORARY_SUFFIX}'
         try:
             with open(temporary, 'wb') as file:
                 file.write(obj)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -124,6 +125,15 @@ def test_atomic_writes(tmp_path, monkeypatch):
         backend.put(b'new', target)
     assert target.read_text() == '{"a": 1}'
     assert [path.name for path in target.parent.iterdir()] == ['file.json']
+
+
+def test_several_writers_of_one_file(tmp_path):
+    backend, target = atomic_io.AtomicLocalBackend(), tmp_path / 'metrics.json'
+    texts = [str(i) * 10000 for i in range(10)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: backend.put_text(text, target), texts * 20))
+    assert target.read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == ['metrics.json']
 
 
 def test_launchers_need_their_environment(monkeypatch):

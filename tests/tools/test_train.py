@@ -104,6 +104,8 @@ def test_amp_keeps_configured_dtype_and_user_wins(toy):
 
 
 def test_max_keep_and_best_leave_complete_files(toy):
+    WORK_DIR.mkdir(parents=True)
+    (WORK_DIR / 'epoch_9.pth.1a2b3c4d.mmvim-tmp').touch()  # of a run that was killed
     main_train(
         [
             'config.py',
@@ -116,6 +118,7 @@ def test_max_keep_and_best_leave_complete_files(toy):
     )
     names = sorted(path.name for path in WORK_DIR.glob('*.pth*'))
     assert 'epoch_3.pth' in names
+    assert all(name.endswith('.pth') for name in names)
     assert len([name for name in names if name.startswith('epoch_')]) == 1
     assert len([name for name in names if name.startswith('best_')]) == 1
     assert (WORK_DIR / 'last_checkpoint').read_text().endswith('epoch_3.pth')

@@ -55,7 +55,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         """Remove what an interrupted write left behind."""
         super().before_train(runner)
         if is_main_process() and Path(self.out_dir).is_dir():
-            for leftover in Path(self.out_dir).glob(f'*.pth{atomic_io.TEMPORARY_SUFFIX}'):
+            for leftover in Path(self.out_dir).glob(f'*.pth.*{atomic_io.TEMPORARY_SUFFIX}'):
                 leftover.unlink(missing_ok=True)
 
     @contextmanager
