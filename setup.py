@@ -1,7 +1,7 @@
 """Build hook: compiles the kernels where that is possible, and packs configs, tools and sources.
 
-All metadata is in pyproject.toml. A build of the kernels that fails, for want of torch, a compiler or
-anything else, never fails the installation: the reason is written beside the package, where
+All metadata is in pyproject.toml. A build of the kernels that fails, for want of torch, a compiler
+or anything else, never fails the installation: the reason is written beside the package, where
 ``mmvim.ops.backend_info()`` finds it.
 """
 
@@ -52,7 +52,7 @@ def why_not_built() -> str | None:
     return None
 
 
-class build_kernels(Command):  # noqa: N801
+class build_kernels(Command):
     """Compile csrc into ``mmvim/_C.so``."""
 
     user_options = []  # noqa: RUF012
@@ -103,13 +103,13 @@ class build_kernels(Command):  # noqa: N801
         return {}
 
 
-class build(_build):  # noqa: N801
+class build(_build):
     """The usual build, then the kernels."""
 
     sub_commands = [*_build.sub_commands, ('build_kernels', None)]  # noqa: RUF012
 
 
-class build_py(_build_py):  # noqa: N801
+class build_py(_build_py):
     """The usual build of Python files, and what is packed with them."""
 
     def run(self):
@@ -134,7 +134,7 @@ class BinaryDistribution(Distribution):
         return why_not_built() is None
 
 
-class bdist_wheel(_bdist_wheel):  # noqa: N801
+class bdist_wheel(_bdist_wheel):
     """The library knows nothing of Python's ABI: one wheel serves all versions of Python 3."""
 
     def get_tag(self):

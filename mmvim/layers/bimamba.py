@@ -24,8 +24,8 @@ class BiMamba(MixerBase):
             these but ``A_b_log``. Defaults to 'v2'.
         merge (str, optional): 'mean' halves the sum of the branches, 'sum' does not. Defaults to
             None, which is 'mean' for v2 and 'sum' for v1, as in the official models.
-        d_state, d_conv, expand, dt_rank, conv_bias, bias, layer_scale, discretization, dt_min,
-            dt_max, ops_backend: As in :class:`mmvim.layers.Mamba`.
+        **options: d_state, d_conv, expand, dt_rank, conv_bias, bias, layer_scale, discretization,
+            dt_min, dt_max and ops_backend are those of :class:`mmvim.layers.Mamba`.
         dt_init (str): 'proper' gives both branches Mamba's initialisation of Δ. 'official' does
             what the official Vim does: the backward branch of v2 starts with a zero Δ bias, so
             with Δ near 0.69. Defaults to 'proper'.
