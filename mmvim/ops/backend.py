@@ -4,11 +4,9 @@ Precedence: the ``backend=`` argument of a function > :func:`use_backend` > :fun
 the environment variable ``MMVIM_BACKEND`` (read at import) > ``'auto'``.
 """
 
-import contextlib
 import os
+import threading
 import warnings
-from collections.abc import Iterator
-from contextvars import ContextVar
 
 import torch
 
@@ -16,7 +14,13 @@ from . import extension
 
 BACKENDS = ('auto', 'compiled', 'torch')
 
-_scoped: ContextVar[str | None] = ContextVar('mmvim_backend', default=None)
+
+class _Scope(threading.local):
+    # Not a context variable, which torch.compile can only trace since 2026.
+    name: str | None = None
+
+
+_scope = _Scope()
 _warned = False
 
 
@@ -45,12 +49,11 @@ def set_backend(name: str) -> None:
 
 def get_backend() -> str:
     """The backend in force here: that of the innermost :func:`use_backend`, else the process's."""
-    return _scoped.get() or _process
+    return _scope.name or _process
 
 
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Choose the backend for a block of code, in this thread (or task) only.
+class use_backend:
+    """Choose the backend for a block of code, in this thread only.
 
     Gradients of what is computed inside use the same backend, wherever ``backward()`` is called.
 
@@ -60,11 +63,17 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: For an unknown name.
     """
-    token = _scoped.set(_checked(name, 'backend'))
-    try:
-        yield
-    finally:
-        _scoped.reset(token)
+
+    def __init__(self, name: str) -> None:
+        self._name = _checked(name, 'backend')
+        self._outer = []
+
+    def __enter__(self) -> None:
+        self._outer.append(_scope.name)
+        _scope.name = self._name
+
+    def __exit__(self, *exception: object) -> None:
+        _scope.name = self._outer.pop()
 
 
 def _compiled(requested: str, op: str, device_type: str, dtype: torch.dtype) -> bool:

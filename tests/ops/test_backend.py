@@ -179,7 +179,7 @@ def test_compiled_that_is_not_there_is_an_error():
     assert dispatched(call_causal_conv1d)[0] == 'mmvim_torch::causal_conv1d'
 
 
-@pytest.mark.parametrize('choose', [set_backend, lambda name: use_backend(name).__enter__()])
+@pytest.mark.parametrize('choose', [set_backend, use_backend])
 def test_unknown_backend(choose):
     with pytest.raises(ValueError, match=r"backend must be one of .*'auto'.*got 'cuda'"):
         choose('cuda')
@@ -250,4 +250,14 @@ def test_compiled_graphs_follow_the_choice():
         with use_backend(choice):
             compiled(x)
     assert graphs == [['mmvim_torch.causal_conv1d'], ['mmvim.causal_conv1d']]
+    torch._dynamo.reset()
+
+    def chooses_inside(x):
+        with use_backend('torch'):
+            x = ops.causal_conv1d(x, weight)
+        return ops.causal_conv1d(x, weight)
+
+    graphs.clear()
+    torch.compile(chooses_inside, backend=record, fullgraph=True)(x)
+    assert graphs == [['mmvim_torch.causal_conv1d', 'mmvim.causal_conv1d']]
     torch._dynamo.reset()
