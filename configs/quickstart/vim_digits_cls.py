@@ -9,14 +9,14 @@ model = dict(
     data_preprocessor=dict(num_classes=10, mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True),
     backbone=dict(
         type='mmvim.Vim',
-        arch=dict(embed_dims=64, depth=4, d_state=8),
+        arch=dict(embed_dims=96, depth=4, d_state=8),
         img_size=32,
-        patch_size=4,
+        patch_size=8,
     ),
     head=dict(
         type='LinearClsHead',
         num_classes=10,
-        in_channels=64,
+        in_channels=96,
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
     ),
 )
@@ -62,7 +62,7 @@ test_dataloader = dict(
 val_evaluator = dict(type='Accuracy', topk=(1,))
 test_evaluator = val_evaluator
 
-max_epochs = 20
+max_epochs = 30
 warmup_epochs = 2
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
 val_cfg = dict()

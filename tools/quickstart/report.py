@@ -111,7 +111,7 @@ def draw_classification(work_dir: Path, data_dir: Path) -> Path:
     shown = wrong[np.argsort(-score[wrong])][: columns * rows // 2]
     fill = np.random.default_rng(0).permutation(right)[: columns * rows - len(shown)]
     figure, axes = plt.subplots(
-        rows, columns, figsize=(columns * 0.95, rows * 1.2 + 0.6), layout='constrained'
+        rows, columns, figsize=(columns * 0.95, rows * 1.08 + 0.6), layout='constrained'
     )
     for cell in axes.flat:
         cell.set(xticks=[], yticks=[])

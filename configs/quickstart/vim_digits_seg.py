@@ -1,0 +1,148 @@
+# Semantic segmentation with a small Vim: digits on photographs (tools/quickstart/make_data.py seg).
+_base_ = ['../_base_/default_runtime_mmseg.py']
+
+# Label maps as in ADE20K: 0 is unlabelled (the blended rim of each stroke) and ignored.
+classes = ('background', *'0123456789')
+palette = [
+    [0, 0, 0],
+    [230, 25, 75],
+    [60, 180, 75],
+    [255, 225, 25],
+    [0, 130, 200],
+    [245, 130, 48],
+    [145, 30, 180],
+    [70, 240, 240],
+    [240, 50, 230],
+    [210, 245, 60],
+    [250, 190, 212],
+]
+data_root = 'data/quickstart/seg'
+
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(
+        type='SegDataPreProcessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        size=(128, 128),
+        pad_val=0,
+        seg_pad_val=255,
+    ),
+    backbone=dict(
+        type='mmvim.Vim',
+        arch=dict(embed_dims=96, depth=4, d_state=8),
+        img_size=128,
+        patch_size=8,
+        cls_token='none',
+        out_type='featmap',
+        out_indices=(0, 1, 2, 3),
+        out_norm='separate',
+    ),
+    # Maps of stride 2, 4, 8 and 16 from patches of 8.
+    neck=dict(
+        type='Feature2Pyramid',
+        embed_dim=96,
+        rescales=[4, 2, 1, 0.5],
+        norm_cfg=dict(type='BN', requires_grad=True),
+    ),
+    decode_head=dict(
+        type='SegformerHead',
+        in_channels=[96, 96, 96, 96],
+        in_index=[0, 1, 2, 3],
+        channels=64,
+        dropout_ratio=0.0,
+        num_classes=11,
+        norm_cfg=dict(type='BN', requires_grad=True),
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, avg_non_ignore=True),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'),
+)
+
+# Digits are never mirrored: a mirrored 2 is no digit.
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='RandomResize', scale=(128, 128), ratio_range=(0.85, 1.3), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(128, 128)),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='PackSegInputs'),
+]
+
+dataset = dict(
+    type='BaseSegDataset',
+    data_root=data_root,
+    metainfo=dict(classes=classes, palette=palette),
+    img_suffix='.jpg',
+    seg_map_suffix='.png',
+    reduce_zero_label=True,
+)
+train_dataloader = dict(
+    batch_size=16,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+        pipeline=train_pipeline,
+        **dataset,
+    ),
+)
+val_dataloader = dict(
+    batch_size=20,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
+        pipeline=test_pipeline,
+        **dataset,
+    ),
+)
+test_dataloader = dict(
+    batch_size=20,
+    num_workers=1,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        data_prefix=dict(img_path='images/test', seg_map_path='annotations/test'),
+        pipeline=test_pipeline,
+        **dataset,
+    ),
+)
+val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+test_evaluator = val_evaluator
+
+max_iters = 700
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05, betas=(0.9, 0.99)),
+    clip_grad=dict(max_norm=1.0),
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        flat_decay_mult=0.0,
+        custom_keys={'A_log': dict(decay_mult=0.0), 'pos_embed': dict(decay_mult=0.0)},
+    ),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='CosineAnnealingLR', eta_min=1e-5, by_epoch=False, begin=100, end=max_iters),
+]
+
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(interval=max_iters, max_keep_ckpts=1),
+)
+log_processor = dict(window_size=20)
+randomness = dict(seed=0)
