@@ -89,7 +89,6 @@ def test_resolves_in_fresh_processes(tmp_path):
     program = """
         import sys
         from mmengine.config import Config
-from mmengine.runner import Runner
         from mmengine.registry import MODELS, init_default_scope
         cfg = Config.fromfile('config.py')
         assert ('mmvim' in sys.modules) is ('custom_imports' in cfg)
