@@ -12,7 +12,7 @@ export PYTHON
 
 INSTALLED = $(VENV)/.mmvim-installed
 BUILT = $(VENV)/.mmvim-built
-SOURCES = $(wildcard setup.py) $(shell find csrc -type f 2>/dev/null)
+SOURCES = $(wildcard setup.py) $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart quickstart-det quickstart-seg test test-slow lint format docs \
@@ -66,7 +66,8 @@ format: $(BUILT) ## put Python and C++ into the project's style
 
 docs: $(BUILT) ## build the documentation; warnings are errors
 	@$(PY) -c 'import furo, myst_parser, sphinx' 2>/dev/null || \
-		EXTRAS=docs sh tools/setup_venv.sh install $(VENV)
+		{ EXTRAS=docs sh tools/setup_venv.sh install $(VENV) && \
+		sh tools/setup_venv.sh build $(VENV); }
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo 'documentation: docs/_build/html/index.html'
 

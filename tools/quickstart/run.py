@@ -4,6 +4,7 @@
 import argparse
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ def step(title: str, script: str, *arguments: str, hint: str) -> float:
     print(f'\n==> {title}\n+ {shlex.join(["python", script, *arguments])}', flush=True)
     start = time.perf_counter()
     command = [sys.executable, script, *arguments]
+    # Tensors are small here: more threads than this only wait for each other.
+    threads = str(min(os.cpu_count() or 1, MOST_THREADS))
+    environment = {'OMP_NUM_THREADS': threads, **os.environ}
     try:
-        code = subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+        code = subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
     except KeyboardInterrupt:
         raise StepFailed(f'{title}: interrupted') from None
     if code:
