@@ -71,8 +71,8 @@ docs: $(BUILT) ## build the documentation; warnings are errors
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo 'documentation: docs/_build/html/index.html'
 
-cuda-compile: ## compile the CUDA sources for sm_90 (no GPU needed; skipped without nvcc)
-	@sh tools/cuda_compile.sh sm_90
+cuda-compile: $(BUILT) ## compile the CUDA sources for sm_90 (no GPU needed; skipped without nvcc)
+	$(PY) csrc/build.py --check-cuda 9.0 --objects build/cuda-objects
 
 clean: ## remove what was built, but not .venv, data and results
 	rm -rf build docs/_build .pytest_cache .ruff_cache .hypothesis

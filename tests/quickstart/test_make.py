@@ -144,22 +144,3 @@ def test_an_unknown_step(repository, tmp_path):
     done = set_up(repository, 'frobnicate', tmp_path)
     assert done.returncode == 1
     assert "unknown step 'frobnicate'" in done.stderr
-
-
-@pytest.mark.skipif(
-    Path('/usr/local/cuda/bin/nvcc').exists(), reason='nvcc lies at its default place'
-)
-def test_cuda_compile_says_when_there_is_no_nvcc(repository, tmp_path):
-    tools = tmp_path / 'bin'
-    tools.mkdir()
-    for name in ('sh', 'dirname', 'find', 'sort', 'grep'):
-        (tools / name).symlink_to(shutil.which(name))
-    done = subprocess.run(
-        [str(tools / 'sh'), 'tools/cuda_compile.sh'],
-        cwd=repository,
-        env={'PATH': str(tools), 'CUDA_HOME': str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0
-    assert 'NOT compiled' in done.stdout
