@@ -78,6 +78,7 @@ optim_wrapper = dict(
         flat_decay_mult=0.0,
         custom_keys={
             'A_log': dict(decay_mult=0.0),
+            'A_b_log': dict(decay_mult=0.0),
             'cls_token': dict(decay_mult=0.0),
             'pos_embed': dict(decay_mult=0.0),
         },

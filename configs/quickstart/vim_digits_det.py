@@ -126,7 +126,11 @@ optim_wrapper = dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
         flat_decay_mult=0.0,
-        custom_keys={'A_log': dict(decay_mult=0.0), 'pos_embed': dict(decay_mult=0.0)},
+        custom_keys={
+            'A_log': dict(decay_mult=0.0),
+            'A_b_log': dict(decay_mult=0.0),
+            'pos_embed': dict(decay_mult=0.0),
+        },
     ),
 )
 param_scheduler = [

@@ -50,7 +50,7 @@ model = dict(
         type='SegformerHead',
         in_channels=[96, 96, 96, 96],
         in_index=[0, 1, 2, 3],
-        channels=64,
+        channels=32,
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=dict(type='BN', requires_grad=True),
@@ -132,7 +132,11 @@ optim_wrapper = dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
         flat_decay_mult=0.0,
-        custom_keys={'A_log': dict(decay_mult=0.0), 'pos_embed': dict(decay_mult=0.0)},
+        custom_keys={
+            'A_log': dict(decay_mult=0.0),
+            'A_b_log': dict(decay_mult=0.0),
+            'pos_embed': dict(decay_mult=0.0),
+        },
     ),
 )
 param_scheduler = [
