@@ -1,8 +1,8 @@
-"""Build hook: compiles the kernels where that is possible, and packs configs, tools and sources.
+"""Packaging beyond pyproject.toml: compiles csrc, and puts csrc, configs and tools into the wheel.
 
-All metadata is in pyproject.toml. A build of the kernels that fails, for want of torch, a compiler
-or anything else, never fails the installation: the reason is written beside the package, where
-``mmvim.ops.backend_info()`` finds it.
+Nothing here may stop an installation: without torch or a compiler mmvim installs as pure Python and
+keeps the reason for ``mmvim.ops.backend_info()``. ``MMVIM_SKIP_BUILD=1`` asks for that;
+``MMVIM_FORCE_CUDA=1`` compiles the CUDA kernels without a GPU.
 """
 
 import importlib.util
@@ -11,28 +11,23 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Command, Distribution, setup
-from setuptools.command.build import build as _build
-from setuptools.command.build_py import build_py as _build_py
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 try:
-    from setuptools.command.bdist_wheel import bdist_wheel as _bdist_wheel
-except ImportError:
-    from wheel.bdist_wheel import bdist_wheel as _bdist_wheel
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # setuptools < 70.1
+    from wheel.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
-# What OpenMMLab's tools look for in an installed package, and the sources for a build at first use.
-PACKED = {
-    'configs': '.mim/configs',
-    'tools': '.mim/tools',
-    'model-index.yml': '.mim/model-index.yml',
-    'csrc': 'csrc',
-}
-NOT_PACKED = shutil.ignore_patterns('__pycache__', '*.pyc', '*.o', '*.so')
+IGNORED = shutil.ignore_patterns('__pycache__', '*.py[cod]', '*.o', '*.so')
+# Where OpenMMLab's tools look for the files of a package: `_base_ = 'mmvim::vim/...'`, mim.
+MIM = ('configs', 'tools', 'model-index.yml', 'dataset-index.yml')
 
 
-def kernels_builder():
-    """Return csrc/build.py as a module."""
+def load_builder():
+    """csrc/build.py, which is no package."""
     spec = importlib.util.spec_from_file_location('mmvim_csrc_build', ROOT / 'csrc' / 'build.py')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -40,115 +35,85 @@ def kernels_builder():
     return module
 
 
-def why_not_built() -> str | None:
-    """Return why the kernels are not to be built, or None."""
-    if os.environ.get('MMVIM_SKIP_BUILD') == '1':
-        return 'MMVIM_SKIP_BUILD=1 was set when mmvim was installed'
-    if importlib.util.find_spec('torch') is None:
-        return (
-            'there was no torch when mmvim was installed; pip install --no-build-isolation lets '
-            'the build see an installed one'
-        )
-    return None
-
-
-class build_kernels(Command):
-    """Compile csrc into ``mmvim/_C.so``."""
-
-    user_options = []  # noqa: RUF012
-    editable_mode = False
-
-    def initialize_options(self):
-        """Set defaults."""
-        self.build_lib = None
-
-    def finalize_options(self):
-        """Take the folder of the command ``build``."""
-        self.set_undefined_options('build_py', ('build_lib', 'build_lib'))
+class BuildPy(build_py):
+    """Adds what is not Python: csrc for compiling later, configs and tools."""
 
     def run(self):
-        """Build, or note why not."""
-        builder = kernels_builder()
-        folder = ROOT / 'mmvim' if self.editable_mode else Path(self.build_lib) / 'mmvim'
-        folder.mkdir(parents=True, exist_ok=True)
-        reason = why_not_built()
-        if reason is None:
-            try:
-                objects = ROOT / 'build' / 'kernels' if self.editable_mode else None
-                builder.build(folder, report=self._report, objects=objects)
-                return
-            except (builder.BuildError, OSError) as error:
-                reason = str(error)
-        builder.write_info(folder, {'error': reason})
-        self._report(f'mmvim is installed without compiled kernels: {reason}')
+        """Copy into a wheel; link into the checkout of an editable installation."""
+        super().run()
+        if self.editable_mode:
+            self._link()
+            return
+        package = Path(self.build_lib) / 'mmvim'
+        for name in MIM:
+            self._copy(ROOT / name, package / '.mim' / name)
+        self._copy(ROOT / 'csrc', package / 'csrc')
 
     @staticmethod
-    def _report(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+    def _copy(source, target):
+        if source.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target, ignore=IGNORED)
+        elif source.is_file():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
 
-    def get_source_files(self):
-        """Files that belong into a source distribution."""
-        csrc = ROOT / 'csrc'
-        return [str(p.relative_to(ROOT)) for p in csrc.rglob('*') if p.suffix not in ('.o', '.pyc')]
+    def _link(self):
+        folder = ROOT / 'mmvim' / '.mim'
+        try:
+            folder.mkdir(exist_ok=True)
+            for name in MIM:
+                link = folder / name
+                if (ROOT / name).exists() and not link.exists():
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(Path('..') / '..' / name)
+        except OSError as error:  # a system without links for users
+            self.warn(f'configs are not linked into the package: {error}')
+
+
+class BuildLibrary(build_ext):
+    """Compiles csrc/ with csrc/build.py, into the package; never fails."""
+
+    def run(self):
+        """Build, or write down why not."""
+        in_place = self.inplace or self.editable_mode
+        folder = (ROOT if in_place else Path(self.build_lib)) / 'mmvim'
+        folder.mkdir(parents=True, exist_ok=True)
+        builder = load_builder()
+        self.files = [folder / builder.INFO_NAME]
+        try:
+            if os.environ.get('MMVIM_SKIP_BUILD', '0') == '1':
+                raise builder.BuildError('MMVIM_SKIP_BUILD=1 when mmvim was installed')
+            builder.build(folder, objects=ROOT / 'build' / 'objects')
+            self.files.append(folder / builder.LIBRARY_NAME)
+        except Exception as error:
+            self.warn(f'mmvim installs without compiled kernels: {error}')
+            library = folder / builder.LIBRARY_NAME
+            if in_place and library.is_file():
+                return  # an earlier one, which is used only if it still fits
+            library.unlink(missing_ok=True)
+            builder.write_info(folder, {'error': str(error)})
 
     def get_outputs(self):
-        """Files that the build made."""
-        if self.editable_mode:
-            return []
-        folder = Path(self.build_lib) / 'mmvim'
-        return [str(p) for p in (*folder.glob('_C.*'), folder / '_build_info.json') if p.exists()]
+        """Files made, for the wheel's record."""
+        return [str(f) for f in getattr(self, 'files', [])]
 
     def get_output_mapping(self):
-        """No output is a copy of a source."""
+        """Nothing has a source to map to: an editable build is made in place."""
         return {}
 
 
-class build(_build):
-    """The usual build, then the kernels."""
-
-    sub_commands = [*_build.sub_commands, ('build_kernels', None)]  # noqa: RUF012
-
-
-class build_py(_build_py):
-    """The usual build of Python files, and what is packed with them."""
-
-    def run(self):
-        """Copy the package and, unless the checkout itself is used, configs, tools and csrc."""
-        super().run()
-        if self.editable_mode:
-            return
-        for source, name in PACKED.items():
-            target = Path(self.build_lib) / 'mmvim' / name
-            if (ROOT / source).is_dir():
-                shutil.copytree(ROOT / source, target, ignore=NOT_PACKED, dirs_exist_ok=True)
-            else:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / source, target)
-
-
-class BinaryDistribution(Distribution):
-    """A distribution that may hold a compiled library."""
-
-    def has_ext_modules(self):
-        """Tell whether the wheel belongs to a platform."""
-        return why_not_built() is None
-
-
-class bdist_wheel(_bdist_wheel):
-    """The library knows nothing of Python's ABI: one wheel serves all versions of Python 3."""
+class Wheel(bdist_wheel):
+    """The library knows nothing of Python: one wheel serves every version."""
 
     def get_tag(self):
-        """Return the tag of the wheel."""
-        python, abi, platform = super().get_tag()
-        return (python, abi, platform) if self.root_is_pure else ('py3', 'none', platform)
+        """py3-none-PLATFORM with the library, py3-none-any without."""
+        compiled = any((Path(self.bdist_dir) / 'mmvim').glob('_C.*'))
+        self.root_is_pure = not compiled
+        return 'py3', 'none', super().get_tag()[2] if compiled else 'any'
 
 
 setup(
-    distclass=BinaryDistribution,
-    cmdclass={
-        'build': build,
-        'build_py': build_py,
-        'build_kernels': build_kernels,
-        'bdist_wheel': bdist_wheel,
-    },
+    ext_modules=[Extension('mmvim._C', sources=[])],
+    cmdclass={'build_py': BuildPy, 'build_ext': BuildLibrary, 'bdist_wheel': Wheel},
 )
