@@ -8,6 +8,7 @@ from typing import Any
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.runner import runner as mmengine_runner
 from torch import nn
 
 from .errors import CheckpointError
@@ -49,13 +50,33 @@ def checked_loading(runner: Any, complete: bool) -> Iterator[None]:
         finally:
             must_be_complete = False
 
+    load_checkpoint = mmengine_runner._load_checkpoint
+
+    def with_state_dict(*args: Any, **kwargs: Any) -> dict:
+        return _as_mmengine_writes(load_checkpoint(*args, **kwargs))
+
     mmengine_checkpoint.load_state_dict = checked
+    mmengine_runner._load_checkpoint = with_state_dict
     runner.load_or_resume = flagged
     try:
         yield
     finally:
         mmengine_checkpoint.load_state_dict = lenient
+        mmengine_runner._load_checkpoint = load_checkpoint
         del runner.load_or_resume
+
+
+def _as_mmengine_writes(checkpoint: Any) -> Any:
+    """Put the weights of official files under ``state_dict``, where mmengine's hooks look for them.
+
+    Official files hold them under ``model``, or are nothing but the weights.
+    """
+    if not isinstance(checkpoint, dict) or 'state_dict' in checkpoint:
+        return checkpoint
+    if isinstance(checkpoint.get('model'), dict):
+        rest = {key: value for key, value in checkpoint.items() if key != 'model'}
+        return {'state_dict': checkpoint['model'], **rest}
+    return {'state_dict': checkpoint}
 
 
 def _judge(module: nn.Module, report: str, complete: bool, state_dict: dict) -> None:
