@@ -36,26 +36,21 @@ model = dict(
         patch_size=8,
         cls_token='none',
         out_type='featmap',
-        out_indices=(0, 1, 2, 3),
-        out_norm='separate',
     ),
     # Maps of stride 2, 4, 8 and 16 from patches of 8.
-    neck=dict(
-        type='Feature2Pyramid',
-        embed_dim=96,
-        rescales=[4, 2, 1, 0.5],
-        norm_cfg=dict(type='BN', requires_grad=True),
-    ),
+    neck=dict(type='mmvim.SimpleFPN', in_channels=96, out_channels=48, num_outs=4),
     decode_head=dict(
         type='SegformerHead',
-        in_channels=[96, 96, 96, 96],
+        in_channels=[48, 48, 48, 48],
         in_index=[0, 1, 2, 3],
         channels=32,
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=dict(type='BN', requires_grad=True),
         align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, avg_non_ignore=True),
+        # Nine pixels in ten are background. With weights, the loss is averaged over the labelled
+        # pixels anyway; avg_non_ignore=True fails on ignored ones (mmseg 1.4.2).
+        loss_decode=dict(type='CrossEntropyLoss', class_weight=[0.3, *[1.0] * 10]),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'),
