@@ -27,10 +27,10 @@ struct BFloat16 {
 struct Half {
   static MMVIM_HD float decode(uint16_t h) {
     const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-    const uint32_t body = uint32_t(h & 0x7fffu) << 13;
-    // Scaling by 2^112 moves the exponent and makes subnormal numbers normal.
-    const uint32_t finite = bits_from_float(float_from_bits(body) * float_from_bits(0x77800000u));
-    const uint32_t magnitude = (h & 0x7c00u) == 0x7c00u ? (body | 0x7f800000u) : finite;
+    const uint32_t exponent = h & 0x7c00u, body = uint32_t(h & 0x7fffu) << 13;
+    const uint32_t tiny = bits_from_float(float(int32_t(h & 0x3ffu)) * 0x1p-24f);
+    const uint32_t normal = body + (exponent == 0x7c00u ? 0x70000000u : 0x38000000u);
+    const uint32_t magnitude = exponent == 0 ? tiny : normal;
     return float_from_bits(magnitude | sign);
   }
   static MMVIM_HD uint16_t encode(float f) {

@@ -251,8 +251,14 @@ struct VectorMath {
   }
 
   // 2^x: 2^round(x) through the exponent bits, 2^(x - round(x)) by a polynomial. Results below the
-  // smallest normal number are 0.
+  // smallest normal number are 0 (see FlushDenormals).
   static MMVIM_HD V exp2(V x) {
+#if defined(MMVIM_AVX512_INTRINSICS)
+    if constexpr (std::is_same_v<S, float>) {
+      const V f = (V)_mm512_reduce_ps((__m512)x, 0x08);  // x - round(x)
+      return (V)_mm512_scalef_ps((__m512)Poly::exp2_fraction(f), (__m512)(x - f));
+    }
+#endif
     x = clamp(x);
     const V shifted = x + set(Poly::kRound);
     const V n = shifted - set(Poly::kRound);

@@ -228,7 +228,7 @@ class ForwardTask {
       for (int64_t v = 0; v < vectors_; ++v) {
         const int64_t lane = v * kLanes<S>, state = v * n_ * kLanes<S>;
         kernels_.forward({steps, n_, padded_, rate_ + state, u_ + lane, delta_ + lane, B_, C_,
-                          h_ + state, 0, v_ + state, y_ + lane});
+                          h_ + state, 0, v_ + state, y_ + lane, nullptr});
       }
       if (a_.out.data != nullptr) {
         for (int64_t i = 0; i < steps; ++i) finish_row(block, reader, which, first + i, i);
@@ -359,8 +359,9 @@ class BackwardTask {
         reader.read(at, steps_, u_, delta_, nullptr, B_, C_, bias_);
         load_tap(reader, block, at);
         std::memcpy(start(k + 1), start(k), n_ * padded_ * sizeof(S));
-        for (int64_t v = 0; v < vectors_; ++v)
-          recompute(v, steps_, start(k + 1) + v * n_ * kLanes<S>, 0);
+        for (int64_t v = 0; v < vectors_; ++v) {
+          kernels_.forward(recomputed(v, steps_, start(k + 1) + v * n_ * kLanes<S>, 0));
+        }
       }
       for (int64_t k = tiles - 1; k >= 0; --k) {
         const int64_t at = first + k * steps_;
@@ -383,6 +384,7 @@ class BackwardTask {
     for (S** p : {&D_, &bias_, &dD_, &dbias_, &line_}) *p = arena_.template take<S>(padded_);
     for (S** p : {&dB_, &dC_}) *p = arena_.template take<S>(steps_ * n_ * kLanes<S>);
     h_ = arena_.template take<S>((steps_ + 1) * n_ * kLanes<S>);
+    a_kept_ = arena_.template take<S>(kernels_.keep_decay ? steps_ * n_ * kLanes<S> : 0);
     sums_ = arena_.template take<S>(n_);
     starts_ = arena_.template take<S>(tiles_ * n_ * padded_);
   }
@@ -415,10 +417,10 @@ class BackwardTask {
     std::memcpy(v_work_, v_, n_ * padded_ * sizeof(S));
   }
 
-  void recompute(int64_t vector, int64_t steps, S* h, int64_t h_step) {
+  ForwardTile<S> recomputed(int64_t vector, int64_t steps, S* h, int64_t h_step) const {
     const int64_t lane = vector * kLanes<S>, state = vector * n_ * kLanes<S>;
-    kernels_.forward({steps, n_, padded_, rate_ + state, u_ + lane, delta_ + lane, B_, C_, h,
-                      h_step, v_work_ + state, y_ + lane});
+    return {steps, n_, padded_, rate_ + state,   u_ + lane, delta_ + lane, B_,
+            C_,    h,  h_step,  v_work_ + state, y_ + lane, a_kept_};
   }
 
   void tile(const Block& block, const TileReader<S>& reader, int64_t first, int64_t steps,
@@ -432,9 +434,9 @@ class BackwardTask {
     for (int64_t v = 0; v < vectors_; ++v) {
       const int64_t lane = v * kLanes<S>, state = v * state_row;
       std::memcpy(h_, start + state, state_row * sizeof(S));
-      recompute(v, steps, h_, state_row);
+      kernels_.recompute(recomputed(v, steps, h_, state_row));
       kernels_.backward({steps, n_, padded_, rate_ + state, u_ + lane, delta_ + lane, B_, C_, h_,
-                         v_ + state, dy_ + lane, dh_ + state, dv_ + state, du_ + lane,
+                         a_kept_, v_ + state, dy_ + lane, dh_ + state, dv_ + state, du_ + lane,
                          ddelta_ + lane, dA_ + state, dB_, dC_});
     }
     for (int64_t i = 0; i < steps; ++i) finish_row(block, reader.row_of(first + i), i);
@@ -520,7 +522,8 @@ class BackwardTask {
   const int64_t padded_, vectors_;
   Arena arena_;
   S *u_, *delta_, *slope_, *dy_, *gate_, *y_, *du_, *ddelta_, *B_, *C_, *rate_, *dh_, *dv_, *dA_,
-      *v_, *v_work_, *D_, *bias_, *dD_, *dbias_, *line_, *dB_, *dC_, *h_, *sums_, *starts_;
+      *v_, *v_work_, *D_, *bias_, *dD_, *dbias_, *line_, *dB_, *dC_, *h_, *a_kept_, *sums_,
+      *starts_;
 };
 
 template <class S>

@@ -4,7 +4,11 @@ namespace mmvim {
 namespace MMVIM_ISA {
 namespace {
 
-template <Discretization kMethod, class S>
+// Where the decay is all that a method needs an exponential for, it is kept between the passes.
+template <class R>
+constexpr bool kKeepsDecay = R::kInputIsDelta;
+
+template <Discretization kMethod, bool kKeep, class S>
 void forward_tile(const ForwardTile<S>& t) {
   using M = VectorMath<S>;
   using V = typename M::V;
@@ -22,6 +26,7 @@ void forward_tile(const ForwardTile<S>& t) {
     V y = M::set(S(0));
     for (int64_t n = 0; n < t.states; ++n) {
       const Step<V> s = R::step(delta, load(t.rate + n * kWidth));
+      if constexpr (kKeep) store(t.a + (i * t.states + n) * kWidth, s.a);
       V h = s.a * load(before + n * kWidth);
       if constexpr (R::kInputIsDelta) {
         h = M::fma(x, M::set(B[n]), h);
@@ -64,7 +69,12 @@ void backward_tile(const BackwardTile<S>& t) {
     for (int64_t n = 0; n < t.states; ++n) {
       const int64_t k = n * kWidth;
       const V rate = load(t.rate + k);
-      const StepWithGrad<V> s = R::step_with_grad(delta, rate);
+      StepWithGrad<V> s;
+      if constexpr (kKeepsDecay<R>) {
+        s.a = s.a_z = load(t.a + i * state_row + k);
+      } else {
+        s = R::step_with_grad(delta, rate);
+      }
       const V b = M::set(B[n]);
       const V dh = M::fma(dy, M::set(C[n]), load(t.dh + k));
       store(dC + k, M::fma(dy, load(after + k), load(dC + k)));
@@ -110,8 +120,9 @@ TileKernels<S> tile_kernels(Discretization method) {
   TileKernels<S> kernels{};
   with_discretization(method, [&](auto tag) {
     constexpr Discretization kMethod = decltype(tag)::value;
-    kernels = {forward_tile<kMethod, S>, backward_tile<kMethod, S>,
-               Rule<kMethod, VectorMath<S>>::kRateScale};
+    using R = Rule<kMethod, VectorMath<S>>;
+    kernels = {forward_tile<kMethod, false, S>, forward_tile<kMethod, kKeepsDecay<R>, S>,
+               backward_tile<kMethod, S>, R::kRateScale, kKeepsDecay<R>};
   });
   return kernels;
 }

@@ -21,6 +21,7 @@ struct ForwardTile {
   int64_t h_step;
   S* v;  // two taps: B u of the step before; updated
   S* y;  // sum over states of C h
+  S* a;  // keep_decay: (steps, states) vectors, written; otherwise unused
 };
 
 template <class S>
@@ -32,6 +33,7 @@ struct BackwardTile {
   const S* B;
   const S* C;
   const S* h;  // steps + 1 states, as ForwardTile with h_step != 0 leaves them
+  const S* a;  // keep_decay: as ForwardTile left it
   const S* v;  // two taps: B u of the step before the tile
   const S* dy;
   S* dh;      // gradient of the state after the tile; becomes that of the state before it
@@ -46,8 +48,11 @@ struct BackwardTile {
 template <class S>
 struct TileKernels {
   void (*forward)(const ForwardTile<S>&);
+  // The same for a backward tile to follow, which saves it the exponentials if `keep_decay`.
+  void (*recompute)(const ForwardTile<S>&);
   void (*backward)(const BackwardTile<S>&);
   double rate_scale;
+  bool keep_decay;
 };
 
 template <class S>
