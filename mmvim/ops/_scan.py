@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._library import compute_dtype
-from .discretization import TWO_TAP, coefficients, derivatives
+from .discretization import TWO_TAP, coefficients, derivatives, phi_of
 
 # Values of (chunk, b, d, n) held per temporary. On a CPU the handful of temporaries should stay in
 # the caches; elsewhere a chunk must be long enough to keep the device busy.
-_CHUNK_VALUES_CPU = 2**19
+_CHUNK_VALUES_CPU = 2**20
 _CHUNK_VALUES = 2**24
 # A CPU walks a chunk step by step unless a step has fewer values than this; then, and on every
 # other device, where each step would cost a launch, the scan is a tree of logarithmic depth.
@@ -206,9 +206,14 @@ class _Chunk:
         self.delta = scan.step_size(where)
         self.B = scan.states_of(scan.B, where)
         self.z = torch.mul(self.delta, scan.A, out=scan.buffer('z', steps))
+        self.phi = phi_of(scan.method, self.z, for_derivatives=not last_use)
         # Without a backward pass nobody asks for z again; that of 'zoh' needs only a.
         self.coefficients = a, w0, w1 = coefficients(
-            scan.method, self.delta, self.z, overwrite=last_use or scan.method == 'zoh'
+            scan.method,
+            self.delta,
+            self.z,
+            self.phi,
+            overwrite=last_use or scan.method == 'zoh',
         )
         first, self.last = (steps, 0) if scan.reverse else (0, steps)
         self.now = slice(0, -1) if scan.reverse else slice(1, None)
@@ -394,7 +399,9 @@ def scan_backward(
         linear_scan_(inner.clone() if _in_tree(inner) else inner, g, not reverse)
         carry = a[first] * g[first]
 
-        a_z, w0_delta, w0_z, w1_delta, w1_z = derivatives(method, chunk.delta, chunk.z, a)
+        a_z, w0_delta, w0_z, w1_delta, w1_z = derivatives(
+            method, chunk.delta, chunk.z, a, chunk.phi
+        )
         # Gradient with respect to z, and to Δ where it acts other than through z.
         gz = torch.mul(g, h_before, out=scan.buffer('gz', stop - start)).mul_(a_z)
         if w0_z is None:

@@ -28,6 +28,7 @@ methods of the VisionMambaUpgrades documents, in closed form rather than as trun
 second-order methods. ``rk4`` is a polynomial in z and grows for large −z.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -51,6 +52,9 @@ TWO_TAP = frozenset({'foh_hold', 'tustin'})
 """Methods that also use the previous input, which is then part of the state."""
 
 
+_HIGHEST_PHI = {'zoh_exact': 1, 'foh': 2, 'poly': 2, 'highorder': 3, 'foh_hold': 2}
+
+
 class Coefficients(NamedTuple):
     """Coefficients of one step; ``w1`` is None for one-tap methods."""
 
@@ -71,40 +75,48 @@ class Derivatives(NamedTuple):
 
 # Below this |z| the closed forms lose digits to cancellation and the Taylor series takes over.
 _SERIES_RADIUS = 1.0
-# Terms after which the remainder of the series of φ_k, |z| < 1, is below rounding.
-_SERIES_TERMS = {torch.float32: 11, torch.float64: 19}
+
+
+@functools.lru_cache
+def _series(k: int, dtype: torch.dtype) -> tuple[float, ...]:
+    """Taylor coefficients of φ_k, as many as count for |z| < 1."""
+    coefficients = []
+    while not coefficients or coefficients[-1] > coefficients[0] * torch.finfo(dtype).eps:
+        coefficients.append(1 / math.factorial(k + len(coefficients)))
+    return tuple(coefficients)
 
 
 def phi_functions(z: Tensor, highest: int) -> list[Tensor]:
     """φ0 … φ_highest of z (any sign), each to a few units in the last place.
 
-    For |z| < 1 the highest one is a Taylor series and the others follow by the stable downward
-    recurrence φ_{k−1} = z φ_k + 1/(k−1)!; elsewhere the closed forms are used.
+    φ1 is (e^z − 1)/z by ``expm1``. For the others, where |z| < 1, the highest one is a Taylor
+    series and the rest follow by the stable downward recurrence φ_{k−1} = z φ_k + 1/(k−1)!;
+    elsewhere they follow upward from φ1.
 
     Args:
         z: float32 or float64.
         highest: 0 to 4.
     """
-    exp = torch.exp(z)
+    result = [torch.exp(z)]
     if highest == 0:
-        return [exp]
+        return result
+    result.append(torch.expm1(z).div_(z).masked_fill_(z == 0, 1))
+    if highest == 1:
+        return result
     small = z.abs() < _SERIES_RADIUS
     # The series only matters inside its radius; the clamp keeps it finite outside.
     x = z.clamp(-_SERIES_RADIUS, _SERIES_RADIUS)
-    terms = _SERIES_TERMS[z.dtype]
-    series = torch.full_like(x, 1 / math.factorial(highest + terms))
-    for k in reversed(range(terms)):
-        series.mul_(x).add_(1 / math.factorial(highest + k))
-    near = [series]
-    for k in reversed(range(1, highest)):
-        near.append(x * near[-1] + 1 / math.factorial(k))
-    near.reverse()
-    result = [exp]
-    far = torch.expm1(z).div_(z)
-    for k in range(1, highest + 1):
-        if k > 1:
-            far = (far - 1 / math.factorial(k - 1)).div_(z)
-        result.append(torch.where(small, near[k - 1], far))
+    *others, last, end = _series(highest, z.dtype)
+    value = (x * end).add_(last)
+    for coefficient in reversed(others):
+        value.mul_(x).add_(coefficient)
+    near = [value]
+    for k in range(highest - 1, 1, -1):
+        near.append(torch.mul(near[-1], x).add_(1 / math.factorial(k)))
+    far = result[1]
+    for k in range(2, highest + 1):
+        far = (far - 1 / math.factorial(k - 1)).div_(z)
+        result.append(torch.where(small, near.pop(), far))
     return result
 
 
@@ -115,13 +127,33 @@ def _phi_derivative(phi: list[Tensor], z: Tensor, k: int) -> Tensor:
     return torch.where(z.abs() < _SERIES_RADIUS, near, far)
 
 
-def coefficients(method: str, delta: Tensor, z: Tensor, *, overwrite: bool = False) -> Coefficients:
+def phi_of(method: str, z: Tensor, *, for_derivatives: bool) -> list[Tensor] | None:
+    """The φ functions that ``method`` is made of, None for methods without.
+
+    Args:
+        method: One of :data:`DISCRETIZATIONS`.
+        z: ΔA.
+        for_derivatives: :func:`derivatives` needs one more than :func:`coefficients`.
+    """
+    highest = _HIGHEST_PHI.get(method)
+    return None if highest is None else phi_functions(z, highest + for_derivatives)
+
+
+def coefficients(
+    method: str,
+    delta: Tensor,
+    z: Tensor,
+    phi: list[Tensor] | None = None,
+    *,
+    overwrite: bool = False,
+) -> Coefficients:
     """Coefficients of ``method``.
 
     Args:
         method: One of :data:`DISCRETIZATIONS`.
         delta: Δ, broadcastable to ``z``.
         z: ΔA.
+        phi: What :func:`phi_of` gives, if it is there already.
         overwrite: z may be overwritten, and a stored there.
 
     Returns:
@@ -138,35 +170,38 @@ def coefficients(method: str, delta: Tensor, z: Tensor, *, overwrite: bool = Fal
         return Coefficients(a, w, w)
     if method == 'rk4':
         return Coefficients(torch.exp(z), _rk4(z).mul_(delta), None)
+    phi = phi or phi_of(method, z, for_derivatives=False)
+    if phi is None:
+        raise ValueError(f'discretization must be one of {DISCRETIZATIONS}, got {method!r}')
     if method == 'zoh_exact':
-        a, phi1 = phi_functions(z, 1)
-        return Coefficients(a, phi1.mul_(delta), None)
+        return Coefficients(phi[0], phi[1] * delta, None)
     if method == 'foh':
-        a, _, phi2 = phi_functions(z, 2)
-        return Coefficients(a, phi2.mul_(delta * delta), None)
+        return Coefficients(phi[0], phi[2] * (delta * delta), None)
     if method == 'poly':
-        a, phi1, phi2 = phi_functions(z, 2)
-        return Coefficients(a, phi1.addcmul_(phi2, 0.5 * delta).mul_(delta), None)
+        w = torch.addcmul(phi[1], phi[2], 0.5 * delta)
+        return Coefficients(phi[0], w.mul_(delta), None)
     if method == 'highorder':
-        a, phi1, phi2, phi3 = phi_functions(z, 3)
-        phi2.addcmul_(phi3, 0.5 * delta)
-        return Coefficients(a, phi1.addcmul_(phi2, delta).mul_(delta), None)
-    if method == 'foh_hold':
-        phi = phi_functions(z, 2)
-        # φ1 − φ2 = φ1′, which has a form that does not cancel for large −z.
-        w1 = _phi_derivative(phi, z, 1).mul_(delta)
-        return Coefficients(phi[0], phi[2] * delta, w1)
-    raise ValueError(f'discretization must be one of {DISCRETIZATIONS}, got {method!r}')
+        w = torch.addcmul(phi[2], phi[3], 0.5 * delta)
+        return Coefficients(phi[0], w.mul_(delta).add_(phi[1]).mul_(delta), None)
+    # foh_hold: φ1 − φ2 = φ1′, which has a form that does not cancel for large −z.
+    w1 = _phi_derivative(phi, z, 1).mul_(delta)
+    return Coefficients(phi[0], phi[2] * delta, w1)
 
 
-def derivatives(method: str, delta: Tensor, z: Tensor, a: Tensor) -> Derivatives:
+def derivatives(
+    method: str, delta: Tensor, z: Tensor, a: Tensor, phi: list[Tensor] | None = None
+) -> Derivatives:
     """Partial derivatives of the coefficients of ``method``.
 
     Args:
         method: One of :data:`DISCRETIZATIONS`.
         delta: Δ, broadcastable to ``z``.
         z: ΔA; ignored by ``'zoh'``.
-        a: The coefficient a, from :func:`coefficients`. Not modified, but results may be it.
+        a: The coefficient a, from :func:`coefficients`.
+        phi: What :func:`phi_of` gives, if it is there already.
+
+    Returns:
+        Nothing that was given is modified, but results may be a or one of phi.
     """
     if method == 'zoh':
         return Derivatives(a, torch.ones_like(delta), None, None, None)
@@ -180,11 +215,13 @@ def derivatives(method: str, delta: Tensor, z: Tensor, a: Tensor) -> Derivatives
     if method == 'rk4':
         slope = (z * 0.125).add_(1 / 3).mul_(z).add_(0.5)
         return Derivatives(a, _rk4(z), slope.mul_(delta), None, None)
+    phi = phi or phi_of(method, z, for_derivatives=True)
+    if phi is None:
+        raise ValueError(f'discretization must be one of {DISCRETIZATIONS}, got {method!r}')
+    d1 = _phi_derivative(phi, z, 1)
     if method == 'zoh_exact':
-        phi = phi_functions(z, 2)
-        return Derivatives(a, phi[1], _phi_derivative(phi, z, 1).mul_(delta), None, None)
-    phi = phi_functions(z, 4 if method == 'highorder' else 3)
-    d1, d2 = _phi_derivative(phi, z, 1), _phi_derivative(phi, z, 2)
+        return Derivatives(a, phi[1], d1.mul_(delta), None, None)
+    d2 = _phi_derivative(phi, z, 2)
     if method == 'foh':
         return Derivatives(a, 2 * delta * phi[2], d2.mul_(delta * delta), None, None)
     if method == 'poly':
@@ -195,12 +232,10 @@ def derivatives(method: str, delta: Tensor, z: Tensor, a: Tensor) -> Derivatives
         w_delta = torch.addcmul(phi[1], phi[2], 2 * delta).addcmul_(phi[3], 1.5 * delta * delta)
         w_z = d1.addcmul_(d2.addcmul_(d3, 0.5 * delta), delta).mul_(delta)
         return Derivatives(a, w_delta, w_z, None, None)
-    if method == 'foh_hold':
-        # w1 = Δφ1′, so its slope is φ1″ = φ1′ − φ2′ = (φ0 − 2φ1′)/z.
-        near, far = d1 - d2, (phi[0] - 2 * d1).div_(z)
-        second = torch.where(z.abs() < _SERIES_RADIUS, near, far)
-        return Derivatives(a, phi[2], d2.mul_(delta), d1, second.mul_(delta))
-    raise ValueError(f'discretization must be one of {DISCRETIZATIONS}, got {method!r}')
+    # foh_hold: w1 = Δφ1′, so its slope is φ1″ = φ1′ − φ2′ = (φ0 − 2φ1′)/z.
+    near, far = d1 - d2, (phi[0] - 2 * d1).div_(z)
+    second = torch.where(z.abs() < _SERIES_RADIUS, near, far)
+    return Derivatives(a, phi[2], d2.mul_(delta), d1, second.mul_(delta))
 
 
 def _rk4(z: Tensor) -> Tensor:
