@@ -38,12 +38,12 @@ model = dict(
         out_type='featmap',
     ),
     # Maps of stride 2, 4, 8 and 16 from patches of 8.
-    neck=dict(type='mmvim.SimpleFPN', in_channels=96, out_channels=48, num_outs=4),
+    neck=dict(type='mmvim.SimpleFPN', in_channels=96, out_channels=24, num_outs=4),
     decode_head=dict(
         type='SegformerHead',
-        in_channels=[48, 48, 48, 48],
+        in_channels=[24, 24, 24, 24],
         in_index=[0, 1, 2, 3],
-        channels=32,
+        channels=24,
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=dict(type='BN', requires_grad=True),
@@ -114,7 +114,7 @@ test_dataloader = dict(
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-max_iters = 700
+max_iters = 800
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

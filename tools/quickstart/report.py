@@ -27,7 +27,7 @@ METRICS = {
     'det': ('coco/bbox_mAP_50', 100.0, 'box AP50', 60.0),
     'seg': ('mIoU', 1.0, 'mIoU', 60.0),
 }
-SCORE_THRESHOLD = 0.3
+SCORE_THRESHOLD = 0.25
 RIGHT, WRONG = '#2a9d3a', '#d62728'
 
 
