@@ -327,6 +327,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
         shared[thread * kCount + i] = own;
       }
       __syncthreads();
+      // The taps of a reverse convolution were loaded back to front.
+      const int row = p.taps[which].reverse && k < kWidth ? kWidth - 1 - k : k;
       if (threadIdx.y == 0 && active) {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
@@ -334,7 +336,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
           for (int y = 0; y < blockDim.y; ++y) {
             sum += shared[(y * blockDim.x + threadIdx.x) * kCount + i];
           }
-          p.partial[((which * p.slots + blockIdx.y) * (kWidth + 1) + k) * p.in.channels + c + i] =
+          p.partial[((which * p.slots + blockIdx.y) * (kWidth + 1) + row) * p.in.channels + c + i] =
               sum;
         }
       }

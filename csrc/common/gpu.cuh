@@ -17,6 +17,7 @@
 // Registers of a thread, which decide how many blocks share a multiprocessor.
 #define MMVIM_REGISTERS(count) __maxnreg__(count)
 #define MMVIM_UNROLL _Pragma("unroll")
+#define MMVIM_NO_UNROLL _Pragma("unroll 1")
 #define MMVIM_UNROLL_2 _Pragma("unroll 2")
 #define MMVIM_UNROLL_4 _Pragma("unroll 4")
 
@@ -107,18 +108,16 @@ template <class Params>
 inline int launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes,
                   CUstream_st* stream, const Params& params) {
   if (blocks == 0) return 0;
+  const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+        function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return static_cast<int>(error);
   }
-  kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream> > >(
-      params);
-  return static_cast<int>(cudaGetLastError());
-}
-
-inline int set_to_zero(void* memory, size_t bytes, CUstream_st* stream) {
-  return static_cast<int>(cudaMemsetAsync(memory, 0, bytes, stream));
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return static_cast<int>(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)),
+                                           dim3(static_cast<unsigned>(threads)), arguments,
+                                           shared_bytes, stream));
 }
 
 }  // namespace gpu

@@ -25,22 +25,24 @@ struct GpuMath {
   static MMVIM_DEVICE bool any(Mask m) { return m; }
 };
 
-// log(1 + e^x), x itself above 20 as in torch. The series keeps small results accurate, where
-// 1 + e^x would drop the low bits of e^x.
+// log(1 + e^x), x itself above 20 as in torch. Small results come from a series, since 1 + e^x
+// drops the low bits of e^x; a short one will do for results that are compared with 16-bit values.
+template <bool kExact>
 MMVIM_DEVICE float softplus(float x) {
   const float e = gpu::exp2(x * kLog2e);
-  const float series =
-      e * gpu::fused(e, gpu::fused(e, gpu::fused(e, -0.25f, 0.33333333f), -0.5f), 1.f);
+  float series = kExact ? gpu::fused(e, gpu::fused(e, -0.25f, 0.33333333f), -0.5f) : -0.5f;
+  series = gpu::fused(e * e, series, e);
   const float general = kLn2 * gpu::log2(1.f + e);
-  const float y = e < 0.03125f ? series : general;
+  const float y = e < (kExact ? 0.03125f : 0.00390625f) ? series : general;
   return x > 20.f ? x : y;
 }
 
 // d softplus(x) / dx = 1 - e^(-softplus(x)).
+template <bool kExact>
 MMVIM_DEVICE float softplus_slope(float y) {
-  const float series =
-      y * gpu::fused(y, gpu::fused(y, gpu::fused(y, -0.041666668f, 0.16666667f), -0.5f), 1.f);
-  return y < 0.03125f ? series : 1.f - gpu::exp2(-kLog2e * y);
+  float series = kExact ? gpu::fused(y, gpu::fused(y, -0.041666668f, 0.16666667f), -0.5f) : -0.5f;
+  series = gpu::fused(y * y, series, y);
+  return y < (kExact ? 0.03125f : 0.00390625f) ? series : 1.f - gpu::exp2(-kLog2e * y);
 }
 
 MMVIM_DEVICE float logistic(float x) { return gpu::reciprocal(1.f + gpu::exp2(-kLog2e * x)); }

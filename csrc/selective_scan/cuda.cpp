@@ -22,8 +22,6 @@ using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
 constexpr int64_t kMaxTotalStates = 256;
-// Two directions share a block, so each has half of the states of a launch.
-constexpr int kMaxStatesOfPair = kMaxStates / 2;
 
 Discretization method_of(std::string_view name) {
   std::string known;
@@ -58,13 +56,22 @@ Tensor like_or_empty(const OptTensor& t, const Tensor& device_of) {
   return at::empty({0}, device_of.options().dtype(at::kFloat));
 }
 
+// Whether all rows of `t`, from its pointer `data`, start at multiples of `bytes`.
+bool rows_start_at(const Tensor& t, const void* data, int bytes) {
+  bool all = reinterpret_cast<uintptr_t>(data) % bytes == 0;
+  for (int i = 0; i + 1 < t.dim(); ++i) {
+    all = all && (t.size(i) <= 1 || t.stride(i) * t.element_size() % bytes == 0);
+  }
+  return all;
+}
+
 // Bytes of the vectors that all rows of `t` consist of, seen from multiples of `unit` channels.
 int vector_of(const Tensor& t, int64_t unit) {
   for (const int bytes : {16, 8}) {
-    const auto whole = [&](int64_t elements) { return elements * t.element_size() % bytes == 0; };
-    bool all = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % bytes == 0;
-    all = all && (t.size(0) <= 1 || whole(t.stride(0))) && (t.size(1) <= 1 || whole(t.stride(1)));
-    if (all && (unit == t.size(2) || whole(unit))) return bytes;
+    if (rows_start_at(t, t.const_data_ptr(), bytes) &&
+        (unit == t.size(2) || unit * t.element_size() % bytes == 0)) {
+      return bytes;
+    }
   }
   return 0;
 }
@@ -142,6 +149,12 @@ struct Inputs {
     r.stride_b = t.stride(0);
     r.stride_l = t.stride(1);
     r.stride_g = t.stride(2);
+    for (const int bytes : {16, 8, 4}) {
+      if (r.vector == 0 && t.size(3) * t.element_size() % 4 == 0 &&
+          rows_start_at(t, r.data, bytes)) {
+        r.vector = bytes;
+      }
+    }
     return r;
   }
 };
@@ -221,57 +234,55 @@ struct ForwardCall {
   Tensor checkpoints[2];
   int64_t interval = 0;
 
+  // One launch for each direction and part of the states; outputs are added in float32 from launch
+  // to launch, and the last one scales, gates and rounds.
   void run(const char* op, Discretization method) const {
     const Inputs& first = *in[0];
     const Tensor& like = first.u;
     Forward p;
     p.size = sizes_of(first, in[directions - 1]->B.size(2), softplus);
-    p.directions = directions;
     const int64_t unit = p.size.channels / p.size.units;
     if (z.has_value()) p.z = Inputs::rows(*z, unit);
     p.scale = static_cast<float>(scale);
     p.interval = static_cast<int>(interval);
     const int64_t states = first.states();
-    const int64_t limit = directions == 2 ? kMaxStatesOfPair : kMaxStates;
-    p.size.states = static_cast<int>(std::min(states, limit));
-    const Plan plan = plan_forward(p.size, directions, multiprocessor_count());
-    const Tensor workspace = allocate_chunks(p.chunks, plan, p.size, directions, false, like);
-    Tensor meeting, sum;
-    const auto scratch = [&] { return at::empty(like.sizes(), like.options().dtype(at::kFloat)); };
-    if (directions == 2 && !plan.meeting_in_shared) {
-      meeting = scratch();
-      p.meeting = meeting.mutable_data_ptr<float>();
+    p.size.states = static_cast<int>(std::min<int64_t>(states, kMaxStates));
+    const Plan plan = plan_forward(p.size, 1, multiprocessor_count());
+    const Tensor workspace = allocate_chunks(p.chunks, plan, p.size, 1, false, like);
+    Tensor sum;
+    if (directions * states > p.size.states) {
+      sum = at::empty(like.sizes(), like.options().dtype(at::kFloat));
     }
-    if (states > limit) sum = scratch();
     const Launcher launch{op, first.dtype, method};
-    for (int64_t n = 0; n < states; n += limit) {
-      const bool last_part = n + limit >= states;
-      p.size.states = static_cast<int>(std::min(states - n, limit));
-      for (int d = 0; d < directions; ++d) {
-        p.scan[d] = in[d]->scan(directions == 2 ? d == 1 : reverse, unit, n);
+    for (int d = 0; d < directions; ++d) {
+      for (int64_t n = 0; n < states; n += kMaxStates) {
+        const bool last_part = n + kMaxStates >= states;
+        const bool last_launch = last_part && d == directions - 1;
+        p.size.states = static_cast<int>(std::min<int64_t>(states - n, kMaxStates));
+        p.scan[0] = in[d]->scan(directions == 2 ? d == 1 : reverse, unit, n);
         if (initial_state.has_value()) {
           const float* state = initial_state->const_data_ptr<float>();
-          p.scan[d].initial = state + n;
-          p.scan[d].initial_pitch = static_cast<int>(initial_state->size(2));
-          if (initial_state->size(2) > states) p.scan[d].initial_drive = state + states + n;
+          p.scan[0].initial = state + n;
+          p.scan[0].initial_pitch = static_cast<int>(initial_state->size(2));
+          if (initial_state->size(2) > states) p.scan[0].initial_drive = state + states + n;
         }
         if (checkpoints[d].defined() && checkpoints[d].numel() > 0) {
-          p.checkpoints[d] = checkpoints[d].mutable_data_ptr<float>() + n;
+          p.checkpoints[0] = checkpoints[d].mutable_data_ptr<float>() + n;
         }
         // The skip connection counts once.
-        if (!last_part) p.scan[d].D = nullptr;
+        if (!last_part) p.scan[0].D = nullptr;
+        if (last_state.defined()) {
+          float* state = last_state.mutable_data_ptr<float>();
+          p.last[0] = state + n;
+          p.last_pitch = static_cast<int>(last_state.size(2));
+          p.last_drive[0] = last_state.size(2) > states ? state + states + n : nullptr;
+        }
+        p.sum_in = d == 0 && n == 0 ? nullptr : sum.const_data_ptr<float>();
+        p.sum_out = last_launch ? nullptr : sum.mutable_data_ptr<float>();
+        p.out = last_launch && out.defined() ? out.mutable_data_ptr() : nullptr;
+        p.pregate = last_launch && pregate.defined() ? pregate.mutable_data_ptr() : nullptr;
+        launch(plan, p);
       }
-      if (last_state.defined()) {
-        float* state = last_state.mutable_data_ptr<float>();
-        p.last[0] = state + n;
-        p.last_pitch = static_cast<int>(last_state.size(2));
-        p.last_drive[0] = last_state.size(2) > states ? state + states + n : nullptr;
-      }
-      p.sum_in = n == 0 ? nullptr : sum.const_data_ptr<float>();
-      p.sum_out = last_part ? nullptr : sum.mutable_data_ptr<float>();
-      p.out = last_part && out.defined() ? out.mutable_data_ptr() : nullptr;
-      p.pregate = last_part && pregate.defined() ? pregate.mutable_data_ptr() : nullptr;
-      launch(plan, p);
     }
   }
 };

@@ -23,7 +23,9 @@ constexpr int kInterval = 32;
 struct Rows {
   const void* data = nullptr;
   int64_t stride_b = 0, stride_l = 0, stride_g = 0;
-  int vector = 0;  // bytes (16 or 8) of a vector that rows, from a unit's first channel, consist of
+  // Rows start at multiples of so many bytes (16, 8; 4 for B and C), channels also from each unit's
+  // first one; 0: no such multiple, or B and C have an odd number of 16-bit states.
+  int vector = 0;
 };
 
 struct Sizes {

@@ -16,10 +16,12 @@ namespace scan {
 
 constexpr int kBackwardTile = kInterval;
 constexpr int kGroup = 4;
-constexpr int kParts = 3;  // sums over states: of u, of delta, of the output
+constexpr int kStarts = kBackwardTile / kGroup - 2;  // the first and the last group need none
+constexpr int kParts = 3;  // sums over states: for u, for delta, of the output
 
+// Offsets into shared memory, in bytes.
 struct BackwardShared {
-  int deltas, inputs, grads, gates, columns, starts, parts, total;  // bytes
+  int deltas, inputs, grads, gates, columns, starts, parts, parameters, total;
 
   MMVIM_HD BackwardShared(int slices, int channels) {
     const int rows = kBackwardTile * channels * 4;
@@ -28,14 +30,26 @@ struct BackwardShared {
     grads = inputs + rows;
     gates = grads + rows;
     columns = gates + rows;
-    starts = columns + kBackwardTile * slices * kSlice * 8;
-    parts = starts + (kBackwardTile / kGroup - 2) * slices * channels * kSlice * 4;
-    total = parts + kParts * slices * kGroup * channels * 4;
+    starts = columns + slices * kBackwardTile * 2 * kSlice * 4;
+    parts = starts + slices * kStarts * channels * kSlice * 4;
+    parameters = parts + slices * kParts * kGroup * channels * 4;
+    total = parameters + 2 * channels * 4;
   }
 };
 
+// How values become the 19-bit ones that the tensor cores multiply: cut off, which suits results in
+// bfloat16; to the nearest; or as a sum of two.
+enum class Rounding { kCut, kNearest, kTwo };
+
+template <class T>
+constexpr Rounding kRoundingFor = Rounding::kCut;
+template <>
+constexpr Rounding kRoundingFor<__half> = Rounding::kNearest;
+template <>
+constexpr Rounding kRoundingFor<float> = Rounding::kTwo;
+
 // Adds 32 values over the lanes of a warp: of `steps` kGroup, kSlice values for B and for C.
-template <bool kExact>
+template <Rounding kRounding>
 class ChannelSum {
  public:
   MMVIM_DEVICE explicit ChannelSum(int lane) : row_(lane / 4), quarter_(lane % 4) {
@@ -49,23 +63,23 @@ class ChannelSum {
   MMVIM_DEVICE void clear() {
 #if MMVIM_MATRIX_ADDER
     MMVIM_UNROLL
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < 4; ++i) {
       MMVIM_UNROLL
-      for (int j = 0; j < 4; ++j) sum_[i][j] = 0.f;
+      for (int j = 0; j < 4; ++j) sum_[i / 2][i % 2][j] = 0.f;
     }
 #endif
   }
 
-  // `step`, `j`: compile-time constants after unrolling.
+  // `step` and `j` are constants after unrolling.
   MMVIM_DEVICE void add(int step, int j, float for_B, float for_C) {
 #if MMVIM_MATRIX_ADDER
     // Rows i and i + 8 of the product sum the two values over four lanes each.
-    const int i = step % 2 * kSlice + j;
+    const uint32_t one = one_[step % 2 * kSlice + j];
+    float (&sum)[4] = sum_[step / 2][j % 2];
     const uint32_t high_B = round(for_B), high_C = round(for_C);
-    gpu::multiply_16x8x8(sum_[step / 2], one_[i], 0, 0, one_[i], high_B, high_C);
-    if (kExact) {
-      gpu::multiply_16x8x8(sum_[step / 2], one_[i], 0, 0, one_[i],
-                           gpu::bits(for_B - gpu::from_bits(high_B)),
+    gpu::multiply_16x8x8(sum, one, 0, 0, one, high_B, high_C);
+    if (kRounding == Rounding::kTwo) {
+      gpu::multiply_16x8x8(sum, one, 0, 0, one, gpu::bits(for_B - gpu::from_bits(high_B)),
                            gpu::bits(for_C - gpu::from_bits(high_C)));
     }
 #else
@@ -77,8 +91,13 @@ class ChannelSum {
   // The lane's sum: that of step(), state() and, if is_C(), C.
   MMVIM_DEVICE float get() {
 #if MMVIM_MATRIX_ADDER
-    float x[4] = {sum_[0][0] + sum_[0][1], sum_[0][2] + sum_[0][3], sum_[1][0] + sum_[1][1],
-                  sum_[1][2] + sum_[1][3]};
+    float x[4];
+    MMVIM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int at = i % 2 * 2;
+      x[i] = (sum_[i / 2][0][at] + sum_[i / 2][0][at + 1]) +
+             (sum_[i / 2][1][at] + sum_[i / 2][1][at + 1]);
+    }
     const bool upper = quarter_ & 2, odd = quarter_ & 1;
     MMVIM_UNROLL
     for (int i = 0; i < 2; ++i) {
@@ -105,15 +124,16 @@ class ChannelSum {
   MMVIM_DEVICE bool is_C() const { return quarter_ % 2 == 1; }
 
  private:
-  // To the nearest value whose lower 13 bits, which the product ignores, are zero.
   static MMVIM_DEVICE uint32_t round(float x) {
-    return kExact ? gpu::bits(x) & 0xffffe000u : gpu::bits(x) + 0x1000u;
+    const uint32_t bits = gpu::bits(x);
+    if (kRounding == Rounding::kCut) return bits;
+    return kRounding == Rounding::kNearest ? bits + 0x1000u : bits & 0xffffe000u;
   }
 
   int row_, quarter_;
 #if MMVIM_MATRIX_ADDER
   uint32_t one_[8];
-  float sum_[2][4];
+  float sum_[2][2][4];  // two chains each, to wait less
 #else
   float values_[32];
 #endif
@@ -155,8 +175,15 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
   float* const grads = reinterpret_cast<float*>(shared + layout.grads);
   float* const gates = reinterpret_cast<float*>(shared + layout.gates);
   float* const columns = reinterpret_cast<float*>(shared + layout.columns);
-  float* const starts = reinterpret_cast<float*>(shared + layout.starts) + 4 * index;
+  float* const starts = reinterpret_cast<float*>(shared + layout.starts) +
+                        slice * kStarts * kChannels * kSlice + 4 * lane;
   float* const parts = reinterpret_cast<float*>(shared + layout.parts);
+  float* const parameters = reinterpret_cast<float*>(shared + layout.parameters);
+  // Of this warp's slice and this lane.
+  const float* const my_columns = columns + slice * kTile * 2 * kSlice;
+  const float* const my_deltas = deltas + lane * kCpt;
+  const float* const my_inputs = inputs + lane * kCpt;
+  float* const my_parts = parts + slice * kParts * kGroup * kChannels + lane * kCpt;
 
   const Scan& scan = p.scan[direction];
   const bool reverse = scan.reverse;
@@ -166,16 +193,13 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
   const auto time_of = [&](int position) {
     return reverse ? size.length - 1 - position : position;
   };
-  const int width = slices * kSlice;
   const int group = channels.group(size, scan.groups);
   const int quad = index % kQuads;
   const int quad_row = index / kQuads;
   const int quad_rows = threads / kQuads;
-  const Quad bias = load_parameter(scan.delta_bias, channels, quad);
-  const Quad skip = load_parameter(scan.D, channels, quad);
 
   // Global targets of the lane's sums over channels.
-  ChannelSum<sizeof(T) == 4> channel_sum(lane);
+  ChannelSum<kRoundingFor<T>> channel_sum(lane);
   const int target_state = slice * kSlice + channel_sum.state();
   const int64_t target_stride = static_cast<int64_t>(scan.groups) * 2 * size.pitch;
   float* target = p.dBC[direction] + b * size.length * target_stride +
@@ -210,6 +234,9 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
                   slice);
     }
   }
+  load_parameters<kChannels>(parameters, scan.delta_bias, channels, index, threads);
+  load_parameters<kChannels>(parameters + kChannels, scan.D, channels, index, threads);
+  gpu::sync_block();
   Quad dD = Quad::of([](int) { return 0.f; });
   Quad dbias = dD;
 
@@ -222,6 +249,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
       const QuadInput<T> u_rows(scan.u, b, channels, quad),
           delta_rows(scan.delta, b, channels, quad), grad_rows(p.grad_out, b, channels, quad),
           z_rows(p.z, b, channels, quad);
+      const Quad bias = Quad::load(parameters + 4 * quad);
       MMVIM_UNROLL_2
       for (int r = quad_row; r < groups * kGroup; r += quad_rows) {
         const int t = time_of(at + r);
@@ -234,7 +262,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         u.store(inputs + to);
         Quad::of([&](int i) {
           const float x = raw.v[i] + bias.v[i];
-          return !inside ? 0.f : size.softplus ? softplus(x) : x;
+          return !inside ? 0.f : size.softplus ? softplus<sizeof(T) == 4>(x) : x;
         }).store(deltas + to);
         dy = Quad::of([&](int i) { return dy.v[i] * p.scale; });
         if (gated) {
@@ -255,17 +283,21 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         }
         dy.store(grads + to);
       }
-      const int column_row = index / (2 * width);
-      const int column = index - column_row * 2 * width;
-      const int state = column < width ? column : column - width;
-      const Rows& rows = column < width ? scan.B : scan.C;
-      const T* const base =
-          static_cast<const T*>(rows.data) + b * rows.stride_b + group * rows.stride_g + state;
-      MMVIM_UNROLL_4
-      for (int r = column_row; r < groups * kGroup; r += 16 / kSlice) {
-        const bool inside = r < count && state < size.states;
-        columns[r * 2 * width + column] =
-            inside ? to_float(base[time_of(at + r) * rows.stride_l]) : 0.f;
+      // Every lane one slice of B or C, in every 16th row.
+      const Rows& rows = lane % 2 == 0 ? scan.B : scan.C;
+      const T* const base = static_cast<const T*>(rows.data) + b * rows.stride_b +
+                            group * rows.stride_g + slice * kSlice;
+      const int states = size.states - slice * kSlice;
+      const bool whole = states >= kSlice && rows.vector >= kSlice * static_cast<int>(sizeof(T));
+      for (int r = lane / 2; r < groups * kGroup; r += 16) {
+        const T* const from = base + time_of(at + r) * rows.stride_l;
+        Quad x;
+        if (whole && r < count) {
+          x = Quad::load(from);
+        } else {
+          x = Quad::load(from, r < count ? states : 0);
+        }
+        x.store(columns + (slice * kTile + r) * 2 * kSlice + lane % 2 * kSlice);
       }
     }
 
@@ -298,15 +330,15 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         if (g > 0) {
           MMVIM_UNROLL
           for (int k = 0; k < kCpt; ++k)
-            store_slice(starts + ((g - 1) * kCpt + k) * threads * 4, h[k]);
+            store_slice(starts + ((g - 1) * kCpt + k) * 32 * kSlice, h[k]);
         }
         MMVIM_UNROLL
         for (int i = 0; i < kGroup; ++i) {
           const int r = g * kGroup + i;
           float B[kSlice], delta[kCpt], u[kCpt];
-          load_slice(B, columns + r * 2 * width + slice * kSlice);
-          load_lane(delta, deltas + r * kChannels + lane * kCpt);
-          load_lane(u, inputs + r * kChannels + lane * kCpt);
+          load_slice(B, my_columns + r * 2 * kSlice);
+          load_lane(delta, my_deltas + r * kChannels);
+          load_lane(u, my_inputs + r * kChannels);
           MMVIM_UNROLL
           for (int k = 0; k < kCpt; ++k) {
             const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
@@ -325,7 +357,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
       if (g + 1 < groups && g > 0) {
         MMVIM_UNROLL
         for (int k = 0; k < kCpt; ++k)
-          load_slice(h[k], starts + ((g - 1) * kCpt + k) * threads * 4);
+          load_slice(h[k], starts + ((g - 1) * kCpt + k) * 32 * kSlice);
       } else if (g + 1 < groups) {
         load_start();
       }
@@ -336,8 +368,8 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         if (first == 0) {
           copy_states(v_before, v_start);
         } else {
-          drives_of(v_before, inputs + (first - 1) * kChannels + lane * kCpt,
-                    columns + (first - 1) * 2 * width + slice * kSlice);
+          drives_of(v_before, my_inputs + (first - 1) * kChannels,
+                    my_columns + (first - 1) * 2 * kSlice);
         }
         copy_states(v, v_before);
       }
@@ -345,9 +377,9 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
       for (int i = 0; i < kGroup; ++i) {
         const int r = first + i;
         float B[kSlice], delta[kCpt], u[kCpt];
-        load_slice(B, columns + r * 2 * width + slice * kSlice);
-        load_lane(delta, deltas + r * kChannels + lane * kCpt);
-        load_lane(u, inputs + r * kChannels + lane * kCpt);
+        load_slice(B, my_columns + r * 2 * kSlice);
+        load_lane(delta, my_deltas + r * kChannels);
+        load_lane(u, my_inputs + r * kChannels);
         MMVIM_UNROLL
         for (int k = 0; k < kCpt; ++k) {
           const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
@@ -372,14 +404,13 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         if (R::kTwoTap && r >= count) continue;
         float B[kSlice], C[kSlice], delta[kCpt], u[kCpt], dy[kCpt];
         float for_B[kSlice], for_C[kSlice], to_u[kCpt], to_delta[kCpt], y[kCpt];
-        load_slice(B, columns + r * 2 * width + slice * kSlice);
-        load_slice(C, columns + r * 2 * width + width + slice * kSlice);
-        load_lane(delta, deltas + r * kChannels + lane * kCpt);
-        load_lane(u, inputs + r * kChannels + lane * kCpt);
-        load_lane(dy, grads + r * kChannels + lane * kCpt);
+        load_slice(B, my_columns + r * 2 * kSlice);
+        load_slice(C, my_columns + r * 2 * kSlice + kSlice);
+        load_lane(delta, my_deltas + r * kChannels);
+        load_lane(u, my_inputs + r * kChannels);
+        load_lane(dy, my_deltas + (2 * kTile + r) * kChannels);
         if (R::kTwoTap && i > 0) {
-          drives_of(v, inputs + (r - 1) * kChannels + lane * kCpt,
-                    columns + (r - 1) * 2 * width + slice * kSlice);
+          drives_of(v, my_inputs + (r - 1) * kChannels, my_columns + (r - 1) * 2 * kSlice);
         } else if (R::kTwoTap) {
           copy_states(v, v_before);
         }
@@ -420,11 +451,9 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         }
         MMVIM_UNROLL
         for (int j = 0; j < kSlice; ++j) channel_sum.add(i, j, for_B[j], for_C[j]);
-        float* part = parts + (slice * kGroup + i) * kChannels + lane * kCpt;
-        const int pitch = slices * kGroup * kChannels;
-        store_lane(part, to_u);
-        store_lane(part + pitch, to_delta);
-        if (needs_y) store_lane(part + 2 * pitch, y);
+        store_lane(my_parts + i * kChannels, to_u);
+        store_lane(my_parts + (kGroup + i) * kChannels, to_delta);
+        if (needs_y) store_lane(my_parts + (2 * kGroup + i) * kChannels, y);
       }
 
       const float sum = channel_sum.get();
@@ -446,11 +475,10 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         const int t = time_of(at + first + i);
         const int from = (first + i) * kChannels + 4 * quad;
         const auto part = [&](int which) {
-          const float* row = parts + (which * slices * kGroup + i) * kChannels + 4 * quad;
-          Quad sum = Quad::load(row);
-          for (int s = 1; s < slices; ++s) sum.add(Quad::load(row + s * kGroup * kChannels));
-          return sum;
+          return Quad::sum<kParts * kGroup * kChannels>(
+              parts + (which * kGroup + i) * kChannels + 4 * quad, slices);
         };
+        const Quad skip = Quad::load(parameters + kChannels + 4 * quad);
         const Quad delta = Quad::load(deltas + from);
         const Quad u = Quad::load(inputs + from);
         const Quad dy = Quad::load(grads + from);
@@ -479,7 +507,8 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         }
         du = Quad::of([&](int i) { return gpu::fused(skip.v[i], dy.v[i], du.v[i]); });
         if (size.softplus) {
-          ddelta = Quad::of([&](int i) { return ddelta.v[i] * softplus_slope(delta.v[i]); });
+          ddelta = Quad::of(
+              [&](int i) { return ddelta.v[i] * softplus_slope<sizeof(T) == 4>(delta.v[i]); });
         }
         dD = Quad::of([&](int i) { return gpu::fused(u.v[i], dy.v[i], dD.v[i]); });
         dbias.add(ddelta);

@@ -11,17 +11,20 @@ namespace scan {
 constexpr int kLocalTile = 16;
 
 struct LocalShared {
-  int first, second, third, deltas, drives, columns, total;  // bytes
+  int first, second, third, raw_columns, deltas, drives, columns, parameters, total;  // bytes
 
   MMVIM_HD LocalShared(int element, int slices, int channels) {
     const int rows = kLocalTile * channels;
+    const int columns_of_tile = kLocalTile * slices * kSlice;
     first = 0;
     second = first + rows * element;
     third = second + rows * element;
-    deltas = third + rows * element;
+    raw_columns = third + rows * element;
+    deltas = raw_columns + columns_of_tile * element;
     drives = deltas + rows * 4;
     columns = drives + rows * 4;
-    total = columns + kLocalTile * slices * kSlice * 4;
+    parameters = columns + columns_of_tile * 4;
+    total = parameters + channels * 4;
   }
 };
 
@@ -57,8 +60,6 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
   constexpr int kChannels = 32 * kCpt;
   constexpr int kQuads = kChannels / 4;
   constexpr int kTile = kLocalTile;
-  constexpr int kColumnRows = 32 / kSlice;
-  constexpr int kColumnItems = kTile / kColumnRows;
   // The gradient of v leaves a chunk with the weight of its first step's second tap.
   constexpr bool kDrive = kAdjoint && R::kTwoTap;
 
@@ -83,9 +84,10 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
   T* const first_tile = reinterpret_cast<T*>(shared + layout.first);
   T* const second_tile = reinterpret_cast<T*>(shared + layout.second);
   T* const third_tile = reinterpret_cast<T*>(shared + layout.third);
+  T* const raw_columns = reinterpret_cast<T*>(shared + layout.raw_columns);
   float* const deltas = reinterpret_cast<float*>(shared + layout.deltas);
-  float* const drives = reinterpret_cast<float*>(shared + layout.drives);
   float* const columns = reinterpret_cast<float*>(shared + layout.columns);
+  float* const parameters = reinterpret_cast<float*>(shared + layout.parameters);
 
   const Scan& scan = p.scan[direction];
   // Order of this walk: that of the scan, or against it.
@@ -97,44 +99,30 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     return reverse ? size.length - 1 - position : position;
   };
 
-  const int width = slices * kSlice;
-  const int column_row = index / width;
-  const int state = index - column_row * width;
+  const int group = channels.group(size, scan.groups);
+  const Rows& input_rows = kAdjoint ? p.grad_out : scan.u;
   const Rows& column_rows = kAdjoint ? scan.C : scan.B;
-  const T* const column_base = static_cast<const T*>(column_rows.data) + b * column_rows.stride_b +
-                               channels.group(size, scan.groups) * column_rows.stride_g + state;
-  T next_column[kColumnItems];
+
+  const ColumnCopy<T> column_copy(slices, index);
 
   const auto load = [&](int at, int count) {
     const int t = time_of(at);
-    const Rows& input = kAdjoint ? p.grad_out : scan.u;
-    InputRows<T>(scan.delta, b, channels.first)
-        .template copy<kChannels>(first_tile, t, time_step, count, channels.count, index, threads);
-    InputRows<T>(input, b, channels.first)
-        .template copy<kChannels>(second_tile, t, time_step, count, channels.count, index, threads);
+    copy_rows<kChannels>(first_tile, scan.delta, b, channels, t, time_step, count, index, threads);
+    copy_rows<kChannels>(second_tile, input_rows, b, channels, t, time_step, count, index, threads);
     if (gated) {
-      InputRows<T>(p.z, b, channels.first)
-          .template copy<kChannels>(third_tile, t, time_step, count, channels.count, index,
-                                    threads);
+      copy_rows<kChannels>(third_tile, p.z, b, channels, t, time_step, count, index, threads);
     }
-    MMVIM_UNROLL
-    for (int i = 0; i < kColumnItems; ++i) {
-      const int r = column_row + i * kColumnRows;
-      next_column[i] = from_float<T>(0.f);
-      if (r < count && state < size.states) {
-        next_column[i] = column_base[(t + r * time_step) * column_rows.stride_l];
-      }
-    }
+    column_copy.copy(raw_columns, column_rows, b, group, size.states, t, time_step, count);
   };
   const auto prepare = [&](int count) {
     const int quad = index % kQuads;
-    const Quad bias = load_parameter(scan.delta_bias, channels, quad);
+    const Quad bias = Quad::load(parameters + 4 * quad);
     for (int r = index / kQuads; r < count; r += threads / kQuads) {
       const int at = r * kChannels + 4 * quad;
       const Quad raw = Quad::load(first_tile + at);
       const Quad delta = Quad::of([&](int i) {
         const float x = raw.v[i] + bias.v[i];
-        return size.softplus ? softplus(x) : x;
+        return size.softplus ? softplus<sizeof(T) == 4>(x) : x;
       });
       delta.store(deltas + at);
       Quad drive = Quad::load(second_tile + at);
@@ -147,11 +135,11 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
       } else if (R::kInputIsDelta) {
         drive = Quad::of([&](int i) { return drive.v[i] * delta.v[i]; });
       }
-      drive.store(drives + at);
+      drive.store(deltas + kTile * kChannels + at);
     }
-    MMVIM_UNROLL
-    for (int i = 0; i < kColumnItems; ++i) {
-      columns[(column_row + i * kColumnRows) * width + state] = to_float(next_column[i]);
+    if (lane < kTile) {
+      Quad::load(raw_columns + (lane * slices + slice) * kSlice)
+          .store(columns + (slice * kTile + lane) * kSlice);
     }
   };
 
@@ -178,6 +166,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
 
   int count = smaller(kTile, range.end - range.begin);
   load(range.begin, count);
+  load_parameters<kChannels>(parameters, scan.delta_bias, channels, index, threads);
   for (int at = range.begin; at < range.end;) {
     gpu::wait_for_copies();
     gpu::sync_block();
@@ -188,13 +177,13 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     if (next_count > 0) load(next, next_count);
 
     const float* step = deltas + lane * kCpt;
-    const float* row = columns + slice * kSlice;
+    const float* column = columns + slice * kTile * kSlice;
     MMVIM_UNROLL_4
     for (int i = 0; i < count; ++i) {
       float B[kSlice], delta[kCpt], x[kCpt];
-      load_slice(B, row);
-      load_lane(delta, step);
-      load_lane(x, step + kTile * kChannels);
+      load_slice(B, column + i * kSlice);
+      load_lane(delta, step + i * kChannels);
+      load_lane(x, step + (kTile + i) * kChannels);
       MMVIM_UNROLL
       for (int k = 0; k < kCpt; ++k) {
         sum[k] += delta[k];
@@ -216,8 +205,6 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
           if (kDrive || !kDecaysExponentially<kMethod>) decay[k][j] *= s.a;
         }
       }
-      step += kChannels;
-      row += width;
     }
     at = next;
     count = next_count;

@@ -42,48 +42,79 @@ struct Channels {
   }
 };
 
-// Rows of one batch entry from channel `first`, copied to shared memory in rows of `kChannels`.
-template <class T>
-struct InputRows {
-  const T* base;
-  int64_t stride;
-  int vector;
+// A stretch of positions [begin, end), cut into tiles [at, stop) that end at multiples of
+// `interval`.
+constexpr int kForever = 0x7fffffff;
 
-  MMVIM_DEVICE InputRows(const Rows& rows, int64_t b, int first)
-      : base(static_cast<const T*>(rows.data) + b * rows.stride_b + first),
-        stride(rows.stride_l),
-        vector(rows.vector) {}
+struct Walk {
+  int at, stop, end;
+  int until;  // steps from `at` to the next multiple of the interval
 
-  // Row r of `count` rows is time `time + r * step`. Channels past the last become zero.
-  template <int kChannels>
-  MMVIM_DEVICE void copy(T* shared, int time, int step, int count, int channels, int index,
-                         int threads) const {
-    if (vector == 16) {
-      copy_by<kChannels, 16>(shared, time, step, count, channels, index, threads);
-    } else if (vector == 8) {
-      copy_by<kChannels, 8>(shared, time, step, count, channels, index, threads);
-    } else {
-      copy_by<kChannels, 0>(shared, time, step, count, channels, index, threads);
-    }
+  MMVIM_DEVICE Walk(int begin, int end_, int interval, int tile)
+      : at(begin), end(end_), until(interval - begin % interval) {
+    set_stop(tile);
+  }
+  MMVIM_DEVICE void advance(int interval, int tile) {
+    until -= stop - at;
+    if (until == 0) until = interval;
+    at = stop;
+    set_stop(tile);
   }
 
  private:
-  template <int kChannels, int kBytes>
-  MMVIM_DEVICE void copy_by(T* shared, int time, int step, int count, int channels, int index,
-                            int threads) const {
-    constexpr int kElements = kBytes == 0 ? 1 : kBytes / static_cast<int>(sizeof(T));
-    constexpr int kPerRow = kChannels / kElements;
+  MMVIM_DEVICE void set_stop(int tile) { stop = at + smaller(tile, smaller(end - at, until)); }
+};
+
+// Copies `count` rows of a block's channels to shared rows of kChannels: row r is time
+// `time + r * step`. Channels past the last become zero.
+template <int kChannels, class T>
+MMVIM_DEVICE void copy_rows(T* shared, const Rows& rows, int64_t b, const Channels& channels,
+                            int time, int step, int count, int index, int threads) {
+  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  constexpr int kPerRow = kChannels / kElements;
+  const T* const base = static_cast<const T*>(rows.data) + b * rows.stride_b + channels.first;
+  if (rows.vector == 16 && channels.count == kChannels) {
     for (int i = index; i < count * kPerRow; i += threads) {
-      const int r = i / kPerRow;
       const int c = i % kPerRow * kElements;
-      const T* from = base + (time + r * step) * stride + c;
-      T* to = shared + r * kChannels + c;
-      if (kBytes != 0 && c + kElements <= channels) {
-        gpu::copy_async<kBytes == 0 ? 4 : kBytes>(to, from);
+      gpu::copy_async<16>(shared + i * kElements,
+                          base + (time + i / kPerRow * step) * rows.stride_l + c);
+    }
+    return;
+  }
+  for (int i = index; i < count * kChannels; i += threads) {
+    const int c = i % kChannels;
+    shared[i] = c < channels.count ? base[(time + i / kChannels * step) * rows.stride_l + c]
+                                   : from_float<T>(0.f);
+  }
+}
+
+// The same for one group's states of B or C, in rows of kSlice times the number of slices. A thread
+// copies states n, n + 1 (16-bit) or n of rows `row`, `row + kRows`, ...
+template <class T>
+struct ColumnCopy {
+  static constexpr int kElements = 4 / static_cast<int>(sizeof(T));
+  static constexpr int kRows = 8 * kElements;
+  int row, n, width;
+
+  MMVIM_DEVICE ColumnCopy(int slices, int index) : width(slices * kSlice) {
+    const int words = width / kElements;
+    row = index / words;
+    n = (index - row * words) * kElements;
+  }
+
+  MMVIM_DEVICE void copy(T* shared, const Rows& rows, int64_t b, int group, int states, int time,
+                         int step, int count) const {
+    const T* const base =
+        static_cast<const T*>(rows.data) + b * rows.stride_b + group * rows.stride_g + n;
+    for (int r = row; r < count; r += kRows) {
+      T* const to = shared + r * width + n;
+      const T* const from = base + (time + r * step) * rows.stride_l;
+      if (rows.vector != 0 && n < states) {
+        gpu::copy_async<4>(to, from);
         continue;
       }
       MMVIM_UNROLL
-      for (int e = 0; e < kElements; ++e) to[e] = c + e < channels ? from[e] : from_float<T>(0.f);
+      for (int i = 0; i < kElements; ++i) to[i] = n + i < states ? from[i] : from_float<T>(0.f);
     }
   }
 };
@@ -124,6 +155,19 @@ struct Quad {
     for (int i = 0; i < 4; ++i) {
       if (i < count) p[i] = from_float<T>(v[i]);
     }
+  }
+  // Sum of `count` quads that are kPitch floats apart.
+  template <int kPitch>
+  static MMVIM_DEVICE Quad sum(const float* p, int count) {
+    Quad x = load(p);
+    if (count == 4) {
+      MMVIM_UNROLL
+      for (int i = 1; i < 4; ++i) x.add(load(p + i * kPitch));
+    } else {
+      MMVIM_NO_UNROLL
+      for (int i = 1; i < count; ++i) x.add(load(p + i * kPitch));
+    }
+    return x;
   }
   MMVIM_DEVICE void add(const Quad& x) {
     MMVIM_UNROLL
@@ -177,10 +221,22 @@ struct QuadRows {
   }
 };
 
-// A parameter (d,) of four channels; zero where there is none.
-MMVIM_DEVICE Quad load_parameter(const float* data, const Channels& channels, int quad) {
-  const int count = data == nullptr ? 0 : channels.count - 4 * quad;
-  return Quad::load(data + channels.first + 4 * quad, count);
+// A parameter (d,) of the block's channels; zero where there is none.
+template <int kChannels>
+MMVIM_DEVICE void load_parameters(float* shared, const float* data, const Channels& channels,
+                                  int index, int threads) {
+  for (int c = index; c < kChannels; c += threads) {
+    shared[c] = data != nullptr && c < channels.count ? data[channels.first + c] : 0.f;
+  }
+}
+
+// Rows of B, then of C, as copy_columns leaves them, to float: for each slice and row kSlice states
+// of B, then of C. Every thread converts one slice of one row.
+template <int kTile, class T>
+MMVIM_DEVICE void convert_columns(float* columns, const T* raw, int slices, int index) {
+  static_assert(kTile == 16);
+  const int from = (index % 2 * kTile + index % 32 / 2) * slices + index / 32;
+  Quad::load(raw + from * kSlice).store(columns + index * kSlice);
 }
 
 // kSlice states of each of the lane's channels, of a (rows, d, pitch) array; zero outside.
@@ -251,6 +307,15 @@ MMVIM_DEVICE void clear_states(float (&h)[kCpt][kSlice]) {
   for (int k = 0; k < kCpt; ++k) {
     MMVIM_UNROLL
     for (int j = 0; j < kSlice; ++j) h[k][j] = 0.f;
+  }
+}
+
+template <int kCpt>
+MMVIM_DEVICE void scale_states(float (&h)[kCpt][kSlice], float factor) {
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) h[k][j] *= factor;
   }
 }
 

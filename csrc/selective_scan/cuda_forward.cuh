@@ -5,8 +5,9 @@
 // way. Between two barriers all threads then gate and store the tile's outputs and turn the next
 // tile's inputs into step sizes and drives.
 //
-// Two directions share a block, half of its warps each, and walk the same stretch of time from both
-// ends. Who passes a time step first leaves the output there, the other one adds its own and gates.
+// Two directions (kPair) share a block, half of its warps each, and walk the same stretch of time
+// from both ends. Who passes a time step first leaves the output there, the other one adds its own
+// and gates.
 #pragma once
 
 #include "cuda_common.cuh"
@@ -16,45 +17,42 @@ namespace scan {
 
 constexpr int kForwardTile = 16;
 
-// Offsets into shared memory, in bytes; all but `meeting` are of the first direction.
+// Offsets into shared memory, in bytes; `meeting` follows the parts of all directions.
 struct ForwardShared {
-  int u, delta, z, deltas, drives, columns, outputs, direction, meeting, total;
+  int u, delta, z, raw_columns, deltas, drives, columns, outputs, parameters, direction, meeting,
+      total;
 
   MMVIM_HD ForwardShared(int element, int directions, int slices, int channels, int meeting_rows) {
     const int rows = kForwardTile * channels;
+    const int columns_of_tile = kForwardTile * slices * kSlice * 2;
     u = 0;
     delta = u + 2 * rows * element;
     z = delta + rows * element;
-    deltas = z + rows * element;
+    raw_columns = z + rows * element;
+    deltas = raw_columns + columns_of_tile * element;
     drives = deltas + rows * 4;
     columns = drives + rows * 4;
-    outputs = columns + kForwardTile * slices * kSlice * 8;
-    direction = outputs + slices * rows * 4;
+    outputs = columns + columns_of_tile * 4;
+    parameters = outputs + slices * rows * 4;
+    direction = parameters + 2 * channels * 4;
     meeting = directions * direction;
     total = meeting + meeting_rows * channels * 4;
   }
 };
 
-// A stretch of positions and the tile [at, stop) in it.
-struct Stretch {
-  int end, at, stop;
-};
-
-template <class T, Discretization kMethod, int kCpt>
+template <class T, Discretization kMethod, int kCpt, bool kPair>
 MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT Forward p) {
   using R = Rule<kMethod, GpuMath>;
   constexpr int kChannels = 32 * kCpt;
   constexpr int kQuads = kChannels / 4;
   constexpr int kTile = kForwardTile;
-  constexpr int kColumnRows = 16 / kSlice;
-  constexpr int kColumnItems = kTile / kColumnRows;
 
   const Sizes& size = p.size;
   const int slices = slices_of(size);
   const int threads = 32 * slices;  // of one direction
-  const int lane = gpu::thread_index() % 32;
-  const int direction = gpu::thread_index() / threads;
+  const int direction = kPair ? gpu::thread_index() / threads : 0;
   const int index = gpu::thread_index() - direction * threads;
+  const int lane = index % 32;
   const int slice = index / 32;
 
   const int blocks = channel_blocks(size, kChannels);
@@ -65,143 +63,110 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
   const int time_begin = chunk * p.chunks.length;
   const int time_end = time_begin + smaller(size.length - time_begin, p.chunks.length);
 
-  const ForwardShared layout(sizeof(T), p.directions, slices, kChannels, 0);
-  char* shared = gpu::shared_memory() + direction * layout.direction;
+  const ForwardShared layout(sizeof(T), kPair ? 2 : 1, slices, kChannels, 0);
+  char* const shared = gpu::shared_memory() + direction * layout.direction;
   T* const u_tiles = reinterpret_cast<T*>(shared + layout.u);
   T* const delta_tile = reinterpret_cast<T*>(shared + layout.delta);
   T* const z_tile = reinterpret_cast<T*>(shared + layout.z);
+  T* const raw_columns = reinterpret_cast<T*>(shared + layout.raw_columns);
   float* const deltas = reinterpret_cast<float*>(shared + layout.deltas);
-  float* const drives = reinterpret_cast<float*>(shared + layout.drives);
   float* const columns = reinterpret_cast<float*>(shared + layout.columns);
   float* const outputs = reinterpret_cast<float*>(shared + layout.outputs);
+  float* const parameters = reinterpret_cast<float*>(shared + layout.parameters);
 
   const Scan& scan = p.scan[direction];
   const bool reverse = scan.reverse;
   const bool gated = p.z.data != nullptr;
-  const int interval = p.checkpoints[direction] != nullptr ? p.interval : 0;
-
+  const int interval = p.checkpoints[direction] != nullptr ? p.interval : kForever;
   const int begin = reverse ? size.length - time_end : time_begin;
-  Stretch own, other;
-  own.at = begin;
-  own.end = reverse ? size.length - time_begin : time_end;
-  other.at = reverse ? time_begin : size.length - time_end;
-  other.end = reverse ? time_end : size.length - time_begin;
-  // Tiles end at checkpoints.
-  const auto set_stop = [&](Stretch& s) {
-    s.stop = smaller(s.end, s.at + kTile);
-    if (interval > 0) s.stop = smaller(s.stop, (s.at / interval + 1) * interval);
-  };
+  Walk own(begin, reverse ? size.length - time_begin : time_end, interval, kTile);
+  // The other direction of a pair, at its own positions.
+  Walk other(reverse ? time_begin : size.length - time_end,
+             reverse ? time_end : size.length - time_begin, interval, kTile);
   const auto time_of = [&](int position) {
     return reverse ? size.length - 1 - position : position;
   };
   const int time_step = reverse ? -1 : 1;
+  const int group = channels.group(size, scan.groups);
 
-  // This thread's column of B or C, in rows `column_row + i * kColumnRows` of a tile.
-  const int width = slices * kSlice;
-  const int column_row = index / (2 * width);
-  const int column = index - column_row * 2 * width;
-  const int state = column < width ? column : column - width;
-  const Rows& column_rows = column < width ? scan.B : scan.C;
-  const T* const column_base = static_cast<const T*>(column_rows.data) + b * column_rows.stride_b +
-                               channels.group(size, scan.groups) * column_rows.stride_g + state;
-  T next_column[kColumnItems];
+  const ColumnCopy<T> column_copy(slices, index);
 
   const auto load = [&](T* u_tile) {
-    const InputRows<T> u(scan.u, b, channels.first);
-    const InputRows<T> delta(scan.delta, b, channels.first);
     const int t = time_of(own.at);
     const int count = own.stop - own.at;
-    u.template copy<kChannels>(u_tile, t, time_step, count, channels.count, index, threads);
-    delta.template copy<kChannels>(delta_tile, t, time_step, count, channels.count, index, threads);
-    MMVIM_UNROLL
-    for (int i = 0; i < kColumnItems; ++i) {
-      const int r = column_row + i * kColumnRows;
-      next_column[i] = from_float<T>(0.f);
-      if (r < count && state < size.states) {
-        next_column[i] = column_base[(t + r * time_step) * column_rows.stride_l];
-      }
-    }
+    copy_rows<kChannels>(u_tile, scan.u, b, channels, t, time_step, count, index, threads);
+    copy_rows<kChannels>(delta_tile, scan.delta, b, channels, t, time_step, count, index, threads);
+    column_copy.copy(raw_columns, scan.B, b, group, size.states, t, time_step, count);
+    column_copy.copy(raw_columns + kTile * slices * kSlice, scan.C, b, group, size.states, t,
+                     time_step, count);
   };
 
   const auto prepare = [&](const T* u_tile) {
     const int quad = index % kQuads;
-    const Quad bias = load_parameter(scan.delta_bias, channels, quad);
+    const Quad bias = Quad::load(parameters + 4 * quad);
     for (int r = index / kQuads; r < own.stop - own.at; r += threads / kQuads) {
       const int at = r * kChannels + 4 * quad;
       const Quad u = Quad::load(u_tile + at);
       const Quad raw = Quad::load(delta_tile + at);
       const Quad delta = Quad::of([&](int i) {
         const float x = raw.v[i] + bias.v[i];
-        return size.softplus ? softplus(x) : x;
+        return size.softplus ? softplus<sizeof(T) == 4>(x) : x;
       });
       delta.store(deltas + at);
       Quad::of([&](int i) {
         return R::kInputIsDelta ? u.v[i] * delta.v[i] : u.v[i];
-      }).store(drives + at);
+      }).store(deltas + kTile * kChannels + at);
     }
-    MMVIM_UNROLL
-    for (int i = 0; i < kColumnItems; ++i) {
-      columns[(column_row + i * kColumnRows) * 2 * width + column] = to_float(next_column[i]);
-    }
+    convert_columns<kTile>(columns, raw_columns, slices, index);
   };
 
   // Writes the outputs of `count` positions from `first`. Of the other direction's positions, those
   // below `passed` are done.
   const bool writes = p.out != nullptr || p.pregate != nullptr || p.sum_out != nullptr;
-  const bool plain =
-      p.directions == 1 && p.sum_in == nullptr && p.sum_out == nullptr && p.pregate == nullptr;
   const auto finish = [&](const T* u_tile, int first, int count, int passed) {
     const int quad = index % kQuads;
-    const Quad skip = load_parameter(scan.D, channels, quad);
-    const QuadRows<T> out(static_cast<T*>(p.out), size, b, channels, quad);
+    const Quad skip = Quad::load(parameters + kChannels + 4 * quad);
     for (int r = index / kQuads; r < count; r += threads / kQuads) {
       const int at = r * kChannels + 4 * quad;
       const int t = time_of(first + r);
       const Quad u = Quad::load(u_tile + at);
-      Quad y = Quad::of([&](int i) { return skip.v[i] * u.v[i]; });
-      for (int s = 0; s < slices; ++s) y.add(Quad::load(outputs + s * kTile * kChannels + at));
-      if (!plain) {
-        if (p.directions == 2) {
-          const bool leave = size.length - 1 - (first + r) >= passed;
-          const QuadRows<float> scratch(p.meeting, size, b, channels, quad);
-          float* meeting = reinterpret_cast<float*>(gpu::shared_memory() + layout.meeting) +
-                           (t - time_begin) * kChannels + 4 * quad;
-          if (leave && p.meeting == nullptr) y.store(meeting);
-          if (leave && p.meeting != nullptr) scratch.store(t, y);
-          if (leave) continue;
-          y.add(p.meeting == nullptr ? Quad::load(meeting) : scratch.load(t));
-        }
-        if (p.sum_in != nullptr) {
-          y.add(QuadRows<const float>(p.sum_in, size, b, channels, quad).load(t));
-        }
-        if (p.sum_out != nullptr) {
-          QuadRows<float>(p.sum_out, size, b, channels, quad).store(t, y);
-          continue;
-        }
-        if (p.pregate != nullptr) {
-          QuadRows<T>(static_cast<T*>(p.pregate), size, b, channels, quad).store(t, y);
-        }
-        y = Quad::of([&](int i) { return y.v[i] * p.scale; });
+      Quad y = Quad::sum<kTile * kChannels>(outputs + at, slices);
+      y = Quad::of([&](int i) { return gpu::fused(skip.v[i], u.v[i], y.v[i]); });
+      if (kPair) {
+        const bool leave = size.length - 1 - (first + r) >= passed;
+        const QuadRows<float> scratch(p.meeting, size, b, channels, quad);
+        float* meeting = reinterpret_cast<float*>(gpu::shared_memory() + layout.meeting) +
+                         (t - time_begin) * kChannels + 4 * quad;
+        if (leave && p.meeting == nullptr) y.store(meeting);
+        if (leave && p.meeting != nullptr) scratch.store(t, y);
+        if (leave) continue;
+        y.add(p.meeting == nullptr ? Quad::load(meeting) : scratch.load(t));
+      }
+      if (p.sum_in != nullptr) {
+        y.add(QuadRows<const float>(p.sum_in, size, b, channels, quad).load(t));
+      }
+      if (p.sum_out != nullptr) {
+        QuadRows<float>(p.sum_out, size, b, channels, quad).store(t, y);
+        continue;
+      }
+      if (p.pregate != nullptr) {
+        QuadRows<T>(static_cast<T*>(p.pregate), size, b, channels, quad).store(t, y);
       }
       if (p.out == nullptr) continue;
+      y = Quad::of([&](int i) { return y.v[i] * p.scale; });
       if (gated) {
         const Quad z = Quad::load(z_tile + at);
         y = Quad::of([&](int i) { return y.v[i] * z.v[i] * logistic(z.v[i]); });
       }
-      out.store(t, y);
+      QuadRows<T>(static_cast<T*>(p.out), size, b, channels, quad).store(t, y);
     }
   };
 
   float rate[kCpt][kSlice], h[kCpt][kSlice], v[kCpt][kSlice];
   load_states(rate, scan.A, 0, size.pitch, size, channels, lane, slice);
-  MMVIM_UNROLL
-  for (int k = 0; k < kCpt; ++k) {
-    MMVIM_UNROLL
-    for (int j = 0; j < kSlice; ++j) {
-      rate[k][j] *= static_cast<float>(R::kRateScale);
-      h[k][j] = v[k][j] = 0.f;
-    }
-  }
+  scale_states(rate, static_cast<float>(R::kRateScale));
+  clear_states(h);
+  clear_states(v);
   if (p.chunks.count > 1) {
     const int64_t at = (static_cast<int64_t>(direction) * p.chunks.count + chunk) * size.batch + b;
     load_states(h, p.chunks.state, at, size.pitch, size, channels, lane, slice);
@@ -216,11 +181,11 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
     }
   }
 
-  set_stop(own);
-  set_stop(other);
   T* u_tile = u_tiles;
   T* next_u_tile = u_tiles + kTile * kChannels;
   load(u_tile);
+  load_parameters<kChannels>(parameters, scan.delta_bias, channels, index, threads);
+  load_parameters<kChannels>(parameters + kChannels, scan.D, channels, index, threads);
   gpu::wait_for_copies();
   gpu::sync_block();
   prepare(u_tile);
@@ -229,30 +194,29 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
     const int first = own.at;
     const int count = own.stop - own.at;
     // Where the directions' tiles overlap, the first one waits for the second.
-    const int passed = p.directions == 1 ? size.length : direction == 0 ? other.stop : other.at;
-    const bool overlap = p.directions == 2 && count > 0 && other.at < other.stop &&
+    const int passed = direction == 0 ? other.stop : other.at;
+    const bool overlap = kPair && count > 0 && other.at < other.stop &&
                          own.at < size.length - other.at && size.length - other.stop < own.stop;
+    const int turns = overlap ? 2 : 1;
+    const int turn = overlap && direction == 0 ? 1 : 0;
     if (gated) {
-      InputRows<T>(p.z, b, channels.first)
-          .template copy<kChannels>(z_tile, time_of(first), time_step, count, channels.count, index,
-                                    threads);
+      copy_rows<kChannels>(z_tile, p.z, b, channels, time_of(first), time_step, count, index,
+                           threads);
     }
-    own.at = own.stop;
-    set_stop(own);
-    other.at = other.stop;
-    set_stop(other);
+    own.advance(interval, kTile);
+    if (kPair) other.advance(interval, kTile);
     load(next_u_tile);
 
     const float* step = deltas + lane * kCpt;
-    const float* row = columns + slice * kSlice;
+    const float* column = columns + slice * kTile * 2 * kSlice;
     float* output = outputs + slice * kTile * kChannels + lane * kCpt;
     MMVIM_UNROLL_4
     for (int i = 0; i < count; ++i) {
       float B[kSlice], C[kSlice], delta[kCpt], x[kCpt], y[kCpt];
-      load_slice(B, row);
-      load_slice(C, row + width);
-      load_lane(delta, step);
-      load_lane(x, step + kTile * kChannels);
+      load_slice(B, column + i * 2 * kSlice);
+      load_slice(C, column + i * 2 * kSlice + kSlice);
+      load_lane(delta, step + i * kChannels);
+      load_lane(x, step + (kTile + i) * kChannels);
       MMVIM_UNROLL
       for (int k = 0; k < kCpt; ++k) {
         y[k] = 0.f;
@@ -262,25 +226,20 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
           y[k] = gpu::fused(C[j], h[k][j], y[k]);
         }
       }
-      store_lane(output, y);
-      step += kChannels;
-      row += 2 * width;
-      output += kChannels;
+      store_lane(output + i * kChannels, y);
     }
-    if (interval > 0 && count > 0 && own.at % interval == 0 && own.at < size.length) {
+    if (own.until == interval && count > 0 && own.at < size.length) {
       const int64_t kept = (size.length - 1) / interval;
       store_states(h, p.checkpoints[direction], b * kept + own.at / interval - 1, size.pitch, size,
                    channels, lane, slice);
     }
     gpu::wait_for_copies();
     gpu::sync_block();
-    for (int turn = 0; turn <= static_cast<int>(overlap); ++turn) {
-      if (turn == 1) gpu::sync_block();
-      if (writes && turn == static_cast<int>(overlap && direction == 0)) {
-        finish(u_tile, first, count, passed);
-      }
+    for (int i = 0; i < turns; ++i) {
+      if (i > 0) gpu::sync_block();
+      if (writes && i == turn) finish(u_tile, first, count, passed);
     }
-    if (own.at >= own.end && other.at >= other.end) break;
+    if (own.at >= own.end && (!kPair || other.at >= other.end)) break;
     prepare(next_u_tile);
     gpu::sync_block();
     T* const swap = u_tile;

@@ -35,10 +35,9 @@ int launch_forward_as(const Plan& plan, Forward p, CUstream_st* stream) {
     if (error == 0) error = launch_carry(carry, stream);
     if (error != 0) return error;
   }
-  const int meeting_rows = p.directions == 2 && p.meeting == nullptr ? plan.chunk_length : 0;
-  const ForwardShared shared(sizeof(T), p.directions, slices, 32 * kCpt, meeting_rows);
-  return gpu::launch(forward_kernel<T, kMethod, kCpt>, blocks * plan.chunks,
-                     32 * slices * p.directions, shared.total, stream, p);
+  const ForwardShared shared(sizeof(T), 1, slices, 32 * kCpt, 0);
+  return gpu::launch(forward_kernel<T, kMethod, kCpt, false>, blocks * plan.chunks, 32 * slices,
+                     shared.total, stream, p);
 }
 
 template <class T>

@@ -12,7 +12,7 @@ from .backend import resolve
 from .discretization import TWO_TAP
 
 # Steps between the states that forward keeps for backward: memory against recomputation.
-CHECKPOINT_INTERVAL = {'cpu': 16, 'cuda': 16}
+CHECKPOINT_INTERVAL = {'cpu': 16, 'cuda': 32}
 _CHECKPOINT_INTERVAL_ELSEWHERE = 16
 
 # Newer than the oldest torch supported; an exported graph is for inference.
