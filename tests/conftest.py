@@ -1,5 +1,7 @@
 """Shared pytest configuration: GPU tests are skipped where there is no CUDA device."""
 
+import sys
+
 import pytest
 import torch
 
@@ -11,3 +13,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if 'gpu' in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def no_default_scope():
+    """Let no test inherit the default scope that a Runner of an earlier one has set."""
+    yield
+    registry = sys.modules.get('mmengine.registry')
+    if registry is not None:
+        registry.DefaultScope._instance_dict.clear()
