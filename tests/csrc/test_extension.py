@@ -1,0 +1,230 @@
+"""Finding, refusing and compiling the library, and what mmvim says about it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from mmvim.ops import extension as real
+
+USE = """
+import torch
+from mmvim import ops
+u = torch.ones(1, 3, 2)
+y = ops.selective_scan(u, u, -torch.ones(2, 2), torch.ones(1, 3, 2), torch.ones(1, 3, 2))
+print(ops.extension.supports('selective_scan', 'cpu', torch.float32), float(y.sum()) > 0)
+"""
+
+
+def describe(extension, **changes):
+    """Put a library that is not one, and its description, into the package."""
+    builder = extension._builder()
+    info = {'torch': torch.__version__, 'sources': builder.sources_hash(False), 'cuda': None}
+    (extension._PACKAGE / builder.INFO_NAME).write_text(json.dumps({**info, **changes}))
+    (extension._PACKAGE / builder.LIBRARY_NAME).write_text('not a library')
+
+
+def run(package, code=USE, **environment):
+    variables = {**os.environ, 'PYTHONPATH': str(package), 'OMP_NUM_THREADS': '1', **environment}
+    return subprocess.run(
+        [sys.executable, '-c', code], env=variables, cwd=package, capture_output=True, text=True
+    )
+
+
+def assert_not_loaded(extension, pattern):
+    assert extension.load() is False
+    assert extension.loaded() is False
+    assert not extension.supports('selective_scan', 'cpu', torch.float32)
+    assert re.search(pattern, extension.why_not())
+    info = extension.backend_info()
+    assert info['loaded'] is False
+    assert info['library'] is None
+    assert info['cpu_kernels'] == info['cuda_kernels'] == []
+    assert info['reason'] == extension.why_not()
+    assert 'mmvim.ops.build()' in info['reason']
+
+
+def test_nothing_is_compiled(extension):
+    assert_not_loaded(extension, 'have not been compiled')
+
+
+def test_library_of_another_torch_is_refused(extension):
+    describe(extension, torch='1.0.0')
+    assert_not_loaded(
+        extension, rf'compiled for torch 1\.0\.0 and this is {torch.__version__}'[:40]
+    )
+
+
+def test_library_of_other_sources_is_refused(extension):
+    describe(extension, sources='0' * 64)
+    assert_not_loaded(extension, 'sources in csrc have changed')
+
+
+def test_broken_library_is_refused(extension):
+    describe(extension)
+    assert_not_loaded(extension, 'cannot be loaded')
+
+
+def test_description_that_cannot_be_read(extension):
+    describe(extension)
+    (extension._PACKAGE / '_build_info.json').write_text('{"torch": ')
+    assert_not_loaded(extension, 'have not been compiled')
+
+
+def test_reason_of_a_failed_build_is_told(extension):
+    (extension._PACKAGE / '_build_info.json').write_text('{"error": "no compiler that day"}')
+    assert_not_loaded(extension, 'not compiled: no compiler that day')
+
+
+def test_build_without_a_compiler(extension, monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    monkeypatch.delenv('CXX', raising=False)
+    with pytest.raises(RuntimeError, match=r'no C\+\+ compiler'):
+        extension.build(verbose=False, cuda=False)
+    assert_not_loaded(extension, 'have not been compiled')
+
+
+def test_build_without_sources(extension):
+    (extension._PACKAGE.parent / 'csrc').unlink()
+    with pytest.raises(RuntimeError, match='csrc'):
+        extension.build(verbose=False)
+
+
+def test_jit_without_a_compiler_goes_on_in_pytorch(package, tmp_path):
+    result = run(package, MMVIM_JIT='1', PATH='', CXX='', MMVIM_CACHE_DIR=str(tmp_path / 'c'))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ['False', 'True']
+    assert 'goes on with PyTorch operators' in result.stderr
+    assert 'C++ compiler' in result.stderr
+
+
+def test_demanding_what_is_not_compiled_says_how_to_build(package, tmp_path):
+    result = run(package, MMVIM_BACKEND='compiled', MMVIM_CACHE_DIR=str(tmp_path / 'c'))
+    assert result.returncode != 0
+    assert 'mmvim.ops.build()' in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX permissions')
+def test_cache_that_others_can_write_is_not_used(extension, tmp_path):
+    cache = tmp_path / 'cache'
+    cache.mkdir()
+    cache.chmod(0o777)
+    with pytest.raises(PermissionError, match='chmod 700'):
+        extension._cache_root()
+    with pytest.raises(PermissionError):
+        extension.build(verbose=False, cuda=False)
+    assert extension._cached_folders() == []
+    assert 'unusable' in extension.backend_info()['cache']
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='POSIX permissions')
+def test_cache_is_private(extension, tmp_path):
+    assert extension._cache_root() == tmp_path / 'cache'
+    assert (tmp_path / 'cache').stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='fcntl')
+def test_second_process_waits_for_the_lock(extension, tmp_path):
+    path, lines = tmp_path / 'lock', []
+    code = (
+        'import fcntl, sys, time\n'
+        f'file = open({str(path)!r}, "a+b")\n'
+        'fcntl.flock(file, fcntl.LOCK_EX)\n'
+        'print("held", flush=True)\n'
+        'time.sleep(1.0)\n'
+    )
+    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        start = time.monotonic()
+        with extension._file_lock(path, lines.append):
+            waited = time.monotonic() - start
+    assert waited > 0.5
+    assert lines == ['mmvim: waiting for another process that compiles the kernels']
+    with extension._file_lock(path, lines.append):
+        assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ('entry', 'capability', 'covered'),
+    [
+        ('9.0', (9, 0), True),
+        ('9.0', (10, 0), False),
+        ('9.0+PTX', (10, 0), True),
+        ('8.0', (8, 6), True),
+        ('8.6', (8, 0), False),
+        ('8.6+PTX', (8, 0), False),
+        ('9.0a', (9, 0), True),
+        ('12.0+PTX', (9, 0), False),
+    ],
+)
+def test_which_gpus_a_library_serves(entry, capability, covered):
+    assert real._covers(entry, *capability) is covered
+
+
+def test_gpu_without_code_is_not_served(extension, monkeypatch):
+    extension._info = {'architectures': ['9.0']}
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda i: (8, 0))
+    assert not extension._gpu_is_covered()
+    assert 'compiled for 9.0, but GPU 0 is 8.0' in extension._info['no_cuda']
+
+
+def test_information_in_words():
+    text = str(real.backend_info())
+    lines = dict(line.split(':', 1) for line in text.splitlines())
+    assert lines['torch'].strip() == torch.__version__
+    assert lines['loaded'].strip() == ('yes' if real.loaded() else 'no')
+
+
+@pytest.mark.skipif(not real.loaded(), reason='no compiled library')
+def test_what_is_loaded():
+    info = real.backend_info()
+    assert info['reason'] is None
+    assert info['cpu_instruction_set'] in ('portable', 'avx2', 'avx512')
+    assert set(info['cpu_kernels']) == set(real._OPS)
+    for op in real._OPS:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            assert real.supports(op, 'cpu', dtype)
+        assert not real.supports(op, 'cpu', torch.int64)
+        assert not real.supports(op, 'mps', torch.float32)
+        assert not real.supports(op, 'cuda', torch.float64)
+    assert not real.supports('no_such_op', 'cpu', torch.float32)
+    assert real.build(verbose=False, cuda=False) == real._library
+
+
+@pytest.mark.slow
+def test_compiling_at_first_use_once_for_all_processes(package, tmp_path):
+    environment = {**os.environ, 'PYTHONPATH': str(package), 'MMVIM_JIT': '1'}
+    environment |= {'MMVIM_CACHE_DIR': str(tmp_path / 'cache'), 'OMP_NUM_THREADS': '1'}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, '-c', USE],
+            env=environment,
+            cwd=package,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    results = [(*rank.communicate(timeout=900), rank.returncode) for rank in ranks]
+    for out, err, code in results:
+        assert code == 0, err
+        assert out.split() == ['True', 'True']
+    compiled = ['mmvim: compiling' in err for _, err, _ in results]
+    assert sorted(compiled) == [False, True]
+    waited = results[compiled.index(False)][1]
+    assert 'waiting for another process' in waited or waited == ''
+    assert any('selective_scan/cpu_tile.cpp' in err for _, err, _ in results)
+
+    later = run(package, MMVIM_CACHE_DIR=str(tmp_path / 'cache'), MMVIM_JIT='0')
+    assert later.returncode == 0, later.stderr
+    assert later.stdout.split() == ['True', 'True']
+    assert 'compiling' not in later.stderr
+    assert not [p for p in (tmp_path / 'cache').rglob('*') if p.stat().st_mode & 0o022]

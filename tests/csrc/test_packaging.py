@@ -1,0 +1,146 @@
+"""Wheel, source distribution and installation, with and without a compiler."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+pytest.importorskip('setuptools')
+
+ENTRIES = (
+    'configs',
+    'csrc',
+    'mmvim',
+    'tools',
+    'setup.py',
+    'pyproject.toml',
+    'MANIFEST.in',
+    'README.md',
+    'LICENSE',
+    'model-index.yml',
+)
+
+
+@pytest.fixture
+def checkout(root, tmp_path):
+    """A clean copy of what packaging needs."""
+    target = tmp_path / 'checkout'
+    ignore = shutil.ignore_patterns(
+        '__pycache__', '_C.*', '_build_info.json', '.mim', '*.egg-info', '*.o'
+    )
+    for name in ENTRIES:
+        if (root / name).is_dir():
+            shutil.copytree(root / name, target / name, ignore=ignore)
+        elif (root / name).is_file():
+            shutil.copyfile(root / name, target / name)
+    return target
+
+
+def setup(checkout, *arguments, **environment):
+    result = subprocess.run(
+        [sys.executable, 'setup.py', '-q', *arguments],
+        cwd=checkout,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def wheel_of(checkout):
+    (path,) = (checkout / 'dist').glob('*.whl')
+    return path
+
+
+def test_wheel_without_kernels(checkout, root, tmp_path):
+    setup(checkout, 'bdist_wheel', MMVIM_SKIP_BUILD='1')
+    wheel = wheel_of(checkout)
+    assert wheel.name.endswith('-py3-none-any.whl')
+    site = tmp_path / 'site'
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    names = {p.relative_to(site).as_posix() for p in site.rglob('*') if p.is_file()}
+    assert not [n for n in names if '__pycache__' in n or n.endswith(('.so', '.o'))]
+    for folder, inside in (('csrc', 'mmvim/csrc'), ('configs', 'mmvim/.mim/configs')):
+        for path in (root / folder).rglob('*'):
+            if path.is_file() and '__pycache__' not in path.parts:
+                assert f'{inside}/{path.relative_to(root / folder).as_posix()}' in names
+    assert 'mmvim/.mim/tools/train.py' in names
+    metadata = json.loads((site / 'mmvim' / '_build_info.json').read_text())
+    assert 'MMVIM_SKIP_BUILD=1' in metadata['error']
+
+    code = (
+        'import mmvim.ops as o\n'
+        'assert "MMVIM_SKIP_BUILD=1" in o.backend_info()["reason"], o.backend_info()\n'
+        'builder = o.extension._builder()\n'
+        'print(builder.ROOT, len(builder.units(True)) > 20)'
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', code],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(site), 'MMVIM_CACHE_DIR': str(tmp_path / 'cache')},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(site / 'mmvim' / 'csrc'), 'True']
+
+
+def test_source_distribution_is_complete(checkout, root):
+    setup(checkout, 'sdist')
+    (path,) = (checkout / 'dist').glob('*.tar.gz')
+    with tarfile.open(path) as archive:
+        names = {n.partition('/')[2] for n in archive.getnames()}
+    for folder in ('csrc', 'configs', 'tools'):
+        for file in (root / folder).rglob('*'):
+            if file.is_file() and '__pycache__' not in file.parts:
+                assert file.relative_to(root).as_posix() in names
+    assert {'setup.py', 'MANIFEST.in', 'LICENSE', 'mmvim/ops/extension.py'} <= names
+
+
+def test_failing_compiler_does_not_fail_the_installation(checkout):
+    result = setup(checkout, 'build_ext', '--inplace', CXX='no-such-compiler')
+    assert 'installs without compiled kernels' in result.stderr
+    assert not (checkout / 'mmvim' / '_C.so').exists()
+    info = json.loads((checkout / 'mmvim' / '_build_info.json').read_text())
+    assert 'no-such-compiler' in info['error']
+
+
+def test_failing_build_keeps_an_earlier_library(checkout):
+    (checkout / 'mmvim' / '_C.so').write_text('earlier')
+    (checkout / 'mmvim' / '_build_info.json').write_text('{"torch": "earlier"}')
+    setup(checkout, 'build_ext', '--inplace', CXX='no-such-compiler')
+    assert (checkout / 'mmvim' / '_C.so').read_text() == 'earlier'
+    assert 'earlier' in (checkout / 'mmvim' / '_build_info.json').read_text()
+
+
+@pytest.mark.slow
+def test_compiled_wheel(checkout, tmp_path):
+    setup(checkout, 'bdist_wheel', MMVIM_FORCE_CUDA='0')
+    wheel = wheel_of(checkout)
+    tags = wheel.stem.split('-')[-3:]
+    assert tags[:2] == ['py3', 'none']
+    assert tags[2] != 'any'
+    site = tmp_path / 'site'
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    result = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            'import mmvim.ops as o; i = o.backend_info(); print(i["library"], i["cpu_kernels"])',
+        ],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(str(site))
+    assert 'bidirectional_scan' in result.stdout
