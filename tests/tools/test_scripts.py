@@ -52,7 +52,9 @@ def srun(tmp_path):
 
 
 def slurm_lines(run_script, srun, script, *args, **env) -> list[str]:
-    done = run_script(script, *args, cwd=srun, PATH=f'{srun}:/usr/bin:/bin', PYTHON='', **env)
+    done = run_script(
+        script, *args, cwd=srun, **{'PATH': f'{srun}:/usr/bin:/bin', 'PYTHON': '', **env}
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
