@@ -45,6 +45,12 @@ void check(const OptTensor& t, const char* name, at::IntArrayRef sizes, at::Scal
   if (t.has_value()) check(*t, name, sizes, type, like);
 }
 
+// With neighbours in the last dimension, and steps of time within 32 bits.
+Tensor with_rows(const Tensor& t) {
+  const int64_t step = t.size(1) <= 1 ? 0 : t.stride(1);
+  return step < INT32_MIN || step > INT32_MAX ? t.contiguous() : with_unit_stride(t);
+}
+
 OptTensor contiguous(const OptTensor& t) {
   return t.has_value() ? OptTensor(t->contiguous()) : OptTensor();
 }
@@ -106,11 +112,11 @@ struct Inputs {
     check(C_, "C", {b, l, g, n}, type, u_);
     check(D_, "D", {d}, at::kFloat, u_);
     check(delta_bias_, "delta_bias", {d}, at::kFloat, u_);
-    u = with_unit_stride(u_);
-    delta = with_unit_stride(delta_);
+    u = with_rows(u_);
+    delta = with_rows(delta_);
     A = A_.contiguous();
-    B = with_unit_stride(B_);
-    C = with_unit_stride(C_);
+    B = with_rows(B_);
+    C = with_rows(C_);
     D = contiguous(D_);
     delta_bias = contiguous(delta_bias_);
   }
@@ -137,7 +143,7 @@ struct Inputs {
     Rows r;
     r.data = t.const_data_ptr();
     r.stride_b = t.stride(0);
-    r.stride_l = t.stride(1);
+    r.stride_l = static_cast<int>(t.stride(1));
     r.vector = vector_of(t, unit);
     return r;
   }
@@ -147,7 +153,7 @@ struct Inputs {
     Rows r;
     r.data = static_cast<const char*>(t.const_data_ptr()) + first * t.element_size();
     r.stride_b = t.stride(0);
-    r.stride_l = t.stride(1);
+    r.stride_l = static_cast<int>(t.stride(1));
     r.stride_g = t.stride(2);
     for (const int bytes : {16, 8, 4}) {
       if (r.vector == 0 && t.size(3) * t.element_size() % 4 == 0 &&
@@ -234,50 +240,59 @@ struct ForwardCall {
   Tensor checkpoints[2];
   int64_t interval = 0;
 
-  // One launch for each direction and part of the states; outputs are added in float32 from launch
-  // to launch, and the last one scales, gates and rounds.
+  // A launch for each part of the states and, unless they are joint, each direction; outputs are
+  // added in float32 from launch to launch, and the last one scales, gates and rounds.
   void run(const char* op, Discretization method) const {
     const Inputs& first = *in[0];
     const Tensor& like = first.u;
+    const int64_t states = first.states();
     Forward p;
     p.size = sizes_of(first, in[directions - 1]->B.size(2), softplus);
+    p.size.states = static_cast<int>(std::min<int64_t>(states, kMaxStates));
     const int64_t unit = p.size.channels / p.size.units;
     if (z.has_value()) p.z = Inputs::rows(*z, unit);
     p.scale = static_cast<float>(scale);
     p.interval = static_cast<int>(interval);
-    const int64_t states = first.states();
-    p.size.states = static_cast<int>(std::min<int64_t>(states, kMaxStates));
-    const Plan plan = plan_forward(p.size, 1, multiprocessor_count());
-    const Tensor workspace = allocate_chunks(p.chunks, plan, p.size, 1, false, like);
-    Tensor sum;
-    if (directions * states > p.size.states) {
-      sum = at::empty(like.sizes(), like.options().dtype(at::kFloat));
+    const Plan plan = plan_forward(p.size, directions, multiprocessor_count());
+    p.directions = plan.joint ? 2 : 1;
+    const int64_t limit = kMaxStates / p.directions;
+    const Tensor workspace = allocate_chunks(p.chunks, plan, p.size, p.directions, false, like);
+    const auto scratch = [&] { return at::empty(like.sizes(), like.options().dtype(at::kFloat)); };
+    Tensor sum, meeting;
+    if (states > limit || directions > p.directions) sum = scratch();
+    if (plan.joint && !plan.meeting_in_shared) {
+      meeting = scratch();
+      p.meeting = meeting.mutable_data_ptr<float>();
     }
     const Launcher launch{op, first.dtype, method};
-    for (int d = 0; d < directions; ++d) {
-      for (int64_t n = 0; n < states; n += kMaxStates) {
-        const bool last_part = n + kMaxStates >= states;
-        const bool last_launch = last_part && d == directions - 1;
-        p.size.states = static_cast<int>(std::min<int64_t>(states - n, kMaxStates));
-        p.scan[0] = in[d]->scan(directions == 2 ? d == 1 : reverse, unit, n);
-        if (initial_state.has_value()) {
-          const float* state = initial_state->const_data_ptr<float>();
-          p.scan[0].initial = state + n;
-          p.scan[0].initial_pitch = static_cast<int>(initial_state->size(2));
-          if (initial_state->size(2) > states) p.scan[0].initial_drive = state + states + n;
+    for (int first_direction = 0; first_direction < directions; first_direction += p.directions) {
+      for (int64_t n = 0; n < states; n += limit) {
+        const bool last_part = n + limit >= states;
+        const bool last_launch = last_part && first_direction + p.directions == directions;
+        p.size.states = static_cast<int>(std::min(states - n, limit));
+        for (int i = 0; i < p.directions; ++i) {
+          const int d = first_direction + i;
+          p.scan[i] = in[d]->scan(directions == 2 ? d == 1 : reverse, unit, n);
+          if (initial_state.has_value()) {
+            const float* state = initial_state->const_data_ptr<float>();
+            p.scan[i].initial = state + n;
+            p.scan[i].initial_pitch = static_cast<int>(initial_state->size(2));
+            if (initial_state->size(2) > states) p.scan[i].initial_drive = state + states + n;
+          }
+          p.checkpoints[i] = nullptr;
+          if (checkpoints[d].defined() && checkpoints[d].numel() > 0) {
+            p.checkpoints[i] = checkpoints[d].mutable_data_ptr<float>() + n;
+          }
+          // The skip connection counts once.
+          if (!last_part) p.scan[i].D = nullptr;
         }
-        if (checkpoints[d].defined() && checkpoints[d].numel() > 0) {
-          p.checkpoints[0] = checkpoints[d].mutable_data_ptr<float>() + n;
-        }
-        // The skip connection counts once.
-        if (!last_part) p.scan[0].D = nullptr;
         if (last_state.defined()) {
           float* state = last_state.mutable_data_ptr<float>();
           p.last[0] = state + n;
           p.last_pitch = static_cast<int>(last_state.size(2));
           p.last_drive[0] = last_state.size(2) > states ? state + states + n : nullptr;
         }
-        p.sum_in = d == 0 && n == 0 ? nullptr : sum.const_data_ptr<float>();
+        p.sum_in = first_direction == 0 && n == 0 ? nullptr : sum.const_data_ptr<float>();
         p.sum_out = last_launch ? nullptr : sum.mutable_data_ptr<float>();
         p.out = last_launch && out.defined() ? out.mutable_data_ptr() : nullptr;
         p.pregate = last_launch && pregate.defined() ? pregate.mutable_data_ptr() : nullptr;
@@ -301,7 +316,7 @@ OptTensor checked_initial(const OptTensor& state, const Sizes& s, Discretization
 
 OptTensor checked_gate(const OptTensor& z, const Inputs& in) {
   check(z, "z", in.u.sizes(), in.type, in.u);
-  return z.has_value() ? OptTensor(with_unit_stride(*z)) : OptTensor();
+  return z.has_value() ? OptTensor(with_rows(*z)) : OptTensor();
 }
 
 // The state when there is nothing to scan.
@@ -525,7 +540,7 @@ struct BackwardCall {
 
 Tensor checked_gradient(const Tensor& grad, const Inputs& in) {
   check(grad, "grad_out", in.u.sizes(), in.type, in.u);
-  return with_unit_stride(grad);
+  return with_rows(grad);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -609,7 +624,7 @@ bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& 
     call.dz = dz;
     if (pregate.dim() == 3) {
       check(pregate, "pregate", u_f.sizes(), f.type, u_f);
-      call.pregate = with_unit_stride(pregate);
+      call.pregate = with_rows(pregate);
     }
   }
   if (!f.empty()) {

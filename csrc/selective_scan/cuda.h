@@ -19,10 +19,12 @@ constexpr int kMaxStates = 32;
 // Steps between the states that the backward kernel starts from.
 constexpr int kInterval = 32;
 
-// A (batch, length, ...) tensor with inner stride 1; strides in elements.
+// A (batch, length, ...) tensor with inner stride 1; strides in elements, that of length within
+// int32.
 struct Rows {
   const void* data = nullptr;
-  int64_t stride_b = 0, stride_l = 0, stride_g = 0;
+  int64_t stride_b = 0, stride_g = 0;
+  int stride_l = 0;
   // Rows start at multiples of so many bytes (16, 8; 4 for B and C), channels also from each unit's
   // first one; 0: no such multiple, or B and C have an odd number of 16-bit states.
   int vector = 0;
@@ -131,6 +133,7 @@ struct Plan {
   int channels = 32;  // 32 or 64
   int chunks = 1;
   int chunk_length = 0;
+  bool joint = false;  // two directions: one launch for both
   bool meeting_in_shared = true;
 };
 Plan plan_forward(const Sizes& size, int directions, int multiprocessors);

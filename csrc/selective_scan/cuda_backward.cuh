@@ -16,6 +16,7 @@ namespace scan {
 
 constexpr int kBackwardTile = kInterval;
 constexpr int kGroup = 4;
+constexpr int kBatch = 4;                            // rows of inputs that a thread loads at once
 constexpr int kStarts = kBackwardTile / kGroup - 2;  // the first and the last group need none
 constexpr int kParts = 3;  // sums over states: for u, for delta, of the output
 
@@ -48,7 +49,7 @@ constexpr Rounding kRoundingFor<__half> = Rounding::kNearest;
 template <>
 constexpr Rounding kRoundingFor<float> = Rounding::kTwo;
 
-// Adds 32 values over the lanes of a warp: of `steps` kGroup, kSlice values for B and for C.
+// Adds 32 values over the lanes of a warp: of kGroup steps kSlice values for B and as many for C.
 template <Rounding kRounding>
 class ChannelSum {
  public:
@@ -63,49 +64,58 @@ class ChannelSum {
   MMVIM_DEVICE void clear() {
 #if MMVIM_MATRIX_ADDER
     MMVIM_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      MMVIM_UNROLL
-      for (int j = 0; j < 4; ++j) sum_[i / 2][i % 2][j] = 0.f;
-    }
+    for (int i = 0; i < 8; ++i) sum_[i / 4][i % 4] = 0.f;
 #endif
   }
 
-  // `step` and `j` are constants after unrolling.
-  MMVIM_DEVICE void add(int step, int j, float for_B, float for_C) {
+  // `step` is a constant after unrolling.
+  MMVIM_DEVICE void add(int step, const float (&for_B)[kSlice], const float (&for_C)[kSlice]) {
 #if MMVIM_MATRIX_ADDER
-    // Rows i and i + 8 of the product sum the two values over four lanes each.
-    const uint32_t one = one_[step % 2 * kSlice + j];
-    float (&sum)[4] = sum_[step / 2][j % 2];
-    const uint32_t high_B = round(for_B), high_C = round(for_C);
-    gpu::multiply_16x8x8(sum, one, 0, 0, one, high_B, high_C);
-    if (kRounding == Rounding::kTwo) {
-      gpu::multiply_16x8x8(sum, one, 0, 0, one, gpu::bits(for_B - gpu::from_bits(high_B)),
-                           gpu::bits(for_C - gpu::from_bits(high_C)));
+    // Product i of a sum puts the four lanes' totals of its values into columns 2i and 2i + 1.
+    float (&sum)[4] = sum_[step / 2];
+    MMVIM_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int i = step % 2 * 2 + half;
+      const float value[4] = {for_B[2 * half], for_C[2 * half], for_B[2 * half + 1],
+                              for_C[2 * half + 1]};
+      uint32_t x[4];
+      MMVIM_UNROLL
+      for (int j = 0; j < 4; ++j) x[j] = round(value[j]);
+      gpu::multiply_16x8x8(sum, x[0], x[1], x[2], x[3], one_[2 * i], one_[2 * i + 1]);
+      if (kRounding == Rounding::kTwo) {
+        uint32_t rest[4];
+        MMVIM_UNROLL
+        for (int j = 0; j < 4; ++j) rest[j] = gpu::bits(value[j] - gpu::from_bits(x[j]));
+        gpu::multiply_16x8x8(sum, rest[0], rest[1], rest[2], rest[3], one_[2 * i], one_[2 * i + 1]);
+      }
     }
 #else
-    values_[(step * kSlice + j) * 2] = for_B;
-    values_[(step * kSlice + j) * 2 + 1] = for_C;
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) {
+      values_[step * 2 * kSlice + j] = for_B[j];
+      values_[(step * 2 + 1) * kSlice + j] = for_C[j];
+    }
 #endif
   }
 
-  // The lane's sum: that of step(), state() and, if is_C(), C.
-  MMVIM_DEVICE float get() {
+  // The lane's total: that of step(), state() and, if is_C(), C.
+  MMVIM_DEVICE float get() const {
 #if MMVIM_MATRIX_ADDER
-    float x[4];
+    // Over the rows of eight lanes each, halving the values that a lane is left with.
+    float a[4], b[2];
     MMVIM_UNROLL
     for (int i = 0; i < 4; ++i) {
-      const int at = i % 2 * 2;
-      x[i] = (sum_[i / 2][0][at] + sum_[i / 2][0][at + 1]) +
-             (sum_[i / 2][1][at] + sum_[i / 2][1][at + 1]);
+      const bool upper = row_ & 4;
+      a[i] = (upper ? sum_[1][i] : sum_[0][i]) +
+             gpu::exchange_xor(upper ? sum_[0][i] : sum_[1][i], 16);
     }
-    const bool upper = quarter_ & 2, odd = quarter_ & 1;
     MMVIM_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const float keep = upper ? x[2 + i] : x[i];
-      x[i] = keep + gpu::exchange_xor(upper ? x[i] : x[2 + i], 2);
+      const bool upper = row_ & 2;
+      b[i] = (upper ? a[2 + i] : a[i]) + gpu::exchange_xor(upper ? a[i] : a[2 + i], 8);
     }
-    const float keep = odd ? x[1] : x[0];
-    return keep + gpu::exchange_xor(odd ? x[0] : x[1], 1);
+    const bool upper = row_ & 1;
+    return (upper ? b[1] : b[0]) + gpu::exchange_xor(upper ? b[0] : b[1], 4);
 #else
     float mine = 0.f;
     MMVIM_UNROLL
@@ -113,15 +123,14 @@ class ChannelSum {
       float x = values_[i];
       MMVIM_UNROLL
       for (int m = 16; m > 0; m /= 2) x += gpu::exchange_xor(x, m);
-      const int step = i / 8, j = i / 2 % 4, c = i % 2;
-      if (step == this->step() && j == state() && (c == 1) == is_C()) mine = x;
+      if (i == (step() * 2 + is_C()) * kSlice + state()) mine = x;
     }
     return mine;
 #endif
   }
-  MMVIM_DEVICE int step() const { return (quarter_ / 2) * 2 + row_ / kSlice; }
-  MMVIM_DEVICE int state() const { return row_ % kSlice; }
-  MMVIM_DEVICE bool is_C() const { return quarter_ % 2 == 1; }
+  MMVIM_DEVICE int step() const { return row_ / 4 * 2 + quarter_ / 2; }
+  MMVIM_DEVICE int state() const { return quarter_ % 2 * 2 + row_ % 2; }
+  MMVIM_DEVICE bool is_C() const { return row_ / 2 % 2 == 1; }
 
  private:
   static MMVIM_DEVICE uint32_t round(float x) {
@@ -133,7 +142,7 @@ class ChannelSum {
   int row_, quarter_;
 #if MMVIM_MATRIX_ADDER
   uint32_t one_[8];
-  float sum_[2][2][4];  // two chains each, to wait less
+  float sum_[2][4];
 #else
   float values_[32];
 #endif
@@ -190,6 +199,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
   const bool gated = p.z.data != nullptr;
   const bool writes_dz = gated && direction == 0;
   const bool needs_y = (writes_dz && p.pregate.data == nullptr) || p.sum_out[direction] != nullptr;
+  const bool in_parts = p.sum_in[direction] != nullptr || p.sum_out[direction] != nullptr;
   const auto time_of = [&](int position) {
     return reverse ? size.length - 1 - position : position;
   };
@@ -237,69 +247,13 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
   load_parameters<kChannels>(parameters, scan.delta_bias, channels, index, threads);
   load_parameters<kChannels>(parameters + kChannels, scan.D, channels, index, threads);
   gpu::sync_block();
+  int turn = 0;
   Quad dD = Quad::of([](int) { return 0.f; });
   Quad dbias = dD;
 
   for (int at = (end - 1) / kTile * kTile; at >= begin; at -= kTile) {
     const int count = smaller(kTile, end - at);
     const int groups = (count + kGroup - 1) / kGroup;
-
-    // Inputs of the tile; zero behind the end of the scan.
-    {
-      const QuadInput<T> u_rows(scan.u, b, channels, quad),
-          delta_rows(scan.delta, b, channels, quad), grad_rows(p.grad_out, b, channels, quad),
-          z_rows(p.z, b, channels, quad);
-      const Quad bias = Quad::load(parameters + 4 * quad);
-      MMVIM_UNROLL_2
-      for (int r = quad_row; r < groups * kGroup; r += quad_rows) {
-        const int t = time_of(at + r);
-        const bool inside = r < count;
-        const int to = r * kChannels + 4 * quad;
-        const Quad u = u_rows.load(t, inside);
-        const Quad raw = delta_rows.load(t, inside);
-        Quad dy = grad_rows.load(t, inside);
-        const Quad z = z_rows.load(t, inside && gated);
-        u.store(inputs + to);
-        Quad::of([&](int i) {
-          const float x = raw.v[i] + bias.v[i];
-          return !inside ? 0.f : size.softplus ? softplus<sizeof(T) == 4>(x) : x;
-        }).store(deltas + to);
-        dy = Quad::of([&](int i) { return dy.v[i] * p.scale; });
-        if (gated) {
-          const Quad s = Quad::of([&](int i) { return logistic(z.v[i]); });
-          if (writes_dz) {
-            // silu'(z) = s (1 + z (1 - s))
-            const Quad gate = Quad::of(
-                [&](int i) { return dy.v[i] * s.v[i] * gpu::fused(z.v[i], 1.f - s.v[i], 1.f); });
-            if (needs_y) {
-              gate.store(gates + to);
-            } else if (inside) {
-              const Quad y = QuadInput<T>(p.pregate, b, channels, quad).load(t, true);
-              QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad)
-                  .store(t, Quad::of([&](int i) { return gate.v[i] * y.v[i]; }));
-            }
-          }
-          dy = Quad::of([&](int i) { return dy.v[i] * z.v[i] * s.v[i]; });
-        }
-        dy.store(grads + to);
-      }
-      // Every lane one slice of B or C, in every 16th row.
-      const Rows& rows = lane % 2 == 0 ? scan.B : scan.C;
-      const T* const base = static_cast<const T*>(rows.data) + b * rows.stride_b +
-                            group * rows.stride_g + slice * kSlice;
-      const int states = size.states - slice * kSlice;
-      const bool whole = states >= kSlice && rows.vector >= kSlice * static_cast<int>(sizeof(T));
-      for (int r = lane / 2; r < groups * kGroup; r += 16) {
-        const T* const from = base + time_of(at + r) * rows.stride_l;
-        Quad x;
-        if (whole && r < count) {
-          x = Quad::load(from);
-        } else {
-          x = Quad::load(from, r < count ? states : 0);
-        }
-        x.store(columns + (slice * kTile + r) * 2 * kSlice + lane % 2 * kSlice);
-      }
-    }
 
     // State, and v for two taps, before the tile.
     const auto load_start = [&] {
@@ -320,6 +274,96 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
       load_drive<T>(v_start, scan, size, b, time_of(at - 1), channels, lane, slice);
     } else if (R::kTwoTap && scan.initial_drive != nullptr) {
       load_states(v_start, scan.initial_drive, b, scan.initial_pitch, size, channels, lane, slice);
+    }
+    // Inputs of the tile; zero behind the end of the scan. All that a thread loads is on its way
+    // before the first is used.
+    {
+      const QuadInput<T> u_rows(scan.u, b, channels, quad),
+          delta_rows(scan.delta, b, channels, quad), grad_rows(p.grad_out, b, channels, quad),
+          z_rows(p.z, b, channels, quad);
+      // Every lane one slice of B or C, in every 16th row.
+      const Rows& column_rows = lane % 2 == 0 ? scan.B : scan.C;
+      const T* const column_base = static_cast<const T*>(column_rows.data) +
+                                   b * column_rows.stride_b + group * column_rows.stride_g +
+                                   slice * kSlice;
+      const int states = size.states - slice * kSlice;
+      const bool whole =
+          states >= kSlice && column_rows.vector >= kSlice * static_cast<int>(sizeof(T));
+      Packed<T, 4> column[kTile / 16];
+      MMVIM_UNROLL
+      for (int i = 0; i < kTile / 16; ++i) {
+        const int r = lane / 2 + 16 * i;
+        const T* const from =
+            column_base + static_cast<int64_t>(time_of(at + r)) * column_rows.stride_l;
+        column[i] = Packed<T, 4>::zero();
+        if (whole) {
+          if (r < count) column[i].raw = *reinterpret_cast<const typename Packed<T, 4>::Raw*>(from);
+          continue;
+        }
+        MMVIM_UNROLL
+        for (int j = 0; j < kSlice; ++j) {
+          if (r < count && j < states) column[i].element[j] = from[j];
+        }
+      }
+      const Quad bias = Quad::load(parameters + 4 * quad);
+      const bool rows_whole =
+          u_rows.whole && delta_rows.whole && grad_rows.whole && (z_rows.whole || !gated);
+      MMVIM_NO_UNROLL
+      for (int r0 = quad_row; r0 < groups * kGroup; r0 += kBatch * quad_rows) {
+        Packed<T, 4> raw_u[kBatch], raw_delta[kBatch], raw_grad[kBatch], raw_z[kBatch];
+        MMVIM_UNROLL
+        for (int i = 0; i < kBatch; ++i) {
+          const int r = r0 + i * quad_rows;
+          const int t = time_of(at + r);
+          if (rows_whole) {
+            raw_u[i] = u_rows.load_whole(t, r < count);
+            raw_delta[i] = delta_rows.load_whole(t, r < count);
+            raw_grad[i] = grad_rows.load_whole(t, r < count);
+            raw_z[i] = z_rows.load_whole(t, r < count && gated);
+          } else {
+            raw_u[i] = u_rows.load(t, r < count);
+            raw_delta[i] = delta_rows.load(t, r < count);
+            raw_grad[i] = grad_rows.load(t, r < count);
+            raw_z[i] = z_rows.load(t, r < count && gated);
+          }
+        }
+        MMVIM_UNROLL
+        for (int i = 0; i < kBatch; ++i) {
+          const int r = r0 + i * quad_rows;
+          if (r >= groups * kGroup) continue;
+          const int to = r * kChannels + 4 * quad;
+          Quad::of(raw_u[i]).store(inputs + to);
+          Quad::of([&](int j) {
+            const float x = raw_delta[i].get(j) + bias.v[j];
+            return r >= count ? 0.f : size.softplus ? softplus<sizeof(T) == 4>(x) : x;
+          }).store(deltas + to);
+          Quad dy = Quad::of([&](int j) { return raw_grad[i].get(j) * p.scale; });
+          if (gated) {
+            const Quad z = Quad::of(raw_z[i]);
+            const Quad s = Quad::of([&](int j) { return logistic(z.v[j]); });
+            if (writes_dz) {
+              // silu'(z) = s (1 + z (1 - s))
+              const Quad gate = Quad::of(
+                  [&](int j) { return dy.v[j] * s.v[j] * gpu::fused(z.v[j], 1.f - s.v[j], 1.f); });
+              if (needs_y) {
+                gate.store(gates + to);
+              } else if (r < count) {
+                const int t = time_of(at + r);
+                const Quad y = Quad::of(QuadInput<T>(p.pregate, b, channels, quad).load(t, true));
+                QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad)
+                    .store(t, Quad::of([&](int j) { return gate.v[j] * y.v[j]; }));
+              }
+            }
+            dy = Quad::of([&](int j) { return dy.v[j] * z.v[j] * s.v[j]; });
+          }
+          dy.store(grads + to);
+        }
+      }
+      MMVIM_UNROLL
+      for (int i = 0; i < kTile / 16; ++i) {
+        const int r = lane / 2 + 16 * i;
+        Quad::of(column[i]).store(columns + (slice * kTile + r) * 2 * kSlice + lane % 2 * kSlice);
+      }
     }
     gpu::sync_block();
 
@@ -430,6 +474,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
               to_delta[k] = gpu::fused(gz, rate[k][j], to_delta[k]);
               dA[k][j] = gpu::fused(gz, delta[k], dA[k][j]);
             } else {
+              static_assert(R::kRateScale == 1.0);
               const auto s = R::step_with_grad(delta[k], rate[k][j]);
               float gz, gdelta;
               pull_back<R, GpuMath>(s, g * h_before, g * x * B[j], g * v[k][j], &gz, &gdelta);
@@ -447,10 +492,8 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
             for_B[j] = k == 0 ? to_drive * x : gpu::fused(to_drive, x, for_B[j]);
             for_C[j] = k == 0 ? dy[k] * h_after : gpu::fused(dy[k], h_after, for_C[j]);
           }
-          to_delta[k] *= static_cast<float>(1 / R::kRateScale);
         }
-        MMVIM_UNROLL
-        for (int j = 0; j < kSlice; ++j) channel_sum.add(i, j, for_B[j], for_C[j]);
+        channel_sum.add(i, for_B, for_C);
         store_lane(my_parts + i * kChannels, to_u);
         store_lane(my_parts + (kGroup + i) * kChannels, to_delta);
         if (needs_y) store_lane(my_parts + (2 * kGroup + i) * kChannels, y);
@@ -469,8 +512,11 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
       gpu::sync_block();
 
       // Different warps take their turn in successive groups.
-      int i = quad_row - first % quad_rows;
+      int i = quad_row - turn;
       if (i < 0) i += quad_rows;
+      turn += kGroup;
+      while (turn >= quad_rows) turn -= quad_rows;
+      MMVIM_NO_UNROLL
       for (; i < kGroup && first + i < count; i += quad_rows) {
         const int t = time_of(at + first + i);
         const int from = (first + i) * kChannels + 4 * quad;
@@ -483,27 +529,33 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         const Quad u = Quad::load(inputs + from);
         const Quad dy = Quad::load(grads + from);
         Quad du = part(0);
+        // The rates are A times a constant.
         Quad ddelta = part(1);
+        ddelta =
+            Quad::of([&](int i) { return ddelta.v[i] * static_cast<float>(1 / R::kRateScale); });
         if (R::kInputIsDelta) {
           ddelta = Quad::of([&](int i) { return gpu::fused(u.v[i], du.v[i], ddelta.v[i]); });
           du = Quad::of([&](int i) { return delta.v[i] * du.v[i]; });
         }
         Quad y = Quad::of([](int) { return 0.f; });
         if (needs_y) y = part(2);
-        const int64_t pitch = size.batch * size.length * size.channels;
-        if (p.sum_in[direction] != nullptr) {
-          const float* sums = p.sum_in[direction];
-          du.add(QuadRows<const float>(sums, size, b, channels, quad).load(t));
-          ddelta.add(QuadRows<const float>(sums + pitch, size, b, channels, quad).load(t));
-          if (needs_y)
-            y.add(QuadRows<const float>(sums + 2 * pitch, size, b, channels, quad).load(t));
-        }
-        if (p.sum_out[direction] != nullptr) {
-          float* sums = p.sum_out[direction];
-          QuadRows<float>(sums, size, b, channels, quad).store(t, du);
-          QuadRows<float>(sums + pitch, size, b, channels, quad).store(t, ddelta);
-          QuadRows<float>(sums + 2 * pitch, size, b, channels, quad).store(t, y);
-          continue;
+        if (in_parts) {
+          const int64_t pitch = size.batch * size.length * size.channels;
+          if (p.sum_in[direction] != nullptr) {
+            const float* sums = p.sum_in[direction];
+            du.add(QuadRows<const float>(sums, size, b, channels, quad).load(t));
+            ddelta.add(QuadRows<const float>(sums + pitch, size, b, channels, quad).load(t));
+            if (needs_y) {
+              y.add(QuadRows<const float>(sums + 2 * pitch, size, b, channels, quad).load(t));
+            }
+          }
+          if (p.sum_out[direction] != nullptr) {
+            float* sums = p.sum_out[direction];
+            QuadRows<float>(sums, size, b, channels, quad).store(t, du);
+            QuadRows<float>(sums + pitch, size, b, channels, quad).store(t, ddelta);
+            QuadRows<float>(sums + 2 * pitch, size, b, channels, quad).store(t, y);
+            continue;
+          }
         }
         du = Quad::of([&](int i) { return gpu::fused(skip.v[i], dy.v[i], du.v[i]); });
         if (size.softplus) {

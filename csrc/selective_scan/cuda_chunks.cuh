@@ -100,23 +100,28 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
   };
 
   const int group = channels.group(size, scan.groups);
-  const Rows& input_rows = kAdjoint ? p.grad_out : scan.u;
+
+  const Rows& input = kAdjoint ? p.grad_out : scan.u;
   const Rows& column_rows = kAdjoint ? scan.C : scan.B;
-
+  const RowCopy<T, kChannels> row_copy(
+      scan.delta.vector == 16 && input.vector == 16 && (!gated || p.z.vector == 16), channels,
+      index, threads);
   const ColumnCopy<T> column_copy(slices, index);
-
   const auto load = [&](int at, int count) {
     const int t = time_of(at);
-    copy_rows<kChannels>(first_tile, scan.delta, b, channels, t, time_step, count, index, threads);
-    copy_rows<kChannels>(second_tile, input_rows, b, channels, t, time_step, count, index, threads);
-    if (gated) {
-      copy_rows<kChannels>(third_tile, p.z, b, channels, t, time_step, count, index, threads);
-    }
-    column_copy.copy(raw_columns, column_rows, b, group, size.states, t, time_step, count);
+    const auto copy = [&](T* tile, const Rows& rows) {
+      row_copy.copy(tile, rows_of<T>(rows, b, channels.first), rows.stride_l, t, time_step, count);
+    };
+    copy(first_tile, scan.delta);
+    copy(second_tile, input);
+    if (gated) copy(third_tile, p.z);
+    column_copy.copy(raw_columns, rows_of<T>(column_rows, b, 0) + group * column_rows.stride_g,
+                     column_rows, size.states, t, time_step, count);
   };
   const auto prepare = [&](int count) {
     const int quad = index % kQuads;
     const Quad bias = Quad::load(parameters + 4 * quad);
+    MMVIM_NO_UNROLL
     for (int r = index / kQuads; r < count; r += threads / kQuads) {
       const int at = r * kChannels + 4 * quad;
       const Quad raw = Quad::load(first_tile + at);

@@ -65,31 +65,55 @@ struct Walk {
   MMVIM_DEVICE void set_stop(int tile) { stop = at + smaller(tile, smaller(end - at, until)); }
 };
 
-// Copies `count` rows of a block's channels to shared rows of kChannels: row r is time
-// `time + r * step`. Channels past the last become zero.
-template <int kChannels, class T>
-MMVIM_DEVICE void copy_rows(T* shared, const Rows& rows, int64_t b, const Channels& channels,
-                            int time, int step, int count, int index, int threads) {
-  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
-  constexpr int kPerRow = kChannels / kElements;
-  const T* const base = static_cast<const T*>(rows.data) + b * rows.stride_b + channels.first;
-  if (rows.vector == 16 && channels.count == kChannels) {
-    for (int i = index; i < count * kPerRow; i += threads) {
-      const int c = i % kPerRow * kElements;
-      gpu::copy_async<16>(shared + i * kElements,
-                          base + (time + i / kPerRow * step) * rows.stride_l + c);
+// Copies tiles of inputs to shared rows of kChannels, row r from time `time + r * step`. What lies
+// past the last channel is left as it is.
+template <class T, int kChannels>
+struct RowCopy {
+  static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kPerRow = kChannels / kElements;
+  int index, threads;
+  int channel;  // of the thread's vectors; negative if it has none, kChannels if elements are
+                // copied
+  int count;
+
+  // `vectors`: all rows to be copied consist of vectors of 16 bytes.
+  MMVIM_DEVICE RowCopy(bool vectors, const Channels& channels, int index_, int threads_)
+      : index(index_), threads(threads_), channel(kChannels), count(channels.count) {
+    if (vectors && count % kElements == 0) {
+      const int c = index % kPerRow * kElements;
+      channel = c < count ? c : -1;
     }
-    return;
   }
-  for (int i = index; i < count * kChannels; i += threads) {
-    const int c = i % kChannels;
-    shared[i] = c < channels.count ? base[(time + i / kChannels * step) * rows.stride_l + c]
-                                   : from_float<T>(0.f);
+
+  // `base`: of the block's first channel.
+  MMVIM_DEVICE void copy(T* shared, const T* base, int stride, int time, int step, int rows) const {
+    if (channel < kChannels) {
+      if (channel < 0) return;
+      base += channel;
+      MMVIM_NO_UNROLL
+      for (int i = index; i < rows * kPerRow; i += threads) {
+        gpu::copy_async<16>(shared + i * kElements,
+                            base + static_cast<int64_t>(time + i / kPerRow * step) * stride);
+      }
+      return;
+    }
+    MMVIM_NO_UNROLL
+    for (int i = index; i < rows * kChannels; i += threads) {
+      const int c = i % kChannels;
+      if (c < count) {
+        shared[i] = base[static_cast<int64_t>(time + i / kChannels * step) * stride + c];
+      }
+    }
   }
+};
+
+template <class T>
+MMVIM_DEVICE const T* rows_of(const Rows& rows, int64_t b, int first) {
+  return static_cast<const T*>(rows.data) + b * rows.stride_b + first;
 }
 
-// The same for one group's states of B or C, in rows of kSlice times the number of slices. A thread
-// copies states n, n + 1 (16-bit) or n of rows `row`, `row + kRows`, ...
+// The same for one group's states of B and C, in rows of kSlice times the number of slices, zero
+// past the last state. A thread copies states n, n + 1 (16-bit) or n of every kRows-th row.
 template <class T>
 struct ColumnCopy {
   static constexpr int kElements = 4 / static_cast<int>(sizeof(T));
@@ -102,19 +126,19 @@ struct ColumnCopy {
     n = (index - row * words) * kElements;
   }
 
-  MMVIM_DEVICE void copy(T* shared, const Rows& rows, int64_t b, int group, int states, int time,
-                         int step, int count) const {
-    const T* const base =
-        static_cast<const T*>(rows.data) + b * rows.stride_b + group * rows.stride_g + n;
-    for (int r = row; r < count; r += kRows) {
+  // `base`: of the group's first state.
+  MMVIM_DEVICE void copy(T* shared, const T* base, const Rows& columns, int states, int time,
+                         int step, int rows) const {
+    MMVIM_NO_UNROLL
+    for (int r = row; r < rows; r += kRows) {
       T* const to = shared + r * width + n;
-      const T* const from = base + (time + r * step) * rows.stride_l;
-      if (rows.vector != 0 && n < states) {
+      const T* const from = base + static_cast<int64_t>(time + r * step) * columns.stride_l + n;
+      if (columns.vector != 0 && n < states) {
         gpu::copy_async<4>(to, from);
         continue;
       }
       MMVIM_UNROLL
-      for (int i = 0; i < kElements; ++i) to[i] = n + i < states ? from[i] : from_float<T>(0.f);
+      for (int e = 0; e < kElements; ++e) to[e] = n + e < states ? from[e] : from_float<T>(0.f);
     }
   }
 };
@@ -143,6 +167,10 @@ struct Quad {
     MMVIM_UNROLL
     for (int i = 0; i < 4; ++i) x.set(i, v[i]);
     x.store(p);
+  }
+  template <class T>
+  static MMVIM_DEVICE Quad of(const Packed<T, 4>& x) {
+    return of([&](int i) { return x.get(i); });
   }
   // Elements from `count` on are absent: zero, not stored.
   template <class T>
@@ -179,7 +207,7 @@ struct Quad {
 template <class T>
 struct QuadInput {
   const T* base;
-  int64_t stride;
+  int stride;
   int count;
   bool whole;
 
@@ -189,9 +217,24 @@ struct QuadInput {
         count(channels.count - 4 * quad),
         whole(count >= 4 && rows.vector >= 4 * static_cast<int>(sizeof(T))) {}
 
-  MMVIM_DEVICE Quad load(int t, bool inside) const {
-    if (whole && inside) return Quad::load(base + t * stride);
-    return Quad::load(base + t * stride, inside ? count : 0);
+  // Not converted, so that loads in flight cost few registers; zero unless `inside`.
+  MMVIM_DEVICE Packed<T, 4> load_whole(int t, bool inside) const {
+    Packed<T, 4> x = Packed<T, 4>::zero();
+    if (inside) {
+      x.raw = *reinterpret_cast<const typename Packed<T, 4>::Raw*>(base + static_cast<int64_t>(t) *
+                                                                              stride);
+    }
+    return x;
+  }
+  MMVIM_DEVICE Packed<T, 4> load(int t, bool inside) const {
+    if (whole) return load_whole(t, inside);
+    const T* const from = base + static_cast<int64_t>(t) * stride;
+    Packed<T, 4> x = Packed<T, 4>::zero();
+    MMVIM_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (inside && i < count) x.element[i] = from[i];
+    }
+    return x;
   }
 };
 
@@ -247,10 +290,17 @@ MMVIM_DEVICE void load_states(float (&h)[kCpt][kSlice], const float* data, int64
   for (int k = 0; k < kCpt; ++k) {
     const int c = lane * kCpt + k;
     const float* p = data + (row * size.channels + channels.first + c) * pitch + slice * kSlice;
-    MMVIM_UNROLL
-    for (int j = 0; j < kSlice; ++j) {
-      h[k][j] = c < channels.count && slice * kSlice + j < size.states ? p[j] : 0.f;
+    const int states = c < channels.count ? size.states - slice * kSlice : 0;
+    if (reinterpret_cast<uintptr_t>(p) % 16 == 0 && states >= kSlice) {
+      const float4 x = *reinterpret_cast<const float4*>(p);
+      h[k][0] = x.x;
+      h[k][1] = x.y;
+      h[k][2] = x.z;
+      h[k][3] = x.w;
+      continue;
     }
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) h[k][j] = j < states ? p[j] : 0.f;
   }
 }
 
@@ -277,9 +327,10 @@ MMVIM_DEVICE void store_states(const float (&h)[kCpt][kSlice], float* data, int6
 template <class T, int kCpt>
 MMVIM_DEVICE void load_drive(float (&v)[kCpt][kSlice], const Scan& scan, const Sizes& size,
                              int64_t b, int t, const Channels& channels, int lane, int slice) {
-  const T* u = static_cast<const T*>(scan.u.data) + b * scan.u.stride_b + t * scan.u.stride_l +
+  const int64_t row = t;
+  const T* u = static_cast<const T*>(scan.u.data) + b * scan.u.stride_b + row * scan.u.stride_l +
                channels.first;
-  const T* B = static_cast<const T*>(scan.B.data) + b * scan.B.stride_b + t * scan.B.stride_l +
+  const T* B = static_cast<const T*>(scan.B.data) + b * scan.B.stride_b + row * scan.B.stride_l +
                channels.group(size, scan.groups) * scan.B.stride_g + slice * kSlice;
   MMVIM_UNROLL
   for (int k = 0; k < kCpt; ++k) {

@@ -41,7 +41,8 @@ struct ForwardShared {
 };
 
 template <class T, Discretization kMethod, int kCpt, bool kPair>
-MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT Forward p) {
+MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
+    forward_kernel(const MMVIM_GRID_CONSTANT Forward p) {
   using R = Rule<kMethod, GpuMath>;
   constexpr int kChannels = 32 * kCpt;
   constexpr int kQuads = kChannels / 4;
@@ -89,21 +90,28 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
   const int time_step = reverse ? -1 : 1;
   const int group = channels.group(size, scan.groups);
 
+  const RowCopy<T, kChannels> row_copy(
+      scan.u.vector == 16 && scan.delta.vector == 16 && (!gated || p.z.vector == 16), channels,
+      index, threads);
   const ColumnCopy<T> column_copy(slices, index);
-
+  const T* const u_rows = rows_of<T>(scan.u, b, channels.first);
+  const T* const delta_rows = rows_of<T>(scan.delta, b, channels.first);
+  const T* const B_rows = rows_of<T>(scan.B, b, 0) + group * scan.B.stride_g;
+  const T* const C_rows = rows_of<T>(scan.C, b, 0) + group * scan.C.stride_g;
   const auto load = [&](T* u_tile) {
     const int t = time_of(own.at);
     const int count = own.stop - own.at;
-    copy_rows<kChannels>(u_tile, scan.u, b, channels, t, time_step, count, index, threads);
-    copy_rows<kChannels>(delta_tile, scan.delta, b, channels, t, time_step, count, index, threads);
-    column_copy.copy(raw_columns, scan.B, b, group, size.states, t, time_step, count);
-    column_copy.copy(raw_columns + kTile * slices * kSlice, scan.C, b, group, size.states, t,
+    row_copy.copy(u_tile, u_rows, scan.u.stride_l, t, time_step, count);
+    row_copy.copy(delta_tile, delta_rows, scan.delta.stride_l, t, time_step, count);
+    column_copy.copy(raw_columns, B_rows, scan.B, size.states, t, time_step, count);
+    column_copy.copy(raw_columns + kTile * slices * kSlice, C_rows, scan.C, size.states, t,
                      time_step, count);
   };
 
   const auto prepare = [&](const T* u_tile) {
     const int quad = index % kQuads;
     const Quad bias = Quad::load(parameters + 4 * quad);
+    MMVIM_NO_UNROLL
     for (int r = index / kQuads; r < own.stop - own.at; r += threads / kQuads) {
       const int at = r * kChannels + 4 * quad;
       const Quad u = Quad::load(u_tile + at);
@@ -120,18 +128,39 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
     convert_columns<kTile>(columns, raw_columns, slices, index);
   };
 
+  const auto gate = [&](const Quad& y, int at) {
+    const Quad z = Quad::load(z_tile + at);
+    return Quad::of([&](int i) { return y.v[i] * z.v[i] * logistic(z.v[i]); });
+  };
   // Writes the outputs of `count` positions from `first`. Of the other direction's positions, those
   // below `passed` are done.
   const bool writes = p.out != nullptr || p.pregate != nullptr || p.sum_out != nullptr;
+  const bool plain =
+      !kPair && p.out != nullptr && p.sum_in == nullptr && p.pregate == nullptr && p.scale == 1.f;
   const auto finish = [&](const T* u_tile, int first, int count, int passed) {
     const int quad = index % kQuads;
     const Quad skip = Quad::load(parameters + kChannels + 4 * quad);
+    const QuadRows<T> out(static_cast<T*>(p.out), size, b, channels, quad);
+    const auto sum = [&](int at) {
+      const Quad u = Quad::load(u_tile + at);
+      const Quad y = Quad::sum<kTile * kChannels>(outputs + at, slices);
+      return Quad::of([&](int i) { return gpu::fused(skip.v[i], u.v[i], y.v[i]); });
+    };
+    if (plain && out.whole) {
+      MMVIM_NO_UNROLL
+      for (int r = index / kQuads; r < count; r += threads / kQuads) {
+        const int at = r * kChannels + 4 * quad;
+        Quad y = sum(at);
+        if (gated) y = gate(y, at);
+        y.store(out.base + time_of(first + r) * out.stride);
+      }
+      return;
+    }
+    MMVIM_NO_UNROLL
     for (int r = index / kQuads; r < count; r += threads / kQuads) {
       const int at = r * kChannels + 4 * quad;
       const int t = time_of(first + r);
-      const Quad u = Quad::load(u_tile + at);
-      Quad y = Quad::sum<kTile * kChannels>(outputs + at, slices);
-      y = Quad::of([&](int i) { return gpu::fused(skip.v[i], u.v[i], y.v[i]); });
+      Quad y = sum(at);
       if (kPair) {
         const bool leave = size.length - 1 - (first + r) >= passed;
         const QuadRows<float> scratch(p.meeting, size, b, channels, quad);
@@ -154,11 +183,8 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
       }
       if (p.out == nullptr) continue;
       y = Quad::of([&](int i) { return y.v[i] * p.scale; });
-      if (gated) {
-        const Quad z = Quad::load(z_tile + at);
-        y = Quad::of([&](int i) { return y.v[i] * z.v[i] * logistic(z.v[i]); });
-      }
-      QuadRows<T>(static_cast<T*>(p.out), size, b, channels, quad).store(t, y);
+      if (gated) y = gate(y, at);
+      out.store(t, y);
     }
   };
 
@@ -181,14 +207,15 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
     }
   }
 
-  T* u_tile = u_tiles;
-  T* next_u_tile = u_tiles + kTile * kChannels;
-  load(u_tile);
+  // An offset and not a pointer: ptxas 13.0 computes addresses of other tiles from a pointer that
+  // changes, with its new value.
+  int u_at = 0;
+  load(u_tiles);
   load_parameters<kChannels>(parameters, scan.delta_bias, channels, index, threads);
   load_parameters<kChannels>(parameters + kChannels, scan.D, channels, index, threads);
   gpu::wait_for_copies();
   gpu::sync_block();
-  prepare(u_tile);
+  prepare(u_tiles);
   gpu::sync_block();
   while (true) {
     const int first = own.at;
@@ -200,12 +227,12 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
     const int turns = overlap ? 2 : 1;
     const int turn = overlap && direction == 0 ? 1 : 0;
     if (gated) {
-      copy_rows<kChannels>(z_tile, p.z, b, channels, time_of(first), time_step, count, index,
-                           threads);
+      row_copy.copy(z_tile, rows_of<T>(p.z, b, channels.first), p.z.stride_l, time_of(first),
+                    time_step, count);
     }
     own.advance(interval, kTile);
     if (kPair) other.advance(interval, kTile);
-    load(next_u_tile);
+    load(u_tiles + (kTile * kChannels - u_at));
 
     const float* step = deltas + lane * kCpt;
     const float* column = columns + slice * kTile * 2 * kSlice;
@@ -237,14 +264,12 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) forward_kernel(const MMVIM_GRID_CONSTANT F
     gpu::sync_block();
     for (int i = 0; i < turns; ++i) {
       if (i > 0) gpu::sync_block();
-      if (writes && i == turn) finish(u_tile, first, count, passed);
+      if (writes && i == turn) finish(u_tiles + u_at, first, count, passed);
     }
     if (own.at >= own.end && (!kPair || other.at >= other.end)) break;
-    prepare(next_u_tile);
+    u_at = kTile * kChannels - u_at;
+    prepare(u_tiles + u_at);
     gpu::sync_block();
-    T* const swap = u_tile;
-    u_tile = next_u_tile;
-    next_u_tile = swap;
   }
 
   if (own.end == size.length && p.last[direction] != nullptr) {

@@ -35,9 +35,12 @@ int launch_forward_as(const Plan& plan, Forward p, CUstream_st* stream) {
     if (error == 0) error = launch_carry(carry, stream);
     if (error != 0) return error;
   }
-  const ForwardShared shared(sizeof(T), 1, slices, 32 * kCpt, 0);
-  return gpu::launch(forward_kernel<T, kMethod, kCpt, false>, blocks * plan.chunks, 32 * slices,
-                     shared.total, stream, p);
+  const bool pair = p.directions == 2;
+  const int meeting_rows = pair && p.meeting == nullptr ? plan.chunk_length : 0;
+  const ForwardShared shared(sizeof(T), p.directions, slices, 32 * kCpt, meeting_rows);
+  return gpu::launch(
+      pair ? forward_kernel<T, kMethod, kCpt, true> : forward_kernel<T, kMethod, kCpt, false>,
+      blocks * plan.chunks, 32 * slices * p.directions, shared.total, stream, p);
 }
 
 template <class T>

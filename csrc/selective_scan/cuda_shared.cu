@@ -152,30 +152,34 @@ void set_chunks(const Sizes& size, int64_t count, int granularity, Plan* plan) {
   plan->chunks = static_cast<int>(divide_up(tiles, per_chunk));
 }
 
-// `MMVIM_SCAN_PLAN=<channels>x<chunks>` overrides the plans, for tests and measurements.
-bool plan_from_environment(const Sizes& size, int granularity, Plan* plan) {
+// `MMVIM_SCAN_PLAN=<channels>x<chunks>[j]` overrides the plans, for tests and measurements; j:
+// joint.
+bool plan_from_environment(const Sizes& size, int directions, int granularity, Plan* plan) {
   const char* text = std::getenv("MMVIM_SCAN_PLAN");
   if (text == nullptr) return false;
   char* rest = nullptr;
   plan->channels = std::strtol(text, &rest, 10) == 32 ? 32 : 64;
-  set_chunks(size, *rest == 'x' ? std::strtol(rest + 1, nullptr, 10) : 1, granularity, plan);
+  set_chunks(size, *rest == 'x' ? std::strtol(rest + 1, &rest, 10) : 1, granularity, plan);
+  plan->joint = directions == 2 && *rest == 'j';
   return true;
 }
 
 Plan plan_of(const Sizes& size, int directions, int multiprocessors, int granularity,
              int chunk_steps) {
   Plan plan;
-  if (plan_from_environment(size, granularity, &plan)) return plan;
+  if (plan_from_environment(size, directions, granularity, &plan)) return plan;
   const auto warps = [&](int channels) {
-    return size.batch * channel_blocks(size, channels) * slices_of(size) * directions;
+    return size.batch * channel_blocks(size, channels) * slices_of(size);
   };
   const int64_t busy = static_cast<int64_t>(kBusyWarps) * multiprocessors;
+  plan.joint = directions == 2 && warps(64) < busy;
+  const int together = plan.joint ? 2 : 1;
   // Two channels a thread share loads of B and C; one channel a thread makes twice the warps.
-  plan.channels = warps(64) >= busy ? 64 : 32;
+  plan.channels = together * warps(64) >= busy ? 64 : 32;
   set_chunks(size, 1, granularity, &plan);
-  if (warps(32) * 3 < busy && size.length >= 4 * chunk_steps) {
+  if (together * warps(32) * 3 < busy && size.length >= 4 * chunk_steps) {
     plan.channels = 64;
-    const int64_t wanted = divide_up(busy, warps(64));
+    const int64_t wanted = divide_up(busy, together * warps(64));
     const int64_t possible = size.length / chunk_steps;
     set_chunks(size, wanted < possible ? wanted : possible, granularity, &plan);
   }
@@ -190,7 +194,7 @@ int blocks_per_group(const Sizes& size, int groups, int block_channels) {
 
 Plan plan_forward(const Sizes& size, int directions, int multiprocessors) {
   Plan plan = plan_of(size, directions, multiprocessors, kForwardTile, 4 * kForwardTile);
-  if (directions == 2) {
+  if (plan.joint) {
     const ForwardShared shared(4, 2, slices_of(size), plan.channels, plan.chunk_length);
     plan.meeting_in_shared = shared.total <= kMeetingLimit;
   }
@@ -198,7 +202,9 @@ Plan plan_forward(const Sizes& size, int directions, int multiprocessors) {
 }
 
 Plan plan_backward(const Sizes& size, int directions, int multiprocessors) {
-  return plan_of(size, directions, multiprocessors, kBackwardTile, 2 * kBackwardTile);
+  Sizes all = size;
+  all.batch *= directions;
+  return plan_of(all, 1, multiprocessors, kBackwardTile, 2 * kBackwardTile);
 }
 
 int launch_carry(const Carry& p, CUstream_st* stream) {
