@@ -356,11 +356,12 @@ class _Compiler:
         if WINDOWS:
             tail = [f'/LIBPATH:{f}' for f in folders] + [f'{name}.lib' for name in libraries]
             return [self.cxx, '/nologo', '/LD', *files, f'/Fe{out}', '/link', *tail]
-        tail = [f'-L{f}' for f in folders] + [f'-l{name}' for name in libraries]
         if MACOS:
-            shared = ['-dynamiclib', '-undefined', 'dynamic_lookup']
+            # torch is loaded before: its symbols are found then.
+            shared, tail = ['-dynamiclib', '-undefined', 'dynamic_lookup'], []
         else:
             shared = ['-shared', '-Wl,--as-needed', '-Wl,-s']
+            tail = [f'-L{f}' for f in folders] + [f'-l{name}' for name in libraries]
         return [*shlex.split(self.cxx), *shared, *files, *tail, '-o', str(out)]
 
 
@@ -477,8 +478,8 @@ def build(
         import torch
     except ImportError as error:
         raise BuildError(
-            f'torch cannot be imported by {sys.executable} ({error}); pip install '
-            '--no-build-isolation lets the build see an installed torch'
+            f'there was no torch to compile against ({error}): pip builds in an environment of '
+            'its own unless told --no-build-isolation'
         ) from error
     start = time.monotonic()
     config, no_cuda = find_cuda(cuda)
@@ -570,12 +571,13 @@ def main() -> int:
         nargs='?',
         const='9.0',
         metavar='ARCHITECTURE',
-        help='only compile the CUDA sources (default for 9.0); without nvcc say so and succeed',
+        help='only compile the CUDA sources, for 9.0 or sm_90; without nvcc say so and succeed',
     )
     args = parser.parse_args()
     try:
         if args.check_cuda:
-            check_cuda(args.check_cuda, args.objects)
+            listed = re.sub(r'^sm_(\d+)(\d[af]?)$', r'\1.\2', args.check_cuda)
+            check_cuda(listed, args.objects)
         else:
             build(args.output, cuda=args.cuda, objects=args.objects)
     except BuildError as error:

@@ -117,10 +117,9 @@ void backward(const NormBackwardArgs& a) {
     }
   });
   S* dweight = static_cast<S*>(a.dweight);
-  for (int64_t c = 0; c < a.channels; ++c) {
-    S sum = S(0);
-    for (int64_t k = 0; k < chunks; ++k) sum += partial[k * padded + c];
-    dweight[c] = sum;
+  fill(dweight, S(0), a.channels);
+  for (int64_t k = 0; k < chunks; ++k) {
+    for (int64_t c = 0; c < a.channels; ++c) dweight[c] += partial[k * padded + c];
   }
 }
 

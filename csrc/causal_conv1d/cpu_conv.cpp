@@ -328,12 +328,10 @@ void backward(const ConvBackwardArgs& args) {
       if (out == nullptr) continue;
       const int64_t step = is_bias ? 1 : in.width;
       if (!is_bias) out += in.filter[f].reverse ? in.width - 1 - k : k;
-      for (int64_t c = 0; c < in.channels; ++c) {
-        S sum = S(0);
-        for (int64_t s = 0; s < slots; ++s) {
-          sum += partial[((s * in.filters + f) * rows + k) * in.channels + c];
-        }
-        out[c * step] = sum;
+      for (int64_t c = 0; c < in.channels; ++c) out[c * step] = S(0);
+      for (int64_t s = 0; s < slots; ++s) {
+        const S* sum = partial + ((s * in.filters + f) * rows + k) * in.channels;
+        for (int64_t c = 0; c < in.channels; ++c) out[c * step] += sum[c];
       }
     }
   });

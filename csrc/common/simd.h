@@ -16,7 +16,11 @@
 #error "compile with -DMMVIM_ISA=portable|avx2|avx512"
 #endif
 
-#if defined(__AVX2__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__GNUC__) && !defined(MMVIM_NO_VECTOR_EXTENSIONS)
+#define MMVIM_VECTOR_EXTENSIONS
+#endif
+
+#if defined(__AVX2__) && defined(MMVIM_VECTOR_EXTENSIONS)
 #include <immintrin.h>
 #define MMVIM_AVX2_INTRINSICS
 #if defined(__AVX512F__)
@@ -46,7 +50,7 @@ struct IntOf<double> {
   using type = int64_t;
 };
 
-#if defined(__GNUC__) && !defined(MMVIM_NO_VECTOR_EXTENSIONS)
+#if defined(MMVIM_VECTOR_EXTENSIONS)
 
 template <class S>
 struct Simd;

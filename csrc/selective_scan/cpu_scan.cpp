@@ -527,19 +527,21 @@ class BackwardTask {
 };
 
 template <class S>
-void sum_parameters(const ScanBackwardArgs& a, const S* partial) {
+void sum_parameters(const ScanBackwardArgs& a, S* partial) {
   const int64_t n = a.shape.states, parts = n + 2, channels = a.shape.channels;
   parallel(channels, [&](int64_t begin, int64_t end) {
+    for (int64_t b = 1; b < a.shape.batch; ++b) {
+      const S* other = partial + b * channels * parts;
+      for (int64_t i = begin * parts; i < end * parts; ++i) partial[i] += other[i];
+    }
+    const auto put = [&](void* out, int64_t at, int64_t c, int64_t i) {
+      if (out == nullptr) return;
+      static_cast<S*>(out)[at] = a.shape.batch > 0 ? partial[c * parts + i] : S(0);
+    };
     for (int64_t c = begin; c < end; ++c) {
-      for (int64_t i = 0; i < parts; ++i) {
-        S sum = S(0);
-        for (int64_t b = 0; b < a.shape.batch; ++b) sum += partial[(b * channels + c) * parts + i];
-        if (i < n) {
-          static_cast<S*>(a.dA)[c * n + i] = sum;
-        } else if (S* out = static_cast<S*>(i == n ? a.dD : a.ddelta_bias)) {
-          out[c] = sum;
-        }
-      }
+      for (int64_t i = 0; i < n; ++i) put(a.dA, c * n + i, c, i);
+      put(a.dD, c, c, n);
+      put(a.ddelta_bias, c, c, n + 1);
     }
   });
 }

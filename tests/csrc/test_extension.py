@@ -199,6 +199,7 @@ def test_what_is_loaded():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_compiling_at_first_use_once_for_all_processes(package, tmp_path):
     environment = {**os.environ, 'PYTHONPATH': str(package), 'MMVIM_JIT': '1'}
     environment |= {'MMVIM_CACHE_DIR': str(tmp_path / 'cache'), 'OMP_NUM_THREADS': '1'}
@@ -213,7 +214,7 @@ def test_compiling_at_first_use_once_for_all_processes(package, tmp_path):
         )
         for _ in range(2)
     ]
-    results = [(*rank.communicate(timeout=900), rank.returncode) for rank in ranks]
+    results = [(*rank.communicate(timeout=3000), rank.returncode) for rank in ranks]
     for out, err, code in results:
         assert code == 0, err
         assert out.split() == ['True', 'True']
