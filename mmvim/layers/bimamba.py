@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from mmvim import ops
+from mmvim.ops.bidirectional import bidirectional_scan_unchecked
 
 from ._common import as_param_dtype, check_choice
 from .conv import CausalConv1d
@@ -143,7 +144,7 @@ class BiMamba(MixerBase):
         forward, backward = self._branches(u)
         if self.reverse:
             forward, backward = backward, forward
-        y = ops.bidirectional_scan(
+        y = bidirectional_scan_unchecked(
             forward,
             backward,
             z,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvim import ops
+from mmvim.ops.selective_scan import selective_scan_unchecked
 
 from ._common import as_param_dtype, check_choice, check_positive, resolve_backend
 from .conv import CausalConv1d
@@ -275,7 +276,7 @@ class Mamba(MixerBase):
         if return_state:
             u, conv_state = u
         inputs = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y = ops.selective_scan(
+        y = selective_scan_unchecked(
             inputs.u,
             inputs.delta,
             inputs.A,

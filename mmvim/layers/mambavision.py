@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvim import ops
+from mmvim.ops.selective_scan import selective_scan_unchecked
 
 from ._common import check_positive
 from .conv import CausalConv1d
@@ -125,7 +126,7 @@ class MambaVisionMixer(MixerBase):
         u, z = xz.chunk(2, dim=-1)
         inputs = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
         bias = inputs.delta_bias
-        y = ops.selective_scan(
+        y = selective_scan_unchecked(
             inputs.u,
             inputs.delta,
             inputs.A,
