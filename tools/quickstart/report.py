@@ -19,6 +19,7 @@ from PIL import Image
 # The package beside this script is the one that runs, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from mmvim.analysis import read_run
 from mmvim.datasets.quickstart import DIGIT_CLASSES, SEG_CLASSES, SEG_PALETTE
 
 #: task: (key in mmengine's logs, factor to a per cent value, name, value that the recipe reaches)
@@ -55,29 +56,16 @@ def newest(work_dir: Path, pattern: str) -> Path:
     return found[-1]
 
 
-def read_scalars(work_dir: Path, key: str) -> tuple[list[dict], list[dict]]:
-    """Training and validation entries of the newest training run's scalars."""
-    train, val = [], []
-    with open(newest(work_dir, '[0-9]*/vis_data/scalars.json')) as file:
-        for line in file:
-            entry = json.loads(line)
-            if 'loss' in entry:
-                train.append(entry)
-            elif key in entry:
-                val.append(entry)
-    return train, val
-
-
 def draw_curves(work_dir: Path, task: str, test_value: float) -> Path:
     """Draw the training loss and the validation metric over iterations."""
     key, factor, name, _ = METRICS[task]
-    train, val = read_scalars(work_dir, key)
-    if not train or not val:
-        raise ReportError(f'the scalars in {work_dir} hold no training or no validation entries')
-    per_epoch = 1.0
-    # Validation entries count epochs where training does, iterations where it does not.
-    if 'epoch' in train[-1] and val[-1]['step'] <= train[-1]['epoch'] < train[-1]['step']:
-        per_epoch = train[-1]['step'] / train[-1]['epoch']
+    try:
+        run = read_run(work_dir)
+        steps, values = run.series(key)
+    except (KeyError, ValueError) as error:
+        raise ReportError(error.args[0]) from error
+    train = run.train
+    values = [value * factor for value in values]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
     left.plot([e['step'] for e in train], [e['loss'] for e in train], color='tab:blue')
     left.set(xlabel='iteration', ylabel='training loss', title='Training loss')
@@ -85,8 +73,6 @@ def draw_curves(work_dir: Path, task: str, test_value: float) -> Path:
     rate.plot([e['step'] for e in train], [e['lr'] for e in train], color='0.7', lw=1)
     rate.set_ylabel('learning rate', color='0.5')
     rate.ticklabel_format(axis='y', style='sci', scilimits=(0, 0))
-    values = [e[key] * factor for e in val]
-    steps = [e['step'] * per_epoch for e in val]
     best = int(np.argmax(values))
     right.plot(steps, values, marker='o', ms=3, color='tab:blue', label='validation')
     right.plot(steps[best], values[best], 'o', ms=9, mfc='none', color=RIGHT, label='best, kept')

@@ -1,0 +1,209 @@
+"""Parameters and arithmetic of a model, the ops of mmvim included.
+
+Two conventions are reported side by side:
+
+* ``macs``, what papers and OpenMMLab call FLOPs: multiply-accumulates of matrix products,
+  convolutions (the short ones over the sequence too) and attention, and three for each token,
+  channel, state and direction of a scan (one each for the decay of the state, the input's share
+  and the output). Norms count nothing.
+* ``flops``: additions and multiplications. A multiply-accumulate is two; a scan takes nine for each
+  token, channel, state and direction, as mamba-ssm's users count it
+  (https://github.com/state-spaces/mamba/issues/110), and two more for each token and channel with a
+  skip connection or a gate; norms five to seven for each value.
+
+Other elementwise arithmetic (activations, additions of branches) is counted in neither.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import mmvim.ops  # noqa: F401  defines the ops
+
+_aten = torch.ops.aten
+SCAN_MACS = 3
+SCAN_FLOPS = 9
+
+Cost = tuple[str, int, int]
+
+
+def _size(shape: Sequence[int]) -> int:
+    return math.prod(shape)
+
+
+def _scan(u: Tensor, states: int, has_skip: bool, has_gate: bool) -> Cost:
+    steps = _size(u.shape)
+    flops = SCAN_FLOPS * steps * states + 2 * steps * (has_skip + has_gate)
+    return 'scan', SCAN_MACS * steps * states, flops
+
+
+def _selective_scan(args: Sequence[Any], out: Any) -> Cost:
+    u, _, A, _, _, D, z = args[:7]
+    return _scan(u, A.shape[1], D is not None, z is not None)
+
+
+def _bidirectional_scan(args: Sequence[Any], out: Any) -> Cost:
+    _, macs, flops = _scan(args[0], args[2].shape[1], args[5] is not None, False)
+    gate = 2 * _size(args[0].shape) * (args[14] is not None)
+    return 'scan', 2 * macs, 2 * flops + gate
+
+
+def _conv1d(directions: int) -> Callable[[Sequence[Any], Any], Cost]:
+    def cost(args: Sequence[Any], out: Any) -> Cost:
+        macs = directions * _size(args[0].shape) * args[1].shape[1]
+        return 'conv1d', macs, 2 * macs
+
+    return cost
+
+
+def _norm(flops_per_value: int) -> Callable[[Sequence[Any], Any], Cost]:
+    def cost(args: Sequence[Any], out: Any) -> Cost:
+        return 'norm', 0, flops_per_value * _size(args[0].shape)
+
+    return cost
+
+
+def _attention(args: Sequence[Any], out: Any) -> Cost:
+    (*batch, queries, channels), keys = args[0].shape, args[1].shape[-2]
+    macs = _size(batch) * queries * keys * (channels + args[2].shape[-1])
+    return 'attention', macs, 2 * macs
+
+
+_FORMULAS = {
+    'selective_scan': _selective_scan,
+    'bidirectional_scan': _bidirectional_scan,
+    'causal_conv1d': _conv1d(1),
+    'bidirectional_conv1d': _conv1d(2),
+    # One addition, a square and its sum, and two products.
+    'add_rms_norm': _norm(5),
+}
+_COSTS: dict[Any, Callable[[Sequence[Any], Any], Cost]] = {
+    getattr(getattr(torch.ops, namespace), name): formula
+    for namespace in ('mmvim', 'mmvim_torch')
+    for name, formula in _FORMULAS.items()
+}
+_COSTS[_aten.native_layer_norm] = _norm(7)
+_COSTS[_aten._native_batch_norm_legit_no_training] = _norm(4)
+_COSTS[_aten.native_batch_norm] = _norm(7)
+_COSTS[_aten.native_group_norm] = _norm(7)
+# PyTorch's counter knows those of GPUs.
+_COSTS[_aten._scaled_dot_product_flash_attention_for_cpu] = _attention
+
+_KINDS = {
+    'convolution': 'conv',
+    '_convolution': 'conv',
+    'mm': 'matmul',
+    'addmm': 'matmul',
+    'bmm': 'matmul',
+    'baddbmm': 'matmul',
+}
+
+
+class _Counter(FlopCounterMode):
+    """PyTorch's counter, which counts matrix products, with ours beside it."""
+
+    def __init__(self) -> None:
+        self.macs: Counter[str] = Counter()
+        self.flops: Counter[str] = Counter()
+        mapping = {op: self._formula(cost) for op, cost in _COSTS.items()}
+        super().__init__(display=False, custom_mapping=mapping)
+
+    def _formula(self, cost: Callable[[Sequence[Any], Any], Cost]) -> Callable[..., int]:
+        def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+            kind, macs, flops = cost(args, out_val)
+            self.macs[kind] += macs
+            self.flops[kind] += flops
+            return 0
+
+        formula._get_raw = True
+        return formula
+
+    def by_kind(self) -> dict[str, dict[str, int]]:
+        """MACs and FLOPs of each kind of arithmetic."""
+        for op, flops in self.get_flop_counts().get('Global', {}).items():
+            name = str(op).rpartition('.')[2]
+            kind = _KINDS.get(name, 'attention' if 'attention' in name else 'matmul')
+            self.flops[kind] += flops
+            self.macs[kind] += flops // 2
+        return {
+            kind: {'macs': self.macs[kind], 'flops': self.flops[kind]}
+            for kind in sorted(self.flops, key=lambda kind: -self.flops[kind])
+            if self.flops[kind]
+        }
+
+
+def count(model: nn.Module, *inputs: Any, forward: Callable | None = None) -> dict[str, Any]:
+    """Count the parameters of a model and the arithmetic of one forward pass.
+
+    Args:
+        model: Any module. On the ``meta`` device nothing is computed.
+        *inputs: Inputs of the forward pass.
+        forward: What is called with the inputs. Defaults to None, which means ``model``.
+
+    Returns:
+        ``parameters``, ``macs``, ``flops`` and ``by_kind``, which has ``macs`` and ``flops`` of
+        'matmul', 'conv', 'attention', 'scan', 'conv1d' and 'norm'.
+    """
+    counter = _Counter()
+    with torch.no_grad(), counter:
+        (forward or model)(*inputs)
+    kinds = counter.by_kind()
+    return {
+        'parameters': sum(p.numel() for p in model.parameters()),
+        'macs': sum(kind['macs'] for kind in kinds.values()),
+        'flops': sum(kind['flops'] for kind in kinds.values()),
+        'by_kind': kinds,
+    }
+
+
+def count_config(
+    cfg: Any, size: tuple[int, int], *, frames: int | None = None, channels: int = 3
+) -> dict[str, Any]:
+    """Count the model of a config for one input.
+
+    Classifiers and segmentors are counted without computing anything. Detectors are run on random
+    pixels on the CPU, because what their second stage does depends on values; of each detector only
+    what its ``mode='tensor'`` runs is counted, which leaves out the suppression of boxes.
+
+    Args:
+        cfg: A config, path or name, as for :func:`mmvim.get_model`.
+        size: Height and width of the input.
+        frames: Number of frames of a video. Defaults to None, an image.
+        channels: Channels of the input. Defaults to 3.
+
+    Returns:
+        As :func:`count`, and ``input``, the shape without the batch.
+    """
+    from mmvim.apis.model_zoo import build_model, load_config
+
+    cfg = load_config(cfg)
+    values_matter = cfg.get('default_scope') == 'mmdet'
+    device = torch.device('cpu' if values_matter else 'meta')
+    with device:
+        model = build_model(cfg)
+    model.eval()
+    shape = (channels, *((frames,) if frames else ()), *size)
+    image = torch.rand(1, *shape) if values_matter else torch.empty(1, *shape, device=device)
+    inputs = (image, [_empty_sample(size)]) if values_matter else (image,)
+    report = count(model, *inputs, forward=lambda *args: model(*args, mode='tensor'))
+    return {'input': shape, **report}
+
+
+def _empty_sample(size: tuple[int, int]) -> Any:
+    from mmdet.structures import DetDataSample
+
+    shape = tuple(size)
+    return DetDataSample(
+        metainfo=dict(
+            img_shape=shape,
+            ori_shape=shape,
+            pad_shape=shape,
+            batch_input_shape=shape,
+            scale_factor=(1.0, 1.0),
+        )
+    )

@@ -1,0 +1,202 @@
+"""The models that the metafiles of ``configs/`` describe, by name.
+
+``model-index.yml`` lists the metafiles. Their accuracies are those that authors reported, and their
+weights the authors' files.
+"""
+
+import difflib
+import fnmatch
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.fileio import load
+from torch import nn
+
+from mmvim.compat import mmengine_configs
+
+INDEX = 'model-index.yml'
+#: default_scope of a config: what tasks it does, in the words of metafiles.
+_LIBRARIES = MappingProxyType(
+    {'mmpretrain': 'classification', 'mmdet': 'detection', 'mmseg': 'segmentation'}
+)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a metafile says about a model.
+
+    Attributes:
+        name: Name of the model.
+        config: Path of its config.
+        weights: URL of the authors' weights, None if there are none.
+        collection: Name of the family.
+        parameters: Number of parameters.
+        macs: Multiply-accumulates, None if not stated.
+        results: Entries with 'Task', 'Dataset', 'Metrics' and 'Source', who reported them.
+        entry: The entry of the metafile itself.
+    """
+
+    name: str
+    config: Path
+    weights: str | None
+    collection: str
+    parameters: int
+    macs: int | None
+    results: tuple[dict, ...] = ()
+    entry: dict = field(default_factory=dict, repr=False, compare=False)
+
+
+@functools.cache
+def models() -> Mapping[str, ModelInfo]:
+    """Every model of the zoo by its name.
+
+    Raises:
+        FileNotFoundError: The package was built without its configs.
+    """
+    root = mmengine_configs.root()
+    found: dict[str, ModelInfo] = {}
+    for metafile in load(root / INDEX)['Import']:
+        for entry in load(root / metafile)['Models']:
+            metadata = entry.get('Metadata', {})
+            weights = entry.get('Weights')
+            found[entry['Name']] = ModelInfo(
+                name=entry['Name'],
+                config=root / entry['Config'],
+                weights=weights[0] if isinstance(weights, list) else weights,
+                collection=entry['In Collection'],
+                parameters=metadata.get('Parameters'),
+                macs=metadata.get('FLOPs'),
+                results=tuple(entry.get('Results', [])),
+                entry=entry,
+            )
+    return MappingProxyType(found)
+
+
+def list_models(pattern: str | None = None, *, pretrained: bool = False) -> list[str]:
+    """List the names of the zoo's models.
+
+    Args:
+        pattern: A wildcard pattern such as ``'vim-*in1k'``. None lists all.
+        pretrained: Whether to list only models with weights.
+
+    Returns:
+        Names, sorted.
+    """
+    names = models() if pattern is None else fnmatch.filter(models(), pattern)
+    return sorted(name for name in names if not pretrained or models()[name].weights)
+
+
+def model_info(name: str) -> ModelInfo:
+    """What the zoo knows of a model.
+
+    Raises:
+        ValueError: There is no model of this name; the message has similar ones.
+    """
+    info = models().get(name)
+    if info is None:
+        close = difflib.get_close_matches(name, models(), n=3, cutoff=0.5)
+        hint = f'similar names: {", ".join(close)}' if close else 'see mmvim.list_models()'
+        raise ValueError(f'there is no model {name!r} in the zoo of mmvim; {hint}')
+    return info
+
+
+def load_config(model: str | Path | Config) -> Config:
+    """Read the config of a model.
+
+    Args:
+        model: A name of the zoo, the path of a config, or a config, which is copied.
+
+    Raises:
+        FileNotFoundError: There is no file of this path.
+        ValueError: There is no model of this name.
+    """
+    if isinstance(model, Config):
+        return model.copy()
+    if str(model).endswith('.py'):
+        if not Path(model).is_file():
+            raise FileNotFoundError(f'the config file {str(model)!r} does not exist')
+        return Config.fromfile(model)
+    return Config.fromfile(model_info(str(model)).config)
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """Build the model of a config in the scope of its task library, as a runner does.
+
+    Args:
+        cfg: A config with ``model`` and ``default_scope``.
+
+    Raises:
+        ImportError: The task library is not installed.
+        ValueError: The config has no ``model``.
+    """
+    from mmengine.registry import MODELS, DefaultScope
+
+    from mmvim.compat import require
+
+    if cfg.get('model') is None:
+        raise ValueError(f'the config {cfg.filename!r} has no model')
+    scope = cfg.get('default_scope') or 'mmengine'
+    if scope in _LIBRARIES:
+        require(f'{scope}.models', f'{_LIBRARIES[scope]} models')
+    settings = cfg.model.copy()
+    if cfg.get('data_preprocessor') is not None:
+        settings.setdefault('data_preprocessor', cfg.data_preprocessor)
+    with DefaultScope.overwrite_default_scope(scope):
+        return MODELS.build(settings)
+
+
+def get_model(
+    name: str | Path | Config,
+    pretrained: bool | str | Path = False,
+    *,
+    device: Any = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model of the zoo, or of a config.
+
+    Args:
+        name: A name of :func:`list_models`, the path of a config, or a config.
+        pretrained: True loads the authors' weights of the name (they are downloaded and cached), a
+            path or URL those of the file. With False the weights are random; files that the config
+            names in ``init_cfg`` are left alone. Defaults to False.
+        device: Where to put the model. Defaults to None, the CPU.
+        **kwargs: Changes of the config's ``model``, such as ``backbone=dict(drop_path_rate=0.1)``.
+
+    Returns:
+        The classifier, detector or segmentor, in evaluation mode, with its config as ``_config``.
+
+    Raises:
+        ValueError: There is no such model, or ``pretrained=True`` and it has no weights.
+        FileNotFoundError: A file does not exist.
+        mmvim.engine.errors.CheckpointError: The weights do not fit the model.
+
+    Example:
+        >>> model = mmvim.get_model('vim-tiny_3rdparty_in1k', pretrained=True)
+        >>> logits = model(torch.randn(1, 3, 224, 224), mode='tensor')
+    """
+    cfg = load_config(name)
+    weights = None if pretrained is False or pretrained is None else pretrained
+    if weights is True:
+        if not isinstance(name, str) or name.endswith('.py'):
+            raise ValueError('pretrained=True needs a name of the zoo; give a path or URL instead')
+        weights = model_info(name).weights
+        if weights is None:
+            raise ValueError(
+                f'no weights were published for {name!r}; see list_models(pretrained=True)'
+            )
+    if kwargs:
+        cfg.merge_from_dict({'model': kwargs})
+    model = build_model(cfg)
+    if weights is not None:
+        from .checkpoints import load_weights
+
+        load_weights(model, str(weights))
+    model._config = cfg
+    if device is not None:
+        model.to(device)
+    return model.eval()

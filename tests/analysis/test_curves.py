@@ -1,0 +1,85 @@
+"""Scalars of runs are read and drawn."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('matplotlib')
+
+from mmvim.analysis import draw_runs, read_run
+
+TOOL = Path(__file__).parents[2] / 'tools/analysis/analyze_logs.py'
+
+
+def write(work_dir: Path, time: str, loss: float, by_epoch: bool = True) -> Path:
+    log = work_dir / time / 'vis_data'
+    log.mkdir(parents=True)
+    lines = []
+    for step in range(10, 61, 10):
+        entry = {'lr': 1e-3, 'loss': loss / step, 'time': 0.5, 'memory': step, 'step': step}
+        lines.append({**entry, 'epoch': (step + 19) // 20} if by_epoch else entry)
+        if step % 20 == 0:
+            accuracy = {20: 50.0, 40: 90.0, 60: 80.0}[step]
+            lines.append({'accuracy/top1': accuracy, 'step': step // 20 if by_epoch else step})
+    (log / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
+    return work_dir
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_validations_are_placed_at_iterations(tmp_path, by_epoch):
+    write(tmp_path / 'run', '20200101_000000', 9.0)
+    run = read_run(write(tmp_path / 'run', '20210101_000000', 2.0, by_epoch))
+    assert run.series('accuracy/top1') == ([20, 40, 60], [50.0, 90.0, 80.0])
+    assert run.series('loss')[1][0] == 0.2
+    summary = run.summary()
+    assert summary['iterations'] == 60
+    assert summary['seconds_per_iteration'] == 0.5
+    assert summary['memory_mib'] == 60
+    assert summary['metrics'] == {
+        'accuracy/top1': {'highest': 90.0, 'at_iteration': 40, 'last': 80.0}
+    }
+
+
+def test_a_test_after_training_does_not_hide_it(tmp_path):
+    write(tmp_path / 'run', '20210101_000000', 2.0)
+    test = tmp_path / 'run' / '20220101_000000' / 'vis_data'
+    test.mkdir(parents=True)
+    (test / 'scalars.json').write_text(json.dumps({'accuracy/top1': 70.0, 'step': 3}))
+    assert read_run(tmp_path / 'run').summary()['iterations'] == 60
+
+
+def test_draw(tmp_path):
+    runs = [read_run(write(tmp_path / name, '20210101_000000', 2.0)) for name in 'ab']
+    out = draw_runs(runs, tmp_path / 'curves.png', smooth=3)
+    assert out.stat().st_size > 10_000
+    with pytest.raises(KeyError, match=r"a has no 'top9'; it has accuracy/top1, loss, lr"):
+        draw_runs(runs, tmp_path / 'no.png', ['top9'])
+    assert not (tmp_path / 'no.png').exists()
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, timeout=120
+    )
+
+
+def test_tool(tmp_path):
+    work_dir = write(tmp_path / 'run', '20210101_000000', 2.0)
+    result = run(work_dir, '--out', tmp_path / 'x.png')
+    assert result.returncode == 0, result.stderr
+    assert 'highest 90 at 40, last 80' in result.stdout
+    assert (tmp_path / 'x.png').is_file()
+    assert json.loads(run(work_dir, '--json').stdout)[0]['iterations'] == 60
+
+
+def test_tool_names_what_is_wrong(tmp_path):
+    result = run(tmp_path)
+    assert result.returncode == 2
+    assert 'is no work directory of a training run' in result.stderr
+    (tmp_path / 'scalars.json').write_text('{"step": 1}\n{"lo')
+    assert 'line 2 of' in run(tmp_path / 'scalars.json').stderr
+    (tmp_path / 'scalars.json').write_text('{"step": 1}\n')
+    assert 'has no entry of a training loop' in run(tmp_path / 'scalars.json').stderr

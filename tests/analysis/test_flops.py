@@ -1,0 +1,105 @@
+"""The figures of the model zoo, and the costs of single ops."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmvim import ops
+from mmvim.analysis import count, count_config
+from mmvim.apis.model_zoo import models
+
+TOOL = Path(__file__).parents[2] / 'tools/analysis/get_flops.py'
+COUNTED = [name for name, info in models().items() if info.macs is not None]
+
+
+@pytest.mark.parametrize('name', COUNTED)
+def test_metafiles_state_the_macs(name):
+    info = models()[name]
+    size = info.entry['Metadata'].get('Input Size', 224)
+    frames = info.entry['Metadata'].get('Frames')
+    report = count_config(name, (size, size), frames=frames)
+    assert report['parameters'] == info.parameters
+    assert report['macs'] == info.macs
+
+
+class Op(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
+@pytest.mark.parametrize('has_gate', [False, True])
+def test_scan(backend, has_gate):
+    b, length, d, n = 2, 5, 6, 4
+    u, delta, z = torch.rand(3, b, length, d)
+    A, (B, C), D = -torch.rand(d, n), torch.rand(2, b, length, n), torch.rand(d)
+    z = z if has_gate else None
+    one = count(Op(lambda: ops.selective_scan(u, delta, A, B, C, D, z, backend=backend)))
+    per_direction = b * length * d * n
+    assert one['macs'] == 3 * per_direction
+    assert one['flops'] == 9 * per_direction + 2 * b * length * d * (1 + has_gate)
+    inputs = ops.ScanInputs(u, delta, A, B, C, D)
+    both = count(Op(lambda: ops.bidirectional_scan(inputs, inputs, z, backend=backend)))
+    assert both['macs'] == 6 * per_direction
+    assert both['flops'] == 18 * per_direction + 2 * b * length * d * (2 + has_gate)
+
+
+def test_convolution_and_norm():
+    x, weight = torch.rand(2, 5, 6), torch.rand(6, 3)
+    report = count(Op(lambda: ops.causal_conv1d(x, weight)))
+    assert report['by_kind'] == {'conv1d': {'macs': 2 * 5 * 6 * 3, 'flops': 2 * 2 * 5 * 6 * 3}}
+    report = count(Op(lambda: ops.add_rms_norm(x, torch.ones(6), x)))
+    assert report['by_kind'] == {'norm': {'macs': 0, 'flops': 5 * x.numel()}}
+    report = count(torch.nn.Linear(6, 7), x)
+    assert report['by_kind']['matmul']['macs'] == 2 * 5 * 6 * 7
+
+
+def test_attention_and_batch_norm_are_counted():
+    from mmvim.models import MambaVision
+
+    arch = dict(depths=(1, 1, 2, 2), embed_dims=8, stem_dims=4, num_heads=(1, 1))
+    model = MambaVision(arch).eval()
+    report = count(model, torch.rand(1, 3, 64, 64))
+    assert {'matmul', 'conv', 'scan', 'conv1d', 'norm'} <= set(report['by_kind'])
+    with torch.device('meta'):
+        on_meta = MambaVision(arch).eval()
+    meta = count(on_meta, torch.empty(1, 3, 64, 64, device='meta'))
+    assert meta['macs'] == report['macs']
+    assert report['by_kind']['attention']['macs'] > 0
+
+
+def test_detectors_are_counted():
+    mask_rcnn = count_config('mask-rcnn_vim-tiny_simplefpn_1x_coco', (64, 96))
+    assert mask_rcnn['parameters'] == models()['mask-rcnn_vim-tiny_simplefpn_1x_coco'].parameters
+    assert mask_rcnn['by_kind']['scan']['macs'] == 2 * 3 * 24 * (4 * 6) * 384 * 16
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_tool(tmp_path):
+    out = tmp_path / 'flops.json'
+    result = run('vim-tiny_3rdparty_in1k', '--shape', '224', '256x512', '--json', out)
+    assert result.returncode == 0, result.stderr
+    assert '7.15 M' in result.stdout
+    assert '1.47 G' in result.stdout
+    rows = json.loads(out.read_text())
+    assert [row['input'] for row in rows] == [[3, 224, 224], [3, 256, 512]]
+
+
+def test_tool_names_what_is_wrong():
+    assert 'similar names: vim-tiny_3rdparty_in1k' in run('vim-tiny_in1k').stderr
+    result = run('vim-tiny_3rdparty_in1k', '--shape', '2x2x2')
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --shape must be like 224 or 800x1216, not '2x2x2'")
