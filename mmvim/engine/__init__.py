@@ -1,6 +1,6 @@
 """Launcher, hooks and optimizer parts for mmpretrain, mmdet and mmsegmentation alike."""
 
-from .hooks import CheckpointHook, DataCheckHook
+from .hooks import CheckpointHook, DataCheckHook, MesaHook
 from .optim import CPUAmpOptimWrapper, LayerDecayOptimizerConstructor
 
 __all__ = [
@@ -8,4 +8,5 @@ __all__ = [
     'CheckpointHook',
     'DataCheckHook',
     'LayerDecayOptimizerConstructor',
+    'MesaHook',
 ]

@@ -3,8 +3,18 @@
 from mmvim.registry import MODELS, register_plain_names
 
 from .backbones import MambaVision, VideoMamba, Vim
+from .classifiers import MesaClassifier
 from .necks import SimpleFPN
+from .video import VideoDataPreprocessor
 
 register_plain_names()
 
-__all__ = ['MODELS', 'MambaVision', 'SimpleFPN', 'VideoMamba', 'Vim']
+__all__ = [
+    'MODELS',
+    'MambaVision',
+    'MesaClassifier',
+    'SimpleFPN',
+    'VideoDataPreprocessor',
+    'VideoMamba',
+    'Vim',
+]

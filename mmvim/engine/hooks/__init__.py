@@ -2,5 +2,6 @@
 
 from .checkpoint import CheckpointHook
 from .data_check import DataCheckHook
+from .mesa import MesaHook
 
-__all__ = ['CheckpointHook', 'DataCheckHook']
+__all__ = ['CheckpointHook', 'DataCheckHook', 'MesaHook']
