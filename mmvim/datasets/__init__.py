@@ -1,1 +1,9 @@
 """Data sets and data generation; the mm libraries' own loaders read what is written here."""
+
+import importlib.util
+
+# The quickstart data need neither mmengine nor torch.
+if importlib.util.find_spec('mmengine') is not None:
+    from .video import VideoDataset
+
+    __all__ = ['VideoDataset']

@@ -1,0 +1,29 @@
+"""Videos: files, clips, and augmentations that treat all frames alike."""
+
+from .dataset import VideoDataset
+from .errors import VideoSampleError
+from .reader import VideoReader
+from .sampling import at_regular_times, dense_indices, uniform_indices
+from .transforms import (
+    LoadVideo,
+    PackVideo,
+    RandomErasingVideo,
+    RepeatAugment,
+    ThreeCrop,
+    VideoTransform,
+)
+
+__all__ = [
+    'LoadVideo',
+    'PackVideo',
+    'RandomErasingVideo',
+    'RepeatAugment',
+    'ThreeCrop',
+    'VideoDataset',
+    'VideoReader',
+    'VideoSampleError',
+    'VideoTransform',
+    'at_regular_times',
+    'dense_indices',
+    'uniform_indices',
+]

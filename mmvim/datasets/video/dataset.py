@@ -1,0 +1,206 @@
+"""Labelled video files, listed as Kinetics, Something-Something V2 or a plain list do."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmengine.dataset import BaseDataset
+from mmengine.logging import print_log
+
+from mmvim.registry import DATASETS
+
+_EXTENSIONS = ('.mp4', '.webm', '.mkv', '.avi', '.mov')
+
+
+@DATASETS.register_module()
+class VideoDataset(BaseDataset):
+    """Video classification from files and an annotation list.
+
+    Layouts:
+
+    - 'list': each line of ``ann_file`` is ``path label``, separated by the last space or comma;
+      paths are relative to ``data_prefix``. This is the list of VideoMAE, VideoMamba and mmaction2.
+    - 'kinetics': ``ann_file`` is the official CSV with the columns label, youtube_id, time_start
+      and time_end. Files are ``<label>/<id>_<start>_<end>.mp4`` (spaces of the label may be
+      underscores) or the same without the folder, times with six digits. Labels are numbered in
+      alphabetical order, as is usual.
+    - 'ssv2': ``ann_file`` is the official JSON list with id and template (or label), ``label_file``
+      the official JSON that numbers the templates. Files are ``<id>.webm``.
+
+    Videos of an official list that are not on the disk are left out with a warning: many of
+    Kinetics can no longer be had. In a plain list they are an error when they are loaded.
+
+    Args:
+        ann_file (str): Relative to ``data_root``.
+        data_root (str): Defaults to ''.
+        data_prefix (str): Folder of the videos, relative to ``data_root``. Defaults to ''.
+        layout (str): 'auto' takes 'ssv2' for ``.json``, 'kinetics' for a ``.csv`` whose first line
+            names the column youtube_id, and 'list' otherwise. Defaults to 'auto'.
+        label_file (str, optional): Names of the classes, relative to ``data_root``: JSON
+            ``{name: number}`` or one name a line. 'ssv2' needs it; 'kinetics' takes the labels of
+            ``ann_file`` without it.
+        num_classes (int, optional): Checked against the labels. Give it where the classes come
+            from ``ann_file`` alone: a list that lacks a class numbers the others differently.
+        **kwargs: Of :class:`mmengine.dataset.BaseDataset`: pipeline, test_mode, indices,
+            lazy_init, max_refetch, serialize_data.
+
+    Raises:
+        ValueError: For an unknown layout, an unreadable line, an unknown label, or no video.
+    """
+
+    def __init__(
+        self,
+        ann_file: str,
+        data_root: str = '',
+        data_prefix: str = '',
+        layout: str = 'auto',
+        label_file: str | None = None,
+        num_classes: int | None = None,
+        **kwargs,
+    ) -> None:
+        if layout not in ('auto', 'list', 'kinetics', 'ssv2'):
+            raise ValueError(
+                f"layout={layout!r} is unknown; allowed: 'auto', 'list', 'kinetics', 'ssv2'"
+            )
+        self.layout = layout
+        self.label_file = label_file
+        self.num_classes = num_classes
+        super().__init__(
+            ann_file=ann_file, data_root=data_root, data_prefix=dict(img_path=data_prefix), **kwargs
+        )
+
+    @property
+    def CLASSES(self) -> tuple[str, ...] | None:
+        """Names of the classes, if they are known."""
+        return self.metainfo.get('classes')
+
+    def load_data_list(self) -> list[dict]:
+        """Read the annotations: 'img_path' and 'gt_label' of each video."""
+        layout = self._find_layout()
+        names = self._label_names()
+        if layout == 'list':
+            data = list(self._read_list())
+        elif layout == 'kinetics':
+            rows = list(self._read_kinetics())
+            names = names or sorted({label for label, _ in rows})
+            data = self._locate(rows, names)
+        else:
+            if not names:
+                raise ValueError(f'{self.ann_file}: the layout ssv2 needs label_file')
+            data = self._locate(self._read_ssv2(), names)
+        self._check_labels(data, names)
+        if names:
+            self._metainfo.setdefault('classes', tuple(names))
+        return data
+
+    def _find_layout(self) -> str:
+        if self.layout != 'auto':
+            return self.layout
+        if self.ann_file.endswith('.json'):
+            return 'ssv2'
+        with open(self.ann_file, encoding='utf-8') as file:
+            first = file.readline()
+        return 'kinetics' if self.ann_file.endswith('.csv') and 'youtube_id' in first else 'list'
+
+    def _label_names(self) -> list[str] | None:
+        if self.label_file is None:
+            classes = self._metainfo.get('classes')
+            return None if classes is None else list(classes)
+        path = os.path.join(self.data_root or '', self.label_file)
+        with open(path, encoding='utf-8') as file:
+            if not path.endswith('.json'):
+                return [line.strip() for line in file if line.strip()]
+            numbers = {name: int(number) for name, number in json.load(file).items()}
+        names = sorted(numbers, key=numbers.get)
+        if [numbers[name] for name in names] != list(range(len(names))):
+            raise ValueError(f'{path}: the classes are not numbered 0 .. {len(names) - 1}')
+        return names
+
+    def _read_list(self) -> Iterator[dict]:
+        folder = self.data_prefix['img_path']
+        with open(self.ann_file, encoding='utf-8') as file:
+            for number, line in enumerate(file, 1):
+                line = line.strip()
+                if not line:
+                    continue
+                path, _, label = line.rpartition(',' if ',' in line.rsplit(None, 1)[-1] else ' ')
+                if not path or not label.strip().isdigit():
+                    raise ValueError(f'{self.ann_file}:{number} is not "path label": {line!r}')
+                path = os.path.join(folder, path.strip())
+                yield {'img_path': path, 'gt_label': int(label)}
+
+    def _read_kinetics(self) -> Iterator[tuple[str, str]]:
+        with open(self.ann_file, encoding='utf-8', newline='') as file:
+            for number, row in enumerate(csv.DictReader(file), 2):
+                try:
+                    start, end = (int(float(row[key])) for key in ('time_start', 'time_end'))
+                    yield row['label'], f'{row["youtube_id"]}_{start:06d}_{end:06d}'
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ValueError(
+                        f'{self.ann_file}:{number} lacks a label, youtube_id, time_start or '
+                        f'time_end: {row}'
+                    ) from error
+
+    def _read_ssv2(self) -> Iterator[tuple[str, str]]:
+        with open(self.ann_file, encoding='utf-8') as file:
+            for entry in json.load(file):
+                if 'template' not in entry or 'id' not in entry:
+                    raise ValueError(f'{self.ann_file}: an entry lacks id or template: {entry}')
+                yield entry['template'].replace('[', '').replace(']', ''), str(entry['id'])
+
+    def _locate(self, rows, names: list[str]) -> list[dict]:
+        numbers = {name: number for number, name in enumerate(names)}
+        files = self._files()
+        data, missing = [], []
+        for label, stem in rows:
+            if label not in numbers:
+                raise ValueError(f'{self.ann_file}: the label {label!r} is none of the classes')
+            path = files.get(stem)
+            if path is None:
+                missing.append(stem)
+            else:
+                data.append({'img_path': path, 'gt_label': numbers[label]})
+        folder = self.data_prefix['img_path']
+        if not data:
+            raise ValueError(
+                f'{folder!r} has none of the {len(missing)} videos of {self.ann_file!r}, such as '
+                f'{missing[0] if missing else "(the list is empty)"!r}'
+            )
+        if missing:
+            print_log(
+                f'VideoDataset: {len(missing)} of {len(missing) + len(data)} videos of '
+                f'{self.ann_file!r} are not in {folder!r} and are left out',
+                logger='current',
+                level=logging.WARNING,
+            )
+        return data
+
+    def _files(self) -> dict[str, str]:
+        """Stem to path of the video files in the folder and in its folders."""
+        root = Path(self.data_prefix['img_path'])
+        if not root.is_dir():
+            raise ValueError(f'the folder of the videos {str(root)!r} does not exist')
+        found = {}
+        for folder in (root, *sorted(p for p in root.iterdir() if p.is_dir())):
+            for entry in os.scandir(folder):
+                stem, extension = os.path.splitext(entry.name)
+                if extension.lower() in _EXTENSIONS:
+                    found.setdefault(stem, entry.path)
+        return found
+
+    def _check_labels(self, data: list[dict], names: list[str] | None) -> None:
+        count = self.num_classes
+        if names and count is not None and len(names) != count:
+            raise ValueError(
+                f'{self.ann_file}: {len(names)} classes are named and num_classes={count}; give '
+                'all names in label_file'
+            )
+        count = len(names) if names else count
+        largest = max((entry['gt_label'] for entry in data), default=0)
+        if count is not None and largest >= count:
+            raise ValueError(f'{self.ann_file}: label {largest} is not below the {count} classes')

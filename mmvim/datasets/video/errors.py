@@ -1,0 +1,7 @@
+"""The errors of video files."""
+
+from mmvim.engine.errors import SampleError
+
+
+class VideoSampleError(SampleError):
+    """A video file cannot be used; the message names the file and says why."""

@@ -1,0 +1,204 @@
+"""Random access to the frames of a video file, through PyAV."""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import VideoSampleError
+
+
+def require_av() -> ModuleType:
+    """Import PyAV.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            "video files need PyAV, which is not installed: pip install 'mmvim[video]'"
+        ) from error
+    return av
+
+
+class VideoReader:
+    """Frames of the first video stream of a file, by their number.
+
+    Opening reads the file's packets once without decoding them, which gives the number of frames
+    and the time at which each is shown. So frames are counted as they are stored, also where their
+    rate varies. :meth:`frames` then decodes from the nearest keyframe before each wanted frame.
+
+    Args:
+        path (str | os.PathLike): A regular file.
+        num_threads (int): Decoding threads. Defaults to 1, which is right in data-loading workers.
+
+    Raises:
+        ImportError: PyAV is not installed.
+        VideoSampleError: The file is missing, no regular file, empty, damaged, or has no video.
+    """
+
+    def __init__(self, path: str | os.PathLike, num_threads: int = 1) -> None:
+        av = require_av()
+        self.path = os.fspath(path)
+        self._error = av.error.FFmpegError
+        if not os.path.exists(self.path):
+            raise VideoSampleError(f'the video {self.path!r} does not exist')
+        # Opening a pipe would wait for somebody to write to it.
+        if not os.path.isfile(self.path):
+            raise VideoSampleError(f'the video {self.path!r} is no regular file')
+        if os.path.getsize(self.path) == 0:
+            raise VideoSampleError(f'the video {self.path!r} is empty (0 bytes)')
+        try:
+            self._container = av.open(self.path, metadata_errors='ignore')
+        except (self._error, ValueError) as error:
+            raise VideoSampleError(f'cannot open the video {self.path!r}: {error}') from error
+        try:
+            if not self._container.streams.video:
+                raise VideoSampleError(f'{self.path!r} has no video stream')
+            self._stream = self._container.streams.video[0]
+            self._stream.codec_context.thread_count = num_threads
+            self._index()
+        except BaseException:
+            self.close()
+            raise
+
+    def _index(self) -> None:
+        pts, keys, packets, end = [], [], 0, 0
+        try:
+            for packet in self._container.demux(self._stream):
+                if packet.size == 0:
+                    continue
+                packets += 1
+                end = max(end, (packet.pts or 0) + (packet.duration or 0))
+                if packet.is_discard:
+                    continue
+                pts.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+        except self._error as error:
+            raise VideoSampleError(
+                f'the video {self.path!r} is truncated or damaged: {error}'
+            ) from error
+        if not pts:
+            raise VideoSampleError(f'the video {self.path!r} has no frames')
+        # Either figure alone is also wrong where an edit list hides a part of the file.
+        stream = self._stream
+        whole = (stream.start_time or 0) + (stream.duration or 0)
+        if packets < stream.frames and end < 0.95 * whole:
+            raise VideoSampleError(
+                f'the video {self.path!r} is truncated: its header tells of {stream.frames} '
+                f'frames and {packets} are there'
+            )
+        # Files without display times, or with the same one twice, are decoded from their start.
+        self._seekable = None not in pts and len(set(pts)) == len(pts) and bool(keys)
+        if self._seekable:
+            self._pts, self._keys = sorted(pts), sorted(keys)
+            self._count = len(pts)
+        else:
+            self._count = sum(1 for _ in self._decode_from(None))
+            if not self._count:
+                raise VideoSampleError(f'no frame of the video {self.path!r} can be decoded')
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def timestamps(self) -> np.ndarray:
+        """(frames,) float64 seconds at which each frame is shown, the first at 0."""
+        if not self._seekable:
+            return np.arange(self._count) / float(self._stream.average_rate or 1)
+        return (np.array(self._pts) - self._pts[0]) * float(self._stream.time_base)
+
+    def _decode_from(self, pts: int | None) -> Iterator:
+        """Decoded frames from the keyframe at or before ``pts``; None is the start."""
+        try:
+            if pts is None:
+                self._container.seek(0, backward=True)
+            else:
+                self._container.seek(pts, stream=self._stream, backward=True)
+            yield from self._container.decode(self._stream)
+        except self._error as error:
+            raise VideoSampleError(f'the video {self.path!r} cannot be decoded: {error}') from error
+
+    def frames(self, indices: Sequence[int]) -> Tensor:
+        """Decode frames.
+
+        Args:
+            indices (Sequence[int]): Numbers of frames, in any order, also repeatedly.
+
+        Returns:
+            Tensor: (len(indices), 3, height, width) uint8, RGB.
+
+        Raises:
+            IndexError: A number is negative or not below the number of frames.
+            VideoSampleError: A frame cannot be decoded.
+        """
+        wanted = sorted({int(i) for i in indices})
+        if not wanted:
+            raise ValueError('no frames were asked for')
+        if wanted[0] < 0 or wanted[-1] >= self._count:
+            raise IndexError(
+                f'frames {wanted[0]} .. {wanted[-1]} of {self.path!r}, which has {self._count}'
+            )
+        decoded = self._by_time(wanted) if self._seekable else self._by_order(wanted)
+        size = {}
+        pictures = {}
+        for index, frame in zip(wanted, decoded, strict=True):
+            # A stream may change its size; all frames get the first one's.
+            size = size or {'width': frame.width, 'height': frame.height}
+            pictures[index] = torch.from_numpy(frame.to_ndarray(format='rgb24', **size))
+        return torch.stack([pictures[int(i)] for i in indices]).permute(0, 3, 1, 2)
+
+    def _by_order(self, wanted: list[int]) -> Iterator:
+        remaining = iter(wanted)
+        target = next(remaining)
+        for index, frame in enumerate(self._decode_from(None)):
+            if index == target:
+                yield frame
+                target = next(remaining, None)
+                if target is None:
+                    return
+        raise VideoSampleError(f'frame {target} of the video {self.path!r} cannot be decoded')
+
+    def _by_time(self, wanted: list[int]) -> Iterator:
+        source, before, current = iter(()), None, None
+        for index in wanted:
+            target = self._pts[index]
+            key = self._keys[max(bisect.bisect_right(self._keys, target) - 1, 0)]
+            if current is None or key > current.pts:
+                source, before = self._decode_from(key), None
+                current = self._next(source, index)
+                if current.pts > target:  # the seek went too far
+                    source = self._decode_from(None)
+                    current = self._next(source, index)
+            while current.pts < target:
+                before, current = current, self._next(source, index)
+            # A packet may hold no frame to show: then the one before stays on the screen.
+            yield before if current.pts > target and before is not None else current
+
+    def _next(self, source: Iterator, index: int):
+        frame = next((frame for frame in source if frame.pts is not None), None)
+        if frame is None:
+            raise VideoSampleError(
+                f'the video {self.path!r} ends before frame {index} of {self._count}: '
+                'it is truncated or damaged'
+            )
+        return frame
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
