@@ -341,8 +341,8 @@ class BackwardTask {
     load_states(rate_, static_cast<const S*>(a_.inputs.A) + block.channel * n_, n_, 1, 0,
                 block.count, vectors_);
     for (int64_t i = 0; i < n_ * padded_; ++i) rate_[i] *= S(kernels_.rate_scale);
-    for (S* sum : {dh_, dv_, dA_}) fill(sum, S(0), n_ * padded_);
-    for (S* sum : {dD_, dbias_}) fill(sum, S(0), padded_);
+    for (S* sum : {dh_, dv_, dA_, dA_sum_}) fill(sum, S(0), n_ * padded_);
+    for (S* sum : {dD_, dD_sum_, dbias_, dbias_sum_}) fill(sum, S(0), padded_);
     if (a_.grad_last_state != nullptr) {
       const int64_t parts = a_.shape.state_parts();
       const S* s = state_at<S>(a_.grad_last_state, a_.shape, block, parts);
@@ -378,10 +378,12 @@ class BackwardTask {
       *p = arena_.template take<S>(tile);
     }
     for (S** p : {&B_, &C_}) *p = arena_.template take<S>(steps_ * n_);
-    for (S** p : {&rate_, &dh_, &dv_, &dA_, &v_, &v_work_}) {
+    for (S** p : {&rate_, &dh_, &dv_, &dA_, &dA_sum_, &v_, &v_work_}) {
       *p = arena_.template take<S>(n_ * padded_);
     }
-    for (S** p : {&D_, &bias_, &dD_, &dbias_, &line_}) *p = arena_.template take<S>(padded_);
+    for (S** p : {&D_, &bias_, &dD_, &dD_sum_, &dbias_, &dbias_sum_, &line_}) {
+      *p = arena_.template take<S>(padded_);
+    }
     for (S** p : {&dB_, &dC_}) *p = arena_.template take<S>(steps_ * n_ * kLanes<S>);
     h_ = arena_.template take<S>((steps_ + 1) * n_ * kLanes<S>);
     a_kept_ = arena_.template take<S>(kernels_.keep_decay ? steps_ * n_ * kLanes<S> : 0);
@@ -440,6 +442,17 @@ class BackwardTask {
                          ddelta_ + lane, dA_ + state, dB_, dC_});
     }
     for (int64_t i = 0; i < steps; ++i) finish_row(block, reader.row_of(first + i), i);
+    carry(dA_, dA_sum_, n_ * padded_);
+    carry(dD_, dD_sum_, padded_);
+    carry(dbias_, dbias_sum_, padded_);
+  }
+
+  // Sums over time are kept per tile first: one sum of many steps would lose digits.
+  static void carry(S* tile, S* total, int64_t size) {
+    for (int64_t i = 0; i < size; i += kLanes<S>) {
+      store(total + i, load(total + i) + load(tile + i));
+      store(tile + i, M::set(S(0)));
+    }
   }
 
   // dy = scale * grad_out * silu(z); `gate` keeps dz / y.
@@ -502,10 +515,10 @@ class BackwardTask {
     const int64_t parts = n_ + 2;
     S* p = partials_.parameters + (block.batch * a_.shape.channels + block.channel) * parts;
     for (int c = 0; c < block.count; ++c) {
-      const S* lane = dA_ + (c / kLanes<S>)*n_ * kLanes<S> + c % kLanes<S>;
+      const S* lane = dA_sum_ + (c / kLanes<S>)*n_ * kLanes<S> + c % kLanes<S>;
       for (int64_t n = 0; n < n_; ++n) p[c * parts + n] = lane[n * kLanes<S>];
-      p[c * parts + n_] = dD_[c];
-      p[c * parts + n_ + 1] = dbias_[c];
+      p[c * parts + n_] = dD_sum_[c];
+      p[c * parts + n_ + 1] = dbias_sum_[c];
     }
     if (a_.dinitial_state == nullptr) return;
     S* s = state_at<S>(a_.dinitial_state, a_.shape, block, a_.initial_parts);
@@ -522,8 +535,8 @@ class BackwardTask {
   const int64_t padded_, vectors_;
   Arena arena_;
   S *u_, *delta_, *slope_, *dy_, *gate_, *y_, *du_, *ddelta_, *B_, *C_, *rate_, *dh_, *dv_, *dA_,
-      *v_, *v_work_, *D_, *bias_, *dD_, *dbias_, *line_, *dB_, *dC_, *h_, *a_kept_, *sums_,
-      *starts_;
+      *dA_sum_, *v_, *v_work_, *D_, *bias_, *dD_, *dD_sum_, *dbias_, *dbias_sum_, *line_, *dB_,
+      *dC_, *h_, *a_kept_, *sums_, *starts_;
 };
 
 template <class S>
