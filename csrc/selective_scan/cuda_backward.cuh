@@ -220,14 +220,16 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         static_cast<int64_t>(channel_block % per_group) * size.batch * size.length * target_stride;
   }
 
-  float rate[kCpt][kSlice], h[kCpt][kSlice], gradient[kCpt][kSlice], carry[kCpt][kSlice];
+  StateConstants constants[kCpt][kSlice];
+  float h[kCpt][kSlice], gradient[kCpt][kSlice], carry[kCpt][kSlice];
   float dA[kCpt][kSlice];
-  load_states(rate, scan.A, 0, size.pitch, size, channels, lane, slice);
+  load_states(h, scan.A, 0, size.pitch, size, channels, lane, slice);
+  const bool quick = may_be_quick<T, kMethod>(h);
+  set_constants<T, kMethod>(constants, h, quick);
   MMVIM_UNROLL
   for (int k = 0; k < kCpt; ++k) {
     MMVIM_UNROLL
     for (int j = 0; j < kSlice; ++j) {
-      rate[k][j] *= static_cast<float>(R::kRateScale);
       gradient[k][j] = carry[k][j] = dA[k][j] = 0.f;
     }
   }
@@ -367,14 +369,16 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
     }
     gpu::sync_block();
 
-    {
+    by_steps<T, kMethod>(quick, [&](auto kind) {
+      constexpr bool kQuick = decltype(kind)::value;
       float v[kCpt][kSlice];
       copy_states(v, v_start);
       for (int g = 0; g + 1 < groups; ++g) {
         if (g > 0) {
           MMVIM_UNROLL
-          for (int k = 0; k < kCpt; ++k)
+          for (int k = 0; k < kCpt; ++k) {
             store_slice(starts + ((g - 1) * kCpt + k) * 32 * kSlice, h[k]);
+          }
         }
         MMVIM_UNROLL
         for (int i = 0; i < kGroup; ++i) {
@@ -385,15 +389,16 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
           load_lane(u, my_inputs + r * kChannels);
           MMVIM_UNROLL
           for (int k = 0; k < kCpt; ++k) {
+            const ChannelStep s = channel_step<kMethod>(delta[k]);
             const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
             MMVIM_UNROLL
             for (int j = 0; j < kSlice; ++j) {
-              advance_state<R>(h[k][j], v[k][j], delta[k], rate[k][j], x, B[j]);
+              advance_state<kMethod, kQuick>(h[k][j], v[k][j], s, constants[k][j], x, B[j]);
             }
           }
         }
       }
-    }
+    });
 
     for (int g = groups - 1; g >= 0; --g) {
       const int first = g * kGroup;
@@ -405,99 +410,113 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
       } else if (g + 1 < groups) {
         load_start();
       }
-      float before[kCpt][kSlice], v_before[kCpt][kSlice], v[kCpt][kSlice];
-      float after[kGroup][kCpt][kSlice], decay[kGroup][kCpt][kSlice];
-      copy_states(before, h);
-      if (R::kTwoTap) {
-        if (first == 0) {
-          copy_states(v_before, v_start);
-        } else {
-          drives_of(v_before, my_inputs + (first - 1) * kChannels,
-                    my_columns + (first - 1) * 2 * kSlice);
-        }
-        copy_states(v, v_before);
-      }
-      MMVIM_UNROLL
-      for (int i = 0; i < kGroup; ++i) {
-        const int r = first + i;
-        float B[kSlice], delta[kCpt], u[kCpt];
-        load_slice(B, my_columns + r * 2 * kSlice);
-        load_lane(delta, my_deltas + r * kChannels);
-        load_lane(u, my_inputs + r * kChannels);
-        MMVIM_UNROLL
-        for (int k = 0; k < kCpt; ++k) {
-          const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
-          MMVIM_UNROLL
-          for (int j = 0; j < kSlice; ++j) {
-            if constexpr (kKeepDecay) {
-              decay[i][k][j] = R::step(delta[k], rate[k][j]).a;
-              h[k][j] = gpu::fused(decay[i][k][j], h[k][j], x * B[j]);
-            } else {
-              advance_state<R>(h[k][j], v[k][j], delta[k], rate[k][j], x, B[j]);
-            }
-            after[i][k][j] = h[k][j];
-          }
-        }
-      }
-
       channel_sum.clear();
-      MMVIM_UNROLL
-      for (int i = kGroup - 1; i >= 0; --i) {
-        const int r = first + i;
-        // The gradient of v must not pass through steps that do not exist.
-        if (R::kTwoTap && r >= count) continue;
-        float B[kSlice], C[kSlice], delta[kCpt], u[kCpt], dy[kCpt];
-        float for_B[kSlice], for_C[kSlice], to_u[kCpt], to_delta[kCpt], y[kCpt];
-        load_slice(B, my_columns + r * 2 * kSlice);
-        load_slice(C, my_columns + r * 2 * kSlice + kSlice);
-        load_lane(delta, my_deltas + r * kChannels);
-        load_lane(u, my_inputs + r * kChannels);
-        load_lane(dy, my_deltas + (2 * kTile + r) * kChannels);
-        if (R::kTwoTap && i > 0) {
-          drives_of(v, my_inputs + (r - 1) * kChannels, my_columns + (r - 1) * 2 * kSlice);
-        } else if (R::kTwoTap) {
+      by_steps<T, kMethod>(quick, [&](auto kind) {
+        constexpr bool kQuick = decltype(kind)::value;
+        // The exact steps of other methods than zoh are computed anew on the way back.
+        constexpr bool kKeepDecay = R::kInputIsDelta || kQuick;
+        float before[kCpt][kSlice], v_before[kCpt][kSlice], v[kCpt][kSlice];
+        float after[kGroup][kCpt][kSlice], decay[kGroup][kCpt][kSlice];
+        copy_states(before, h);
+        if (R::kTwoTap) {
+          if (first == 0) {
+            copy_states(v_before, v_start);
+          } else {
+            drives_of(v_before, my_inputs + (first - 1) * kChannels,
+                      my_columns + (first - 1) * 2 * kSlice);
+          }
           copy_states(v, v_before);
         }
         MMVIM_UNROLL
-        for (int k = 0; k < kCpt; ++k) {
-          const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
-          to_u[k] = to_delta[k] = y[k] = 0.f;
+        for (int i = 0; i < kGroup; ++i) {
+          const int r = first + i;
+          float B[kSlice], delta[kCpt], u[kCpt];
+          load_slice(B, my_columns + r * 2 * kSlice);
+          load_lane(delta, my_deltas + r * kChannels);
+          load_lane(u, my_inputs + r * kChannels);
           MMVIM_UNROLL
-          for (int j = 0; j < kSlice; ++j) {
-            const float h_before = i > 0 ? after[i - 1][k][j] : before[k][j];
-            const float h_after = after[i][k][j];
-            const float g = gpu::fused(C[j], dy[k], gradient[k][j]);
-            float to_drive = g;  // gradient of B times x
-            if constexpr (kKeepDecay) {
-              gradient[k][j] = g * decay[i][k][j];
-              const float gz = gradient[k][j] * h_before;
-              to_delta[k] = gpu::fused(gz, rate[k][j], to_delta[k]);
-              dA[k][j] = gpu::fused(gz, delta[k], dA[k][j]);
-            } else {
-              static_assert(R::kRateScale == 1.0);
-              const auto s = R::step_with_grad(delta[k], rate[k][j]);
-              float gz, gdelta;
-              pull_back<R, GpuMath>(s, g * h_before, g * x * B[j], g * v[k][j], &gz, &gdelta);
-              to_delta[k] = gpu::fused(gz, rate[k][j], to_delta[k] + gdelta);
-              dA[k][j] = gpu::fused(gz, delta[k], dA[k][j]);
-              to_drive = g * s.w0;
-              if (R::kTwoTap) {
-                to_drive += carry[k][j];
-                carry[k][j] = g * s.w1;
-              }
-              gradient[k][j] = g * s.a;
+          for (int k = 0; k < kCpt; ++k) {
+            const ChannelStep s = channel_step<kMethod>(delta[k]);
+            const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
+            MMVIM_UNROLL
+            for (int j = 0; j < kSlice; ++j) {
+              decay[i][k][j] =
+                  advance_state<kMethod, kQuick>(h[k][j], v[k][j], s, constants[k][j], x, B[j]);
+              after[i][k][j] = h[k][j];
             }
-            to_u[k] = gpu::fused(to_drive, B[j], to_u[k]);
-            y[k] = gpu::fused(C[j], h_after, y[k]);
-            for_B[j] = k == 0 ? to_drive * x : gpu::fused(to_drive, x, for_B[j]);
-            for_C[j] = k == 0 ? dy[k] * h_after : gpu::fused(dy[k], h_after, for_C[j]);
           }
         }
-        channel_sum.add(i, for_B, for_C);
-        store_lane(my_parts + i * kChannels, to_u);
-        store_lane(my_parts + (kGroup + i) * kChannels, to_delta);
-        if (needs_y) store_lane(my_parts + (2 * kGroup + i) * kChannels, y);
-      }
+
+        MMVIM_UNROLL
+        for (int i = kGroup - 1; i >= 0; --i) {
+          const int r = first + i;
+          // The gradient of v must not pass through steps that do not exist.
+          if (R::kTwoTap && r >= count) continue;
+          float B[kSlice], C[kSlice], delta[kCpt], u[kCpt], dy[kCpt];
+          float for_B[kSlice], for_C[kSlice], to_u[kCpt], to_delta[kCpt], y[kCpt];
+          load_slice(B, my_columns + r * 2 * kSlice);
+          load_slice(C, my_columns + r * 2 * kSlice + kSlice);
+          load_lane(delta, my_deltas + r * kChannels);
+          load_lane(u, my_inputs + r * kChannels);
+          load_lane(dy, my_deltas + (2 * kTile + r) * kChannels);
+          if (R::kTwoTap && i > 0) {
+            drives_of(v, my_inputs + (r - 1) * kChannels, my_columns + (r - 1) * 2 * kSlice);
+          } else if (R::kTwoTap) {
+            copy_states(v, v_before);
+          }
+          MMVIM_UNROLL
+          for (int k = 0; k < kCpt; ++k) {
+            const ChannelStep s = channel_step<kMethod>(delta[k]);
+            const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
+            to_u[k] = to_delta[k] = y[k] = 0.f;
+            MMVIM_UNROLL
+            for (int j = 0; j < kSlice; ++j) {
+              const StateConstants& c = constants[k][j];
+              const float h_before = i > 0 ? after[i - 1][k][j] : before[k][j];
+              const float h_after = after[i][k][j];
+              const float g = gpu::fused(C[j], dy[k], gradient[k][j]);
+              float a = decay[i][k][j];
+              float to_drive = g;  // gradient of B times x
+              if constexpr (R::kInputIsDelta) {
+                const float by_z = g * a * h_before;
+                to_delta[k] = gpu::fused(by_z, c.rate, to_delta[k]);
+                dA[k][j] = gpu::fused(by_z, delta[k], dA[k][j]);
+              } else {
+                Weights w;
+                Pull pull;
+                if constexpr (kKeepDecay) {
+                  w = weights_of<kMethod, kQuick>(a, s, c);
+                  pull = QuickStep<kMethod>::pull(g, a, w, s, c, h_before, x * B[j], v[k][j]);
+                } else {
+                  const auto step = R::step_with_grad(delta[k], c.rate);
+                  float by_z, by_delta;
+                  pull_back<R, GpuMath>(step, g * h_before, g * x * B[j], g * v[k][j], &by_z,
+                                        &by_delta);
+                  a = step.a;
+                  w = {step.w0, step.w1};
+                  pull = {gpu::fused(by_z, c.rate, by_delta), by_z * delta[k]};
+                }
+                to_delta[k] += pull.delta;
+                dA[k][j] += pull.A;
+                to_drive = g * w.w0;
+                if (R::kTwoTap) {
+                  to_drive += carry[k][j];
+                  carry[k][j] = g * w.w1;
+                }
+              }
+              gradient[k][j] = g * a;
+              to_u[k] = gpu::fused(to_drive, B[j], to_u[k]);
+              y[k] = gpu::fused(C[j], h_after, y[k]);
+              for_B[j] = k == 0 ? to_drive * x : gpu::fused(to_drive, x, for_B[j]);
+              for_C[j] = k == 0 ? dy[k] * h_after : gpu::fused(dy[k], h_after, for_C[j]);
+            }
+          }
+          channel_sum.add(i, for_B, for_C);
+          store_lane(my_parts + i * kChannels, to_u);
+          store_lane(my_parts + (kGroup + i) * kChannels, to_delta);
+          if (needs_y) store_lane(my_parts + (2 * kGroup + i) * kChannels, y);
+        }
+      });
 
       const float sum = channel_sum.get();
       const int sum_row = first + channel_sum.step();
@@ -576,6 +595,13 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
     }
   }
 
+  if (kHasQuickSteps<T, kMethod> && kIsCritical<kMethod> && quick) {
+    MMVIM_UNROLL
+    for (int k = 0; k < kCpt; ++k) {
+      MMVIM_UNROLL
+      for (int j = 0; j < kSlice; ++j) dA[k][j] /= constants[k][j].A;
+    }
+  }
   const int64_t row = b * p.chunks.count + chunk;
   store_states(dA, p.dA[direction], row, size.pitch, size, channels, lane, slice);
   if (begin == 0 && p.dinitial[direction] != nullptr) {

@@ -148,15 +148,17 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     }
   };
 
-  float rate[kCpt][kSlice], h[kCpt][kSlice], v[kCpt][kSlice], decay[kCpt][kSlice];
+  StateConstants constants[kCpt][kSlice];
+  float h[kCpt][kSlice], v[kCpt][kSlice], decay[kCpt][kSlice];
   float last_w1[kCpt][kSlice], sum[kCpt];
-  load_states(rate, scan.A, 0, size.pitch, size, channels, lane, slice);
+  load_states(h, scan.A, 0, size.pitch, size, channels, lane, slice);
+  const bool quick = may_be_quick<T, kMethod>(h);
+  set_constants<T, kMethod>(constants, h, quick);
   MMVIM_UNROLL
   for (int k = 0; k < kCpt; ++k) {
     sum[k] = 0.f;
     MMVIM_UNROLL
     for (int j = 0; j < kSlice; ++j) {
-      rate[k][j] *= static_cast<float>(R::kRateScale);
       h[k][j] = v[k][j] = last_w1[k][j] = 0.f;
       decay[k][j] = 1.f;
     }
@@ -183,34 +185,40 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
 
     const float* step = deltas + lane * kCpt;
     const float* column = columns + slice * kTile * kSlice;
-    MMVIM_UNROLL_4
-    for (int i = 0; i < count; ++i) {
-      float B[kSlice], delta[kCpt], x[kCpt];
-      load_slice(B, column + i * kSlice);
-      load_lane(delta, step + i * kChannels);
-      load_lane(x, step + (kTile + i) * kChannels);
-      MMVIM_UNROLL
-      for (int k = 0; k < kCpt; ++k) {
-        sum[k] += delta[k];
+    by_steps<T, kMethod>(quick, [&](auto kind) {
+      constexpr bool kQuick = decltype(kind)::value;
+      MMVIM_UNROLL_4
+      for (int i = 0; i < count; ++i) {
+        float B[kSlice], delta[kCpt], x[kCpt];
+        load_slice(B, column + i * kSlice);
+        load_lane(delta, step + i * kChannels);
+        load_lane(x, step + (kTile + i) * kChannels);
         MMVIM_UNROLL
-        for (int j = 0; j < kSlice; ++j) {
-          if (!kAdjoint) {
-            if (!kDecaysExponentially<kMethod>) decay[k][j] *= R::step(delta[k], rate[k][j]).a;
-            advance_state<R>(h[k][j], v[k][j], delta[k], rate[k][j], x[k], B[j]);
-            continue;
+        for (int k = 0; k < kCpt; ++k) {
+          const ChannelStep s = channel_step<kMethod>(delta[k]);
+          sum[k] += delta[k];
+          MMVIM_UNROLL
+          for (int j = 0; j < kSlice; ++j) {
+            const StateConstants& c = constants[k][j];
+            if (!kAdjoint) {
+              if (!kDecaysExponentially<kMethod>) decay[k][j] *= decay_of<kMethod, kQuick>(s, c);
+              advance_state<kMethod, kQuick>(h[k][j], v[k][j], s, c, x[k], B[j]);
+              continue;
+            }
+            // h is the gradient that reaches the state before this step.
+            const float a = decay_of<kMethod, kQuick>(s, c);
+            const float g = gpu::fused(B[j], x[k], h[k][j]);
+            h[k][j] = a * g;
+            if (kDrive) {
+              const float w1 = weights_of<kMethod, kQuick>(a, s, c).w1;
+              v[k][j] = w1 * g;
+              last_w1[k][j] = w1 * decay[k][j];
+            }
+            if (kDrive || !kDecaysExponentially<kMethod>) decay[k][j] *= a;
           }
-          // h is the gradient that reaches the state before this step.
-          const auto s = R::step(delta[k], rate[k][j]);
-          const float g = gpu::fused(B[j], x[k], h[k][j]);
-          h[k][j] = s.a * g;
-          if (kDrive) {
-            v[k][j] = s.w1 * g;
-            last_w1[k][j] = s.w1 * decay[k][j];
-          }
-          if (kDrive || !kDecaysExponentially<kMethod>) decay[k][j] *= s.a;
         }
       }
-    }
+    });
     at = next;
     count = next_count;
   }
@@ -219,8 +227,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     for (int k = 0; k < kCpt; ++k) {
       MMVIM_UNROLL
       for (int j = 0; j < kSlice; ++j) {
-        const float exponent = sum[k] * rate[k][j];
-        decay[k][j] = R::kRateScale == 1.0 ? GpuMath::exp(exponent) : gpu::exp2(exponent);
+        decay[k][j] = GpuMath::exp(sum[k] * constants[k][j].A);
       }
     }
   }

@@ -4,9 +4,12 @@
 // so a block of ceil(n / kSlice) warps owns 32 kCpt channels.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/gpu_math.cuh"
 #include "../common/vector.cuh"
 #include "cuda.h"
+#include "cuda_steps.cuh"
 
 namespace mmvim {
 namespace scan {
@@ -361,15 +364,6 @@ MMVIM_DEVICE void clear_states(float (&h)[kCpt][kSlice]) {
   }
 }
 
-template <int kCpt>
-MMVIM_DEVICE void scale_states(float (&h)[kCpt][kSlice], float factor) {
-  MMVIM_UNROLL
-  for (int k = 0; k < kCpt; ++k) {
-    MMVIM_UNROLL
-    for (int j = 0; j < kSlice; ++j) h[k][j] *= factor;
-  }
-}
-
 MMVIM_DEVICE void load_slice(float (&v)[kSlice], const float* shared) {
   const float4 x = *reinterpret_cast<const float4*>(shared);
   v[0] = x.x;
@@ -407,19 +401,50 @@ MMVIM_DEVICE void drives_of(float (&v)[kCpt][kSlice], const float* input, const 
   }
 }
 
-// One step of one state; `x` is u, or delta u where the method's input weight is delta.
-template <class R>
-MMVIM_DEVICE void advance_state(float& h, float& v, float delta, float rate, float x, float B) {
-  const auto s = R::step(delta, rate);
-  const float drive = x * B;
-  if constexpr (R::kInputIsDelta) {
-    h = gpu::fused(s.a, h, drive);
-  } else if constexpr (R::kTwoTap) {
-    h = gpu::fused(s.w1, v, gpu::fused(s.w0, drive, s.a * h));
-    v = drive;
-  } else {
-    h = gpu::fused(s.w0, drive, s.a * h);
+// Whether this warp's states may take quick steps.
+template <class T, Discretization kMethod, int kCpt>
+MMVIM_DEVICE bool may_be_quick(const float (&A)[kCpt][kSlice]) {
+  if (!kHasQuickSteps<T, kMethod>) return false;
+  if (!kIsCritical<kMethod>) return true;
+  float largest = -3e38f;
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) {
+      if (A[k][j] != 0.f) largest = fmaxf(largest, A[k][j]);
+    }
   }
+  MMVIM_UNROLL
+  for (int m = 16; m > 0; m /= 2) largest = fmaxf(largest, gpu::exchange_xor(largest, m));
+  return largest <= -kSmallestA;
+}
+
+// Makes the answer a template parameter.
+template <class T, Discretization kMethod, class F>
+MMVIM_DEVICE void by_steps(bool quick, F&& f) {
+  if constexpr (!kHasQuickSteps<T, kMethod>) {
+    f(std::false_type());
+  } else if constexpr (!kIsCritical<kMethod>) {
+    f(std::true_type());
+  } else if (quick) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
+
+template <class T, Discretization kMethod, int kCpt>
+MMVIM_DEVICE void set_constants(StateConstants (&constants)[kCpt][kSlice],
+                                const float (&A)[kCpt][kSlice], bool quick) {
+  by_steps<T, kMethod>(quick, [&](auto kind) {
+    MMVIM_UNROLL
+    for (int k = 0; k < kCpt; ++k) {
+      MMVIM_UNROLL
+      for (int j = 0; j < kSlice; ++j) {
+        constants[k][j] = state_constants<kMethod, decltype(kind)::value>(A[k][j]);
+      }
+    }
+  });
 }
 
 }  // namespace scan

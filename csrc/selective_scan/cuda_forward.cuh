@@ -188,9 +188,11 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
     }
   };
 
-  float rate[kCpt][kSlice], h[kCpt][kSlice], v[kCpt][kSlice];
-  load_states(rate, scan.A, 0, size.pitch, size, channels, lane, slice);
-  scale_states(rate, static_cast<float>(R::kRateScale));
+  StateConstants constants[kCpt][kSlice];
+  float h[kCpt][kSlice], v[kCpt][kSlice];
+  load_states(h, scan.A, 0, size.pitch, size, channels, lane, slice);
+  const bool quick = may_be_quick<T, kMethod>(h);
+  set_constants<T, kMethod>(constants, h, quick);
   clear_states(h);
   clear_states(v);
   if (p.chunks.count > 1) {
@@ -237,24 +239,28 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
     const float* step = deltas + lane * kCpt;
     const float* column = columns + slice * kTile * 2 * kSlice;
     float* output = outputs + slice * kTile * kChannels + lane * kCpt;
-    MMVIM_UNROLL_4
-    for (int i = 0; i < count; ++i) {
-      float B[kSlice], C[kSlice], delta[kCpt], x[kCpt], y[kCpt];
-      load_slice(B, column + i * 2 * kSlice);
-      load_slice(C, column + i * 2 * kSlice + kSlice);
-      load_lane(delta, step + i * kChannels);
-      load_lane(x, step + (kTile + i) * kChannels);
-      MMVIM_UNROLL
-      for (int k = 0; k < kCpt; ++k) {
-        y[k] = 0.f;
+    by_steps<T, kMethod>(quick, [&](auto kind) {
+      MMVIM_UNROLL_4
+      for (int i = 0; i < count; ++i) {
+        float B[kSlice], C[kSlice], delta[kCpt], x[kCpt], y[kCpt];
+        load_slice(B, column + i * 2 * kSlice);
+        load_slice(C, column + i * 2 * kSlice + kSlice);
+        load_lane(delta, step + i * kChannels);
+        load_lane(x, step + (kTile + i) * kChannels);
         MMVIM_UNROLL
-        for (int j = 0; j < kSlice; ++j) {
-          advance_state<R>(h[k][j], v[k][j], delta[k], rate[k][j], x[k], B[j]);
-          y[k] = gpu::fused(C[j], h[k][j], y[k]);
+        for (int k = 0; k < kCpt; ++k) {
+          const ChannelStep s = channel_step<kMethod>(delta[k]);
+          y[k] = 0.f;
+          MMVIM_UNROLL
+          for (int j = 0; j < kSlice; ++j) {
+            advance_state<kMethod, decltype(kind)::value>(h[k][j], v[k][j], s, constants[k][j],
+                                                          x[k], B[j]);
+            y[k] = gpu::fused(C[j], h[k][j], y[k]);
+          }
         }
+        store_lane(output + i * kChannels, y);
       }
-      store_lane(output + i * kChannels, y);
-    }
+    });
     if (own.until == interval && count > 0 && own.at < size.length) {
       const int64_t kept = (size.length - 1) / interval;
       store_states(h, p.checkpoints[direction], b * kept + own.at / interval - 1, size.pitch, size,
