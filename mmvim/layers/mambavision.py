@@ -218,7 +218,8 @@ def window_reverse(
         Tensor: (batch, channels, height, width), in channels-last memory order.
     """
     (rows, columns), (height, width) = window, size
-    down, across = -(-height // rows), -(-width // columns)
+    # Not -(-height // rows): exporters may round the quotient of a negative number towards zero.
+    down, across = (height + rows - 1) // rows, (width + columns - 1) // columns
     x = windows.reshape(batch, down, across, rows, columns, windows.shape[-1]).transpose(2, 3)
     x = x.reshape(batch, down * rows, across * columns, windows.shape[-1])
     return x[:, :height, :width].permute(0, 3, 1, 2)
