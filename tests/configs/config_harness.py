@@ -25,7 +25,7 @@ BASES = sorted(CONFIG_ROOT.joinpath('_base_').rglob('*.py'))
 CONFIGS = sorted(p for p in CONFIG_ROOT.rglob('*.py') if '_base_' not in p.parts)
 
 # A large stride is one of sliding windows; patches have small ones.
-_SIZE_KEYS = {'scale', 'crop_size', 'size', 'stride', 'pad_size_divisor'}
+_SIZE_KEYS = {'scale', 'scales', 'crop_size', 'size', 'stride', 'pad_size_divisor'}
 
 
 def config_id(path: Path) -> str:
@@ -89,7 +89,7 @@ def shrink(cfg: Config, data: MiniatureData, work_dir: Path, shallow: bool = Tru
         cfg: Any config of the three task libraries.
         data: Where data comes from.
         work_dir: Where the run writes to.
-        shallow: Whether to cut a Vim backbone to as few layers as its outputs need.
+        shallow: Whether to cut the backbone to as few layers as its outputs need.
     """
     cfg = Config(_map(cfg.to_dict(), data))
     cfg.work_dir = str(work_dir)
@@ -119,7 +119,9 @@ def shrink(cfg: Config, data: MiniatureData, work_dir: Path, shallow: bool = Tru
     loop.pop('val_begin', None)
     loop.update({length: 1, 'val_interval': 1})
     if shallow:
-        cut_depth(cfg.model.backbone)
+        cut_depth(cfg.model)
+    elif cfg.model.backbone.get('arch') == 'large3':
+        cut_width(cfg.model)  # 740 million parameters take 15 GB to train
     return cfg
 
 
@@ -135,6 +137,8 @@ def _map(node: Any, data: MiniatureData, key: str = '') -> Any:
         return data.locate(node)
     if key in _SIZE_KEYS and isinstance(node, int) and node > 128:
         return max(64, math.ceil(node / 8 / 16) * 16)
+    if key == 'window_sizes' and isinstance(node, int):
+        return math.ceil(node / 8)
     # An untrained detector is sure of nothing: without these limits it has no detections to
     # evaluate, or hundreds of thousands. And a box head is mostly one matrix.
     limits = dict(score_thr=0.0, nms_pre=100, max_per_img=50, num=32, fc_out_channels=64)
@@ -143,15 +147,31 @@ def _map(node: Any, data: MiniatureData, key: str = '') -> Any:
     return node
 
 
-def cut_depth(backbone: ConfigDict) -> None:
-    """Cut a Vim backbone to as few layers as its outputs need."""
-    if backbone.type not in ('mmvim.Vim', 'Vim') or not isinstance(backbone.get('arch'), str):
+def cut_depth(model: ConfigDict) -> None:
+    """Cut a Vim or MambaVision backbone to as few layers as its outputs need."""
+    backbone = model.backbone
+    if not isinstance(backbone.get('arch'), str):
         return
-    outputs = backbone.get('out_indices', -1)
-    outputs = 1 if isinstance(outputs, int) else len(outputs)
-    width = mmvim.Vim.arch_zoo[backbone.arch]['embed_dims']
-    backbone.arch = dict(embed_dims=width, depth=max(2, outputs))
-    backbone.out_indices = tuple(range(-outputs, 0))
+    if backbone.type in ('mmvim.MambaVision', 'MambaVision'):
+        zoo = mmvim.MambaVision.arch_zoo[backbone.arch]
+        backbone.arch = dict(zoo, depths=(1, 1, 2, 2), mlp_ratio=1)
+        cut_width(model)
+    if backbone.type in ('mmvim.Vim', 'Vim'):
+        outputs = backbone.get('out_indices', -1)
+        outputs = 1 if isinstance(outputs, int) else len(outputs)
+        width = mmvim.Vim.arch_zoo[backbone.arch]['embed_dims']
+        backbone.arch = dict(embed_dims=width, depth=max(2, outputs))
+        backbone.out_indices = tuple(range(-outputs, 0))
+
+
+def cut_width(model: ConfigDict) -> None:
+    """Narrow the MambaVision of a classifier, in which only one layer depends on the width."""
+    if 'head' not in model or 'in_channels' not in model.head:
+        return
+    arch = model.backbone.arch
+    arch = dict(mmvim.MambaVision.arch_zoo[arch] if isinstance(arch, str) else arch)
+    model.backbone.arch = dict(arch, embed_dims=32, num_heads=(4, 8))
+    model.head.in_channels = 32 * 8
 
 
 def run(cfg: Config) -> dict[str, float]:

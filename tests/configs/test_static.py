@@ -10,8 +10,8 @@ from mmengine.optim import build_optim_wrapper
 # The three libraries' own patterns: fields by `_`, words by `-`, numbers of GPUs and images `8xb2`.
 BATCH = r'\d+xb\d+'
 PATTERNS = {
-    'mmpretrain': rf'[a-z0-9-]+(_in1k-pre)?_{BATCH}(-\d+e)?_in1k(-\d+px)?',
-    'mmdet': rf'[a-z0-9-]+_[a-z0-9-]+_simplefpn_(1x|{BATCH}(-lsj)?-\d+ep)_coco',
+    'mmpretrain': rf'[a-z0-9-]+(_in(1|21)k-pre)?_{BATCH}(-\d+e)?_in1k(-\d+px)?',
+    'mmdet': rf'[a-z0-9-]+_[a-z0-9-]+_(simple)?fpn_((ms-crop-)?[13]x|{BATCH}(-lsj)?-\d+ep)_coco',
     'mmseg': rf'[a-z0-9-]+_[a-z0-9-]+_{BATCH}-\d+k_ade20k-\d+x\d+',
 }
 FAMILIES = [path for path in CONFIGS if path.parent.name != 'quickstart']
@@ -43,7 +43,7 @@ def test_name_and_batch_agree(path):
     cfg = Config.fromfile(path)
     assert re.fullmatch(PATTERNS[cfg.default_scope], path.stem), path.stem
     batch = re.search(r'(\d+)xb(\d+)', path.stem)
-    # mmdet's 1x means 8 GPUs with two images each.
+    # mmdet's 1x and 3x mean 8 GPUs with two images each.
     gpus, images = map(int, batch.groups()) if batch else (8, 2)
     assert cfg.train_dataloader.batch_size == images
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=gpus * images)
@@ -74,7 +74,7 @@ def test_schedule_ends_with_training(path):
 @pytest.mark.parametrize('path', CONFIGS, ids=config_id)
 def test_weight_decay_spares_what_it_should(path):
     cfg = Config.fromfile(path)
-    cut_depth(cfg.model.backbone)
+    cut_depth(cfg.model)
     model = build_model(cfg)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}

@@ -1,0 +1,16 @@
+_base_ = [
+    '../_base_/models/mask-rcnn_mambavision_fpn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/schedules/coco_1x_adamw.py',
+    '../_base_/default_runtime_mmdet.py',
+]
+
+model = dict(
+    backbone=dict(
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://huggingface.co/nvidia/MambaVision-T-1K/resolve/main/'
+            'mambavision_tiny_1k.pth.tar',
+        ),
+    )
+)
