@@ -5,6 +5,7 @@ from mmvim.registry import MODELS, register_plain_names
 from .backbones import MambaVision, VideoMamba, Vim
 from .classifiers import MesaClassifier
 from .necks import SimpleFPN
+from .streaming import StreamingVideoMamba, build_videomamba
 from .video import VideoDataPreprocessor
 
 register_plain_names()
@@ -14,7 +15,9 @@ __all__ = [
     'MambaVision',
     'MesaClassifier',
     'SimpleFPN',
+    'StreamingVideoMamba',
     'VideoDataPreprocessor',
     'VideoMamba',
     'Vim',
+    'build_videomamba',
 ]

@@ -1,0 +1,7 @@
+"""VideoMamba on endless video: chunk by chunk, with a state of constant size."""
+
+from .encoder import VideoMambaEncoder, build_videomamba
+from .model import StreamingVideoMamba
+from .state import VideoState
+
+__all__ = ['StreamingVideoMamba', 'VideoMambaEncoder', 'VideoState', 'build_videomamba']
