@@ -1,3 +1,4 @@
+import itertools
 import time
 from dataclasses import replace
 
@@ -163,7 +164,7 @@ def test_lookahead_error_falls():
             errors[frames] = (tokens - model.forward_tokens(x)).abs().max().item()
     values = list(errors.values())
     print('largest error by frames of look-ahead:', errors)
-    assert all(a > b for a, b in zip(values, values[1:], strict=False)), errors
+    assert all(a > b for a, b in itertools.pairwise(values)), errors
     assert values[0] > 1e-2
     assert values[-1] < 1e-12
 

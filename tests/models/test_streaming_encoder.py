@@ -151,9 +151,9 @@ def test_errors():
         both.init_state(2)
     with pytest.raises(ValueError, match='has no states'):
         both(x, ssm_state=state)
+    broken = config()
+    del broken.vision_encoder.embed_dim
     with pytest.raises(ValueError, match='lacks embed_dim'):
-        broken = config()
-        del broken.vision_encoder.embed_dim
         build_videomamba(broken)
     with pytest.raises(ValueError, match=r"unknown keys \['depht'\]"):
         build_videomamba(config(depht=3))
