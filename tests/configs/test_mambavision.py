@@ -1,0 +1,168 @@
+"""What MambaVision's recipes say of schedules, regularisation, windows and sizes."""
+
+import pytest
+import torch
+from config_harness import CONFIG_ROOT, build_model, cut_depth
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS
+
+from mmvim import MambaVision
+from mmvim.layers import DropPath
+
+FOLDER = CONFIG_ROOT / 'mambavision'
+SCRATCH = sorted(FOLDER.glob('*32xb128_in1k.py'))
+DENSE = sorted([*FOLDER.glob('*coco.py'), *FOLDER.glob('*ade20k*.py')])
+ALL = sorted(FOLDER.glob('*.py'))
+PUBLISHED = {
+    # arch: MESA's weight and start, warm-up, weight decay, short side before the crop
+    'tiny': (0.5, 0.25, 20, 0.05, 224),
+    'tiny2': (0.75, 0.25, 20, 0.05, 228),
+    'small': (1.0, 0.25, 20, 0.05, 240),
+    'base': (1.0, 0.3, 35, 0.075, 224),
+    'large': (6.0, 0.25, 20, 0.12, 224),
+    'large2': (6.0, 0.25, 20, 0.12, 224),
+}
+
+
+def load(path):
+    return Config.fromfile(path)
+
+
+def ids(path):
+    return path.stem
+
+
+def rates(cfg, length=10):
+    """Learning rates at the beginning of each epoch, with ``length`` iterations in each."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=cfg.optim_wrapper.optimizer.lr)
+    schedulers = []
+    for options in map(dict, cfg.param_scheduler):
+        kind = PARAM_SCHEDULERS.get(options.pop('type'))
+        if options.pop('convert_to_iter_based', False):
+            options['epoch_length'] = length
+            kind = kind.build_iter_from_epoch
+        schedulers.append(kind(optimizer=optimizer, **options))
+    seen = []
+    for _ in range(cfg.train_cfg.max_epochs):
+        seen.append(optimizer.param_groups[0]['lr'])
+        for _ in range(length):
+            optimizer.step()
+            for scheduler in schedulers:
+                if not scheduler.by_epoch:
+                    scheduler.step()
+        for scheduler in schedulers:
+            if scheduler.by_epoch:
+                scheduler.step()
+    return seen
+
+
+@pytest.mark.parametrize('path', SCRATCH, ids=ids)
+def test_published_imagenet_recipe(path):
+    cfg = load(path)
+    weight, start, warmup, decay, side = PUBLISHED[cfg.model.backbone.arch]
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.weight_decay) == ('Lamb', 5e-3, decay)
+    assert cfg.optim_wrapper.clip_grad == dict(max_norm=5.0)
+    assert cfg.model.type == 'mmvim.MesaClassifier'
+    assert cfg.model.mesa_weight == weight * 50
+    hooks = {hook.type: hook for hook in cfg.custom_hooks}
+    assert hooks['EMAHook'].momentum == pytest.approx(1 - 0.9998)
+    assert hooks['EMAHook'].update_buffers is True
+    mesa = HOOKS.build(dict(hooks['mmvim.MesaHook']))
+    begun = [epoch for epoch in range(320) if epoch / 320 > mesa.start]
+    assert begun == [epoch for epoch in range(320) if epoch / 310 > start]
+    lr = rates(cfg)
+    assert lr[0] == pytest.approx(1e-6)
+    assert lr[warmup // 2] == pytest.approx(5e-3 * (warmup // 2) / warmup, rel=0.02)
+    assert max(lr) == pytest.approx(5e-3, rel=1e-3)
+    assert lr[warmup] == max(lr)
+    middle = warmup + (310 - warmup) // 2
+    assert lr[middle] == pytest.approx(2.5e-3, rel=0.02)
+    assert lr[310:] == pytest.approx([5e-6] * 10, rel=0.01)
+    assert all(a > b for a, b in zip(lr[warmup:309], lr[warmup + 1 : 310], strict=True))
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == side
+    assert cfg.val_dataloader.dataset.pipeline == cfg.test_dataloader.dataset.pipeline
+
+
+def test_lamb_is_mmpretrain_s():
+    from mmpretrain.engine.optimizers import Lamb
+
+    cfg = load(SCRATCH[0])
+    cut_depth(cfg.model)
+    model = build_model(cfg)
+    assert type(build_optim_wrapper(model, cfg.optim_wrapper).optimizer) is Lamb
+
+
+@pytest.mark.parametrize('path', ALL, ids=ids)
+def test_drop_path_reaches_the_blocks(path):
+    cfg = load(path)
+    with torch.device('meta'):
+        backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None))
+    assert type(backbone) is MambaVision
+    found = [m.drop_prob for m in backbone.modules() if isinstance(m, DropPath)]
+    dense = cfg.default_scope != 'mmpretrain'
+    largest = 0.2 if dense else MambaVision.arch_zoo[backbone_arch(cfg)]['drop_path_rate']
+    assert found == pytest.approx([largest * i / (len(found) - 1) for i in range(len(found))])
+    scaled = backbone_arch(cfg) in ('base', 'large', 'large2', 'large3')
+    assert (backbone.layer_scale is not None) is scaled
+
+
+def backbone_arch(cfg):
+    return cfg.model.backbone.arch
+
+
+@pytest.mark.parametrize('size', [(512, 224), (333, 517)])
+@pytest.mark.parametrize('path', DENSE, ids=ids)
+def test_strides_of_dense_backbones(path, size):
+    cfg = load(path)
+    cut_depth(cfg.model)
+    torch.manual_seed(0)
+    backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None)).eval()
+    with torch.inference_mode():
+        maps = backbone(torch.randn(1, 3, *size))
+    for i, (out, channels) in enumerate(zip(maps, backbone.embed_dims, strict=True)):
+        stride = 4 * 2**i
+        assert out.shape == (1, channels, -(-size[0] // stride), -(-size[1] // stride))
+        assert out.isfinite().all()
+    needed = cfg.model.neck.in_channels if cfg.model.get('neck') else None
+    needed = needed or cfg.model.decode_head.in_channels
+    assert list(needed) == backbone.embed_dims
+
+
+@pytest.mark.parametrize('size', [(512, 224), (333, 517)])
+@pytest.mark.parametrize('name', ['mambavision-tiny_32xb128_in1k', 'mambavision-base_32xb128_in1k'])
+def test_classifiers_take_any_size(name, size):
+    cfg = load(FOLDER / f'{name}.py')
+    cut_depth(cfg.model)
+    with torch.inference_mode():
+        logits = build_model(cfg).eval()(torch.randn(1, 3, *size))
+    assert logits.shape == (1, 1000)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize('name', ['coco', 'ade20k-512x512'])
+def test_official_windows_are_one_option_away(name):
+    """With a map as large as the official window there is no padding: both give the same."""
+    path = next(FOLDER.glob(f'*mambavision-tiny_*{name}.py'))
+    cfg = load(path)
+    cut_depth(cfg.model)
+    cfg.model.backbone.arch.update(embed_dims=16, num_heads=(4, 8))
+    outputs = []
+    for windows in ((None, None), (8, 8, 8, 4)):
+        torch.manual_seed(0)
+        backbone = dict(cfg.model.backbone, init_cfg=None, window_sizes=windows)
+        model = MODELS.build(backbone).eval()
+        with torch.inference_mode():
+            outputs.append([model(torch.ones(1, 3, *size)) for size in ((128, 128), (96, 128))])
+    for whole, windowed in zip(outputs[0][0], outputs[1][0], strict=True):
+        torch.testing.assert_close(whole, windowed)
+    assert not torch.allclose(outputs[0][1][2], outputs[1][1][2])
+
+
+def test_keys_of_another_backbone_are_refused():
+    cfg = load(DENSE[0])
+    for key, value in (('depth', 50), ('frozen', 1), ('norm_eval', True), ('drop_path', 0.5)):
+        with pytest.raises(TypeError, match=key):
+            MODELS.build(dict(cfg.model.backbone, **{key: value}))
