@@ -15,7 +15,7 @@ BUILT = $(VENV)/.mmvim-built
 SOURCES = $(wildcard setup.py) $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-det quickstart-seg test test-slow lint format docs \
+.PHONY: help setup quickstart quickstart-det quickstart-seg quickstart-video test test-slow lint format docs \
 	cuda-compile clean distclean
 
 help: ## list the targets
@@ -45,6 +45,9 @@ quickstart-det: $(BUILT) ## the same for detection: digits on photographs
 
 quickstart-seg: $(BUILT) ## the same for semantic segmentation
 	@$(PY) tools/quickstart/run.py seg --work-dir $(WORK_DIR) --data-dir $(DATA_DIR)
+
+quickstart-video: $(BUILT) ## the same for video: which digit, and which way it moves
+	@$(PY) tools/quickstart/run.py video --work-dir $(WORK_DIR) --data-dir $(DATA_DIR)
 
 test: $(BUILT) ## the tests (minutes)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m 'not slow' -n $(TEST_JOBS) $(TEST_ARGS)

@@ -14,6 +14,7 @@ TARGETS = (
     'quickstart',
     'quickstart-det',
     'quickstart-seg',
+    'quickstart-video',
     'test',
     'test-slow',
     'lint',

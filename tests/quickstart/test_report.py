@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip('sklearn')
 pytest.importorskip('skimage')
 pytest.importorskip('matplotlib')
+pytest.importorskip('av')
 
 from PIL import Image
 
@@ -19,8 +20,9 @@ SIZES = {
     'cls': {'train': 1, 'val': 1, 'test': 90},
     'det': {'train': 1, 'val': 1, 'test': 15},
     'seg': {'train': 1, 'val': 1, 'test': 7},
+    'video': {'train': 1, 'val': 1, 'test': 12},
 }
-KEYS = {'cls': 'accuracy/top1', 'det': 'coco/bbox_mAP_50', 'seg': 'mIoU'}
+KEYS = {'cls': 'accuracy/top1', 'det': 'coco/bbox_mAP_50', 'seg': 'mIoU', 'video': 'accuracy/top1'}
 
 
 @pytest.fixture(scope='module')
@@ -50,6 +52,8 @@ def fill_work_dir(work_dir: Path, task: str, data: Path, value: float) -> None:
         (test / f'{time}.json').write_text(json.dumps({key: value - offset, 'other': 1}))
     if task == 'cls':
         dump(work_dir, classification_predictions(data))
+    elif task == 'video':
+        dump(work_dir, video_predictions(data))
     elif task == 'det':
         dump(work_dir, detection_predictions(data))
     else:
@@ -83,6 +87,24 @@ def classification_predictions(data: Path) -> list[dict]:
     return samples
 
 
+def video_predictions(data: Path) -> list[dict]:
+    import torch
+
+    samples = []
+    for i, line in enumerate((data / 'video' / 'test.txt').read_text().splitlines()):
+        name, label = line.split()
+        predicted = (int(label) + 1) % 40 if i % 4 == 0 else int(label)
+        samples.append(
+            {
+                'img_path': str(data / 'video' / 'test' / name),
+                'gt_label': torch.tensor([int(label)]),
+                'pred_label': torch.tensor([predicted]),
+                'pred_score': torch.eye(40)[predicted] * 0.9,
+            }
+        )
+    return samples
+
+
 def detection_predictions(data: Path) -> list[dict]:
     import torch
 
@@ -106,7 +128,9 @@ def detection_predictions(data: Path) -> list[dict]:
     return samples
 
 
-@pytest.mark.parametrize(('task', 'value'), [('cls', 99.0), ('det', 0.8), ('seg', 80.0)])
+@pytest.mark.parametrize(
+    ('task', 'value'), [('cls', 99.0), ('det', 0.8), ('seg', 80.0), ('video', 95.0)]
+)
 def test_report(task, value, data, tmp_path, capsys, report_script):
     fill_work_dir(tmp_path, task, data, value)
     run = {'config': 'configs/x.py', 'checkpoint': 'best_1.pth', 'training_seconds': 12.3}

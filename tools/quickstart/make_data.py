@@ -15,9 +15,9 @@ from mmvim.datasets.quickstart import TASKS, QuickstartDataError, prepare
 def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description='Write handwritten digits, alone (cls) or on photographs (det, seg), in the '
-        'formats that mmpretrain, mmdet and mmseg load. Nothing is downloaded; data that is '
-        'already complete is left alone.'
+        description='Write handwritten digits, alone (cls), on photographs (det, seg) or moving '
+        '(video), in the formats that mmpretrain, mmdet, mmseg and mmvim load. Nothing is '
+        'downloaded; data that is already complete is left alone.'
     )
     parser.add_argument('task', choices=[*TASKS, 'all'])
     parser.add_argument(

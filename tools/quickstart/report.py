@@ -20,14 +20,17 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis import read_run
-from mmvim.datasets.quickstart import DIGIT_CLASSES, SEG_CLASSES, SEG_PALETTE
+from mmvim.datasets.quickstart import DIGIT_CLASSES, SEG_CLASSES, SEG_PALETTE, VIDEO_CLASSES
+from mmvim.datasets.video import VideoReader
 
 #: task: (key in mmengine's logs, factor to a per cent value, name, value that the recipe reaches)
 METRICS = {
     'cls': ('accuracy/top1', 1.0, 'top-1 accuracy', 97.0),
     'det': ('coco/bbox_mAP_50', 100.0, 'box AP50', 60.0),
     'seg': ('mIoU', 1.0, 'mIoU', 60.0),
+    'video': ('accuracy/top1', 1.0, 'top-1 accuracy', 90.0),
 }
+UNITS = {'cls': 'digits', 'det': 'scenes', 'seg': 'scenes', 'video': 'videos'}
 SCORE_THRESHOLD = 0.25
 RIGHT, WRONG = '#2a9d3a', '#d62728'
 
@@ -193,6 +196,42 @@ def draw_segmentation(work_dir: Path, data_dir: Path) -> Path:
     return save(figure, work_dir / 'predictions.png')
 
 
+def draw_video(work_dir: Path, data_dir: Path) -> Path:
+    """Draw frames of test videos: the surest mistakes first, then videos that were right."""
+    samples = load_predictions(work_dir)
+    predicted = np.array([int(s['pred_label']) for s in samples])
+    true = np.array([int(s['gt_label']) for s in samples])
+    score = np.array([float(np.max(np.asarray(s['pred_score']))) for s in samples])
+    wrong = np.flatnonzero(predicted != true)
+    right = np.flatnonzero(predicted == true)
+    rows, frames = 10, 8
+    shown = wrong[np.argsort(-score[wrong])][: rows // 2]
+    fill = np.random.default_rng(0).permutation(right)[: rows - len(shown)]
+    figure, axes = plt.subplots(
+        rows, frames, figsize=(frames * 0.95 + 2.2, rows * 0.95 + 0.6), layout='constrained'
+    )
+    for row, index in zip(axes, [*shown, *fill], strict=False):
+        with VideoReader(samples[index]['img_path']) as video:
+            pictures = video.frames(np.linspace(0, len(video) - 1, frames).astype(int))
+        good = predicted[index] == true[index]
+        for cell, picture in zip(row, pictures, strict=True):
+            cell.imshow(picture.permute(1, 2, 0).numpy())
+        text = VIDEO_CLASSES[predicted[index]]
+        text += '' if good else f'\nis {VIDEO_CLASSES[true[index]]}'
+        row[0].set_ylabel(
+            f'{text}\n{score[index]:.0%}', rotation=0, ha='right', va='center', fontsize=9,
+            color=RIGHT if good else WRONG,
+        )  # fmt: skip
+    for cell in axes.flat:
+        cell.set(xticks=[], yticks=[])
+    figure.suptitle(
+        f'Held-out videos: {len(right)} of {len(samples)} right, {len(wrong)} wrong.\n'
+        'Prediction and its probability; mistakes first, in red.',
+        fontsize=10,
+    )
+    return save(figure, work_dir / 'predictions.png')
+
+
 def read_prediction(path: Path) -> np.ndarray:
     """A predicted label map as class indices (mmseg writes them with the zero label put back)."""
     if not path.is_file():
@@ -236,7 +275,12 @@ def save(figure: plt.Figure, path: Path) -> Path:
     return path
 
 
-DRAW = {'cls': draw_classification, 'det': draw_detection, 'seg': draw_segmentation}
+DRAW = {
+    'cls': draw_classification,
+    'det': draw_detection,
+    'seg': draw_segmentation,
+    'video': draw_video,
+}
 
 
 def report(task: str, work_dir: Path, data_dir: Path) -> bool:
@@ -256,7 +300,7 @@ def report(task: str, work_dir: Path, data_dir: Path) -> bool:
     out = work_dir / 'metrics.json'
     with open(out, 'w') as file:
         json.dump({'task': task, **run, 'test': metrics}, file, indent=2)
-    print(f'\n{name}: {value:.2f} % on held-out {"digits" if task == "cls" else "scenes"}')
+    print(f'\n{name}: {value:.2f} % on held-out {UNITS[task]}')
     if 'training_seconds' in run:
         print(f'training took {run["training_seconds"]:.0f} s')
     if 'checkpoint' in run:

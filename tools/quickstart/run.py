@@ -34,6 +34,9 @@ class Quickstart:
 QUICKSTARTS = {
     'cls': Quickstart('configs/quickstart/vim_digits_cls.py', 'mmpretrain', 'predictions.pkl'),
     'det': Quickstart('configs/quickstart/vim_digits_det.py', 'mmdet', 'predictions.pkl'),
+    'video': Quickstart(
+        'configs/quickstart/videomamba_digits_video.py', 'mmpretrain', 'predictions.pkl'
+    ),
     'seg': Quickstart('configs/quickstart/vim_digits_seg.py', 'mmseg', 'label_maps'),
 }
 

@@ -10,6 +10,15 @@ from pathlib import Path
 
 from .digits import SPLIT_SIZES
 from .errors import QuickstartDataError
+from .movies import (
+    MOVIE_COUNTS,
+    MOVIE_DIGIT_HEIGHT,
+    MOVIE_FRAMES,
+    MOVIE_SIZE,
+    MOVIE_SPEED,
+    write_video,
+)
+from .progress import Progress
 from .scenes import (
     DIGIT_HEIGHT,
     DIGITS_PER_SCENE,
@@ -17,7 +26,7 @@ from .scenes import (
     SCENE_COUNTS,
     SCENE_SIZE,
 )
-from .writers import CLS_IMAGE_SIZE, Progress, write_cls, write_det, write_seg
+from .writers import CLS_IMAGE_SIZE, write_cls, write_det, write_seg
 
 _VERSION = 2
 _MANIFEST = 'manifest.json'
@@ -31,14 +40,21 @@ _PARAMETERS = {
     'cls': {'image_size': CLS_IMAGE_SIZE},
     'det': _SCENES,
     'seg': _SCENES,
+    'video': {
+        'movie_size': MOVIE_SIZE,
+        'frames': MOVIE_FRAMES,
+        'digit_height': MOVIE_DIGIT_HEIGHT,
+        'speed': MOVIE_SPEED,
+    },
 }
-_SIZES = {'cls': SPLIT_SIZES, 'det': SCENE_COUNTS, 'seg': SCENE_COUNTS}
+_SIZES = {'cls': SPLIT_SIZES, 'det': SCENE_COUNTS, 'seg': SCENE_COUNTS, 'video': MOVIE_COUNTS}
 _WRITERS: dict[str, Callable[[Path, Mapping[str, int], Progress], int]] = {
     'cls': write_cls,
     'det': write_det,
     'seg': write_seg,
+    'video': write_video,
 }
-_NEEDED_MIB = {'cls': 16, 'det': 96, 'seg': 96}
+_NEEDED_MIB = {'cls': 16, 'det': 96, 'seg': 96, 'video': 64}
 
 TASKS: tuple[str, ...] = tuple(_WRITERS)
 
@@ -57,10 +73,10 @@ def prepare(
     an interrupted run leaves nothing that looks like a data set.
 
     Args:
-        task: 'cls', 'det' or 'seg'.
+        task: 'cls', 'det', 'seg' or 'video'.
         root: the folder that gets ``<task>/``; made when missing.
         sizes: images per split ('train', 'val', 'test'), for smaller data. Defaults to all 1,797
-            digits, or the scenes of ``SCENE_COUNTS``.
+            digits, the scenes of ``SCENE_COUNTS``, or the movies of ``MOVIE_COUNTS``.
         progress: called with (files written, files in all).
         force: make the data again even when it is complete.
 

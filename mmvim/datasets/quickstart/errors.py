@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-_DISTRIBUTIONS = {'sklearn': 'scikit-learn', 'skimage': 'scikit-image', 'PIL': 'pillow'}
+_DISTRIBUTIONS = {'sklearn': 'scikit-learn', 'skimage': 'scikit-image', 'PIL': 'pillow', 'av': 'av'}
 
 
 class QuickstartDataError(RuntimeError):

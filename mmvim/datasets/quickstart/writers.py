@@ -1,17 +1,15 @@
 """Write splits to disk: class folders, COCO JSON, ADE20K-style label maps."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .digits import DIGIT_CLASSES, load_digits
 from .errors import require
+from .progress import Progress
 from .scenes import SCENE_SIZE, Scene, SceneGenerator
-
-#: Called with (files written, files in all).
-Progress = Callable[[int, int], None]
 
 #: Segmentation classes after ``reduce_zero_label``: label map value minus one.
 SEG_CLASSES: tuple[str, ...] = ('background', *DIGIT_CLASSES)
