@@ -1,0 +1,420 @@
+"""Writing models as files, each checked against the model before it gets its name."""
+
+import contextlib
+import json
+import os
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .operations import UnsupportedExport, portable_ops
+
+#: format: (suffix, what runs it)
+FORMATS = MappingProxyType(
+    {
+        'onnx': '.onnx',
+        'torchscript': '.ts',
+        'program': '.pt2',
+        'aoti': '.aoti.pt2',
+    }
+)
+DYNAMIC = ('none', 'batch', 'size')
+TOLERANCE = 1e-4
+METADATA = 'mmvim.json'
+
+
+class ExportError(RuntimeError):
+    """A model that cannot be exported so, or whose file gives other results."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        format: One of :data:`FORMATS`.
+        seconds: Time that the export took.
+        differences: For each input shape that was tried, the largest absolute difference between
+            the file's outputs and the model's.
+    """
+
+    path: Path
+    format: str
+    seconds: float
+    differences: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+
+class Exportable(nn.Module):
+    """What a model computes for inference, from preprocessed images to tensors.
+
+    A classifier gives logits (batch, classes), a segmentor the logits of its decode head (batch,
+    classes, rows, columns), a detector the feature maps of its neck, a backbone its features.
+    Post-processing is not part of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.kind = 'plain'
+        if hasattr(model, 'data_preprocessor') and hasattr(model, 'test_step'):
+            is_detector = any('mmdet' in c.__module__ for c in type(model).__mro__)
+            self.kind = 'features' if is_detector else 'tensor'
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Compute the outputs of preprocessed images (batch, channels, height, width)."""
+        if self.kind == 'features':
+            out = self.model.extract_feat(images)
+        elif self.kind == 'tensor':
+            out = self.model(images, mode='tensor')
+        else:
+            out = self.model(images)
+        if isinstance(out, list | tuple):
+            return out[0] if len(out) == 1 else tuple(out)
+        return out
+
+
+def describe(cfg: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """What a user of the file must know of the preprocessing, for its metadata."""
+    settings = dict(cfg.get('model', {}).get('data_preprocessor') or {})
+    settings = settings or dict(cfg.get('data_preprocessor') or {})
+    to_rgb = settings.get('to_rgb', settings.get('bgr_to_rgb', False))
+    described = {key: list(settings[key]) for key in ('mean', 'std') if settings.get(key)}
+    described['channels'] = 'RGB' if to_rgb else 'BGR'
+    classes = cfg.get('classes')
+    if classes:
+        described['classes'] = list(classes)
+    return described
+
+
+def export_model(
+    model: nn.Module,
+    out: str | Path,
+    format: str,
+    input_shape: Sequence[int],
+    *,
+    dynamic: str = 'batch',
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    tolerance: float = TOLERANCE,
+) -> ExportReport:
+    """Export a model on the CPU in float32, and compare the file's outputs with the model's.
+
+    Args:
+        model: A classifier, segmentor, detector or backbone; it is put into evaluation mode and its
+            parameters need no gradient afterwards.
+        out: File to write.
+        format: 'onnx', 'torchscript', 'program' (of ``torch.export``) or 'aoti' (compiled for this
+            machine by AOTInductor; needs a C++ compiler).
+        input_shape: (batch, channels, [frames,] height, width) of the inputs.
+        dynamic: What may vary: 'none', the 'batch', or the batch and the 'size' of the images.
+            'aoti' is for one shape: 'none'. Defaults to 'batch'.
+        metadata: Stored in the file (onnx, torchscript, program). Defaults to None.
+        overwrite: Whether ``out`` may exist. Defaults to False.
+        tolerance: Largest difference, relative to outputs above 1. Defaults to 1e-4.
+
+    Raises:
+        ValueError: An argument is not among the allowed ones.
+        FileExistsError: ``out`` exists.
+        ExportError: The model cannot be exported, or the file's outputs differ. No file is left.
+    """
+    out = Path(out)
+    if format not in FORMATS:
+        raise ValueError(f'format must be one of {tuple(FORMATS)}, got {format!r}')
+    if dynamic not in DYNAMIC:
+        raise ValueError(f'dynamic must be one of {DYNAMIC}, got {dynamic!r}')
+    if format == 'aoti' and dynamic != 'none':
+        raise ValueError("format 'aoti' is compiled for one shape: dynamic must be 'none'")
+    if len(input_shape) not in (4, 5) or any(side < 1 for side in input_shape):
+        raise ValueError(
+            'input_shape must be (batch, channels, [frames,] height, width), '
+            f'got {tuple(input_shape)}'
+        )
+    if out.exists() and not overwrite:
+        raise FileExistsError(f'{str(out)!r} exists; it is not overwritten unless you say so')
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f'the directory {str(out.parent)!r} does not exist')
+    module = Exportable(model.cpu().float())
+    shapes = trial_shapes(input_shape, dynamic)
+    # Traced at its native size, a model would not resize its position embedding.
+    example = torch.rand(shapes[-1] if dynamic == 'size' else shapes[0])
+    temporary = out.with_name(f'.{uuid.uuid4().hex[:8]}{FORMATS[format]}')
+    start = time.perf_counter()
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            _WRITERS[format](module, example, dynamic, dict(metadata or {}), temporary)
+        seconds = time.perf_counter() - start
+        differences = compare(module, open_exported(temporary), shapes)
+        worst = max(differences.values())
+        if not worst <= tolerance:
+            raise ExportError(
+                f'the exported file differs from the model by {worst:.2g}, more than '
+                f'{tolerance:.2g}: {differences}'
+            )
+        os.replace(temporary, out)
+    except (ExportError, ImportError):
+        raise
+    except UnsupportedExport as error:
+        raise ExportError(str(error)) from error
+    except Exception as error:
+        lines = str(error).strip().splitlines() or ['']
+        raise ExportError(
+            f'the model cannot be exported as {format} with dynamic={dynamic!r}: '
+            f'{type(error).__name__}: {lines[0]}'
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ExportReport(out, format, seconds, differences)
+
+
+def trial_shapes(shape: Sequence[int], dynamic: str) -> list[tuple[int, ...]]:
+    """The input shape, and others that a file must also be right for."""
+    batch, *middle, height, width = shape
+    # A batch of one would be taken for a constant.
+    batch = max(batch, 2) if dynamic != 'none' else batch
+    shapes = [(batch, *middle, height, width)]
+    if dynamic != 'none':
+        shapes.append((batch + 1, *middle, height, width))
+    if dynamic == 'size':
+        # Other numbers of patches and of windows, padding included.
+        shapes.append((batch, *middle, height + 32, width + 80))
+        shapes.append((batch, *middle, height + 16, width + 48))
+    return shapes
+
+
+def compare(
+    module: nn.Module, exported: Callable[[np.ndarray], list], shapes: Sequence[tuple[int, ...]]
+) -> dict[tuple[int, ...], float]:
+    """Largest difference between two models' outputs, relative to outputs above 1, per shape."""
+    differences = {}
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        images = torch.randn(shape, generator=generator)
+        with torch.no_grad():
+            expected = module(images)
+        expected = [expected] if isinstance(expected, Tensor) else list(expected)
+        given = exported(images.numpy())
+        if [tuple(x.shape) for x in given] != [tuple(x.shape) for x in expected]:
+            raise ExportError(
+                f'for an input {shape} the exported file gives {[x.shape for x in given]}, the '
+                f'model {[tuple(x.shape) for x in expected]}'
+            )
+        differences[shape] = max(
+            float(np.max(np.abs(x - y.numpy()) / np.maximum(1, np.abs(y.numpy())), initial=0))
+            for x, y in zip(given, expected, strict=True)
+        )
+    return differences
+
+
+def _exported_program(
+    module: nn.Module, example: Tensor, dynamic: str
+) -> torch.export.ExportedProgram:
+    dims: dict[int, Any] = {}
+    if dynamic != 'none':
+        dims[0] = torch.export.Dim.DYNAMIC
+    if dynamic == 'size':
+        dims[example.dim() - 2] = dims[example.dim() - 1] = torch.export.Dim.AUTO
+    options = {}
+    if dynamic == 'size':
+        # "Is this the native size?" becomes a check in the program instead of an error here.
+        options['prefer_deferred_runtime_asserts_over_guards'] = True
+    with portable_ops('graph'):
+        return torch.export.export(
+            module, (example,), dynamic_shapes=(dims,) if dims else None, strict=False, **options
+        )
+
+
+def _without_size_checks(program: torch.export.ExportedProgram) -> None:
+    """Drop the program's checks that a size is not the native one: resizing is exact there."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+
+
+def _write_onnx(
+    module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
+) -> None:
+    _require('onnxscript', 'the ONNX exporter')
+    _require('onnxruntime', 'checking the exported ONNX file')
+    program = _exported_program(module, example, dynamic)
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+        exported = torch.onnx.export(
+            program, (example,), dynamo=True, input_names=['images'], verbose=False
+        )
+    model = exported.model_proto
+    del model.metadata_props[:]
+    _strip(model.graph)
+    model.metadata_props.add(key=METADATA, value=json.dumps(metadata))
+    path.write_bytes(model.SerializeToString())
+
+
+def _strip(graph: Any) -> None:
+    """Drop each node's stack trace: half of a small file, and full of this machine's paths."""
+    for thing in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del thing.metadata_props[:]
+        thing.doc_string = ''
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField('g'):
+                _strip(attribute.g)
+
+
+def _write_torchscript(
+    module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
+) -> None:
+    with portable_ops('script'):
+        traced = torch.jit.trace(module, example, check_trace=False)
+    torch.jit.save(traced, str(path), _extra_files={METADATA: json.dumps(metadata)})
+
+
+def _write_program(
+    module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
+) -> None:
+    program = _exported_program(module, example, dynamic)
+    _without_size_checks(program)
+    torch.export.save(program, str(path), extra_files={METADATA: json.dumps(metadata)})
+
+
+def _write_aoti(
+    module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
+) -> None:
+    program = _exported_program(module, example, dynamic)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+
+
+_WRITERS = {
+    'onnx': _write_onnx,
+    'torchscript': _write_torchscript,
+    'program': _write_program,
+    'aoti': _write_aoti,
+}
+
+
+def format_of(path: str | Path) -> str:
+    """The format of a file, by its suffix.
+
+    Raises:
+        ValueError: It is the suffix of none.
+    """
+    for name in sorted(FORMATS, key=lambda name: -len(FORMATS[name])):
+        if str(path).endswith(FORMATS[name]):
+            return name
+    raise ValueError(f'{str(path)!r} must end with one of {", ".join(FORMATS.values())}')
+
+
+def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.ndarray], list]:
+    """Open an exported file: a function from images (float32 array) to a list of arrays.
+
+    Args:
+        path: A file of :func:`export_model`; its suffix says the format.
+        threads: Threads of onnxruntime. Defaults to None, its own choice.
+
+    Raises:
+        ValueError: The suffix is unknown.
+        ImportError: onnxruntime is not installed.
+    """
+    kind = format_of(path)
+    if kind == 'onnx':
+        onnxruntime = _require('onnxruntime', 'running ONNX files')
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=['CPUExecutionProvider']
+        )
+        name = session.get_inputs()[0].name
+        return lambda images: session.run(None, {name: images})
+    if kind == 'torchscript':
+        function = torch.jit.load(str(path))
+    elif kind == 'program':
+        function = torch.export.load(str(path)).module()
+    else:
+        function = torch._inductor.aoti_load_package(str(path))
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            out = function(torch.from_numpy(images))
+        return [x.numpy() for x in ([out] if isinstance(out, Tensor) else out)]
+
+    return run
+
+
+def quantize(path: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
+    """Quantise the linear layers of an ONNX file dynamically to int8.
+
+    Weights become 8-bit integers, one scale per output channel; activations are quantised while
+    the model runs. The scans, convolutions and norms stay in float32.
+
+    Args:
+        path: An ONNX file of :func:`export_model`.
+        out: File to write.
+        overwrite: Whether ``out`` may exist. Defaults to False.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+        ImportError: onnx or onnxruntime is not installed.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f'{str(out)!r} exists; it is not overwritten unless you say so')
+    _require('onnx', 'quantising ONNX files')
+    _require('onnxruntime', 'quantising ONNX files')
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(str(path))
+    # The quantiser turns weights around and then stumbles over the shapes that it finds recorded.
+    del model.graph.value_info[:]
+    temporary = out.with_name(f'.{uuid.uuid4().hex[:8]}.onnx')
+    try:
+        with _quiet_root_logger():
+            quantize_dynamic(
+                model,
+                str(temporary),
+                op_types_to_quantize=['MatMul', 'Gemm'],
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                extra_options={'MatMulConstBOnly': True},
+            )
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out
+
+
+@contextlib.contextmanager
+def _quiet_root_logger() -> Iterator[None]:
+    import logging
+
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _require(module: str, purpose: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{module} is needed for {purpose}: pip install 'mmvim[export]'", name=module
+        ) from error

@@ -1,0 +1,258 @@
+"""Exported files give the model's outputs, also where mmvim is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmvim import ops
+from mmvim.export.formats import (
+    METADATA,
+    ExportError,
+    export_model,
+    open_exported,
+    quantize,
+)
+from mmvim.export.operations import UnsupportedExport, portable_ops
+from mmvim.models import MambaVision, VideoMamba, Vim
+
+SMALL = dict(embed_dims=16, depth=1, d_state=4)
+FAMILIES = {
+    'vim': (lambda: Vim(SMALL, img_size=64), (1, 3, 64, 64)),
+    'mambavision': (
+        lambda: MambaVision(dict(depths=(1, 1, 1, 1), embed_dims=8, stem_dims=8, num_heads=(2, 2))),
+        (1, 3, 64, 64),
+    ),
+    'videomamba': (lambda: VideoMamba(SMALL, img_size=64, num_frames=4), (1, 3, 4, 64, 64)),
+}
+
+
+def scan_inputs(groups=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    b, length, d, n = 2, 7, 6, 3
+    u, delta, z = torch.randn(3, b, length, d, generator=generator, dtype=dtype)
+    B, C = torch.randn(2, b, length, groups, n, generator=generator, dtype=dtype)
+    A = -torch.rand(d, n, generator=generator, dtype=dtype) - 0.1
+    D, bias = torch.randn(2, d, generator=generator, dtype=dtype)
+    return u, delta, A, B, C, D, z, bias
+
+
+@pytest.mark.parametrize('kind', ['graph', 'script'])
+@pytest.mark.parametrize('method', ops.DISCRETIZATIONS)
+def test_portable_scan(kind, method):
+    *inputs, z, bias = scan_inputs(groups=2)
+    for reverse in (False, True):
+        kwargs = dict(delta_softplus=True, discretization=method, reverse=reverse)
+        expected = ops.selective_scan(*inputs, z, bias, **kwargs)
+        with portable_ops(kind):
+            given = ops.selective_scan(*inputs, z, bias, **kwargs)
+        torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize('kind', ['graph', 'script'])
+def test_other_portable_ops(kind):
+    *inputs, z, bias = scan_inputs()
+    direction = ops.ScanInputs(*inputs, bias)
+    weight, bias = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    x = inputs[0]
+
+    def run():
+        return (
+            ops.bidirectional_scan(direction, direction, z, scale=0.5, delta_softplus=True),
+            *(
+                ops.causal_conv1d(x, weight, bias, activation='silu', mode=mode)
+                for mode in ('causal', 'reverse', 'same')
+            ),
+            *ops.bidirectional_conv1d(x, weight, None, weight, bias),
+            *ops.add_rms_norm(x, bias, z),
+            *ops.add_rms_norm(x.bfloat16(), bias.float()),
+        )
+
+    expected = run()
+    with portable_ops(kind):
+        given = run()
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_streaming_is_refused():
+    inputs = scan_inputs()[:5]
+    with portable_ops(), pytest.raises(UnsupportedExport, match='states'):
+        ops.selective_scan(*inputs, return_last_state=True)
+    with pytest.raises(ValueError, match='kind must be one of'), portable_ops('lisp'):
+        pass
+
+
+def run_elsewhere(program: str, cwd: Path) -> str:
+    """Run Python where neither mmvim nor an mm package can be imported."""
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    guard = (
+        'import sys\n'
+        'class Guard:\n'
+        '    def find_spec(self, name, path=None, target=None):\n'
+        "        if name.split('.')[0] in ('mmvim', 'mmengine', 'mmcv', 'mmpretrain'):\n"
+        '            raise ModuleNotFoundError(name)\n'
+        'sys.meta_path.insert(0, Guard())\n'
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', guard + program],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+RUNNERS = {
+    '.onnx': 'import onnxruntime as o; s = o.InferenceSession("m.onnx"); '
+    'y = s.run(None, {"images": x})[0]',
+    '.ts': 'import torch; y = torch.jit.load("m.ts")(torch.from_numpy(x)).numpy()',
+    '.pt2': 'import torch; y = torch.export.load("m.pt2").module()(torch.from_numpy(x)).numpy()',
+    '.aoti.pt2': 'import torch; y = torch._inductor.aoti_load_package("m.aoti.pt2")'
+    '(torch.from_numpy(x)).numpy()',
+}
+
+
+def check(family, format, suffix, dynamic, tmp_path):
+    torch.manual_seed(0)
+    build, shape = FAMILIES[family]
+    model = build().eval()
+    # Released positions are not zero, and resizing zeros would prove nothing.
+    for name, parameter in model.named_parameters():
+        if 'pos_embed' in name:
+            torch.nn.init.normal_(parameter)
+    report = export_model(
+        model, tmp_path / f'm{suffix}', format, shape, dynamic=dynamic, metadata={'mean': [1.0]}
+    )
+    assert len(report.differences) == {'none': 1, 'batch': 2, 'size': 4}[dynamic]
+    assert max(report.differences.values()) < 1e-4
+    (x,) = (np.random.default_rng(0).standard_normal(shape, np.float32),)
+    if dynamic != 'none':
+        x = np.concatenate((x, x + 1, x + 2, x + 3))
+    np.save(tmp_path / 'x.npy', x)
+    run_elsewhere(
+        f'import numpy as np; x = np.load("x.npy"); {RUNNERS[suffix]}; np.save("y.npy", y)',
+        tmp_path,
+    )
+    with torch.no_grad():
+        expected = model(torch.from_numpy(x))[0].numpy()
+    np.testing.assert_allclose(np.load(tmp_path / 'y.npy'), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'family', ['vim', *(pytest.param(name, marks=pytest.mark.slow) for name in list(FAMILIES)[1:])]
+)
+def test_onnx(family, tmp_path):
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    check(family, 'onnx', '.onnx', 'batch', tmp_path)
+    model = onnx.load(tmp_path / 'm.onnx')
+    assert {node.domain for node in model.graph.node} == {''}
+    assert not model.functions
+    assert str(Path(__file__).parents[2]).encode() not in (tmp_path / 'm.onnx').read_bytes()
+    scans = [node for node in model.graph.node if node.op_type == 'Scan']
+    assert len(scans) == {'vim': 2, 'videomamba': 2, 'mambavision': 2}[family]
+    assert json.loads({p.key: p.value for p in model.metadata_props}[METADATA]) == {'mean': [1.0]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
+def test_onnx_of_any_size(family, tmp_path):
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    check(family, 'onnx', '.onnx', 'size', tmp_path)
+
+
+@pytest.mark.slow
+def test_onnx_does_not_grow_with_the_sequence(tmp_path):
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    counts = []
+    for side in (32, 128):
+        model = Vim(SMALL, img_size=side)
+        export_model(model, tmp_path / f'{side}.onnx', 'onnx', (1, 3, side, side))
+        counts.append(len(onnx.load(tmp_path / f'{side}.onnx').graph.node))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_torchscript(family, tmp_path):
+    check(family, 'torchscript', '.ts', 'size', tmp_path)
+
+
+@pytest.mark.slow
+def test_exported_program(tmp_path):
+    check('vim', 'program', '.pt2', 'size', tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', FAMILIES)
+def test_exported_program_of_each_family(family, tmp_path):
+    check(family, 'program', '.pt2', 'batch', tmp_path)
+
+
+@pytest.mark.slow
+def test_aoti_package(tmp_path):
+    check('vim', 'aoti', '.aoti.pt2', 'none', tmp_path)
+
+
+def test_int8(tmp_path):
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    torch.manual_seed(0)
+    model = Vim(dict(embed_dims=64, depth=1), img_size=64)
+    export_model(model, tmp_path / 'm.onnx', 'onnx', (1, 3, 64, 64))
+    quantize(tmp_path / 'm.onnx', tmp_path / 'int8.onnx')
+    nodes = {node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node}
+    assert {'MatMulInteger', 'Scan'} <= nodes
+    assert (tmp_path / 'int8.onnx').stat().st_size < 0.8 * (tmp_path / 'm.onnx').stat().st_size
+    x = np.random.default_rng(0).standard_normal((2, 3, 64, 64), np.float32)
+    (a,), (b,) = (open_exported(tmp_path / name)(x) for name in ('m.onnx', 'int8.onnx'))
+    assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
+    with pytest.raises(FileExistsError):
+        quantize(tmp_path / 'm.onnx', tmp_path / 'int8.onnx')
+
+
+class Doubling(torch.nn.Module):
+    """Gives another result when it is traced."""
+
+    def forward(self, x):
+        return x * (2 if torch.jit.is_tracing() else 1)
+
+
+def test_bad_requests_leave_nothing_behind(tmp_path):
+    model = Vim(SMALL, img_size=32)
+    shape = (1, 3, 32, 32)
+    out = tmp_path / 'm.ts'
+    with pytest.raises(ValueError, match='format must be one of'):
+        export_model(model, out, 'caffe', shape)
+    with pytest.raises(ValueError, match='dynamic must be one of'):
+        export_model(model, out, 'onnx', shape, dynamic='yes')
+    with pytest.raises(ValueError, match='compiled for one shape'):
+        export_model(model, out, 'aoti', shape)
+    with pytest.raises(ValueError, match='input_shape must be'):
+        export_model(model, out, 'onnx', (3, 32, 32))
+    with pytest.raises(FileNotFoundError, match='does not exist'):
+        export_model(model, tmp_path / 'no' / 'm.ts', 'torchscript', shape)
+    with pytest.raises(ExportError, match='differs from the model'):
+        export_model(Doubling(), out, 'torchscript', shape)
+    with pytest.raises(ExportError, match='cannot be exported as torchscript'):
+        export_model(model, out, 'torchscript', (1, 4, 32, 32))
+    assert list(tmp_path.iterdir()) == []
+    out.write_text('mine')
+    with pytest.raises(FileExistsError):
+        export_model(model, out, 'torchscript', shape)
+    assert out.read_text() == 'mine'
+    with pytest.raises(ValueError, match='must end with one of'):
+        open_exported(tmp_path / 'm.bin')
