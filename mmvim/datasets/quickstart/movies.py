@@ -10,7 +10,7 @@ from .digits import DIGIT_CLASSES, Digits, load_digits
 from .errors import require
 from .progress import Progress
 
-#: (rows, columns) that a digit moves by, times its speed, from frame to frame.
+#: (rows, columns) that a digit moves by, times ``MOVIE_SPEED``, from frame to frame.
 DIRECTIONS: dict[str, tuple[int, int]] = {
     'up': (-1, 0),
     'down': (1, 0),
@@ -27,7 +27,7 @@ MOVIE_COUNTS: dict[str, int] = {'train': 3600, 'val': 360, 'test': 720}
 MOVIE_SIZE = 32  # pixels, height and width
 MOVIE_FRAMES = 16
 MOVIE_DIGIT_HEIGHT = (16, 20)  # pixels
-MOVIE_SPEED = (1, 2)  # pixels per frame
+MOVIE_SPEED = 2  # pixels per frame
 _FRAMES_PER_SECOND = 8
 _BIT_RATE = 1_000_000
 _NOISE = 8.0  # deviation of the background's grain, in grey levels
@@ -83,10 +83,9 @@ class MovieGenerator:
         ink = self._image.fromarray(np.rint(self._digits.images[chosen] * 255).astype(np.uint8))
         ink = np.asarray(ink.resize((height, height), self._image.Resampling.BICUBIC), np.float32)
         canvas[:height, :height] = ink * rng.uniform(0.7, 1.0)
-        start = rng.integers(0, MOVIE_SIZE, 2)
-        speed = int(rng.integers(MOVIE_SPEED[0], MOVIE_SPEED[1] + 1))
-        step = np.array(list(DIRECTIONS.values())[way]) * speed
-        start[step == 0] = (MOVIE_SIZE - height) // 2 + rng.integers(-1, 2)
+        step = np.array(list(DIRECTIONS.values())[way]) * MOVIE_SPEED
+        start = MOVIE_SPEED * rng.integers(0, MOVIE_SIZE // MOVIE_SPEED, 2)
+        start[step == 0] = (MOVIE_SIZE - height) // 2
         frames = np.stack(
             [np.roll(canvas, tuple(start + t * step), (0, 1)) for t in range(MOVIE_FRAMES)]
         )
