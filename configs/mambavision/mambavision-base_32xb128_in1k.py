@@ -20,7 +20,7 @@ param_scheduler = [
         type='CosineAnnealingLR',
         eta_min=5e-6,
         by_epoch=True,
-        begin=35,
+        begin=0,
         end=310,
         convert_to_iter_based=True,
     ),

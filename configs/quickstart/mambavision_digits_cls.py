@@ -40,9 +40,9 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 
-max_epochs = 20
+max_epochs = 14
 warmup_epochs = 2
-cooldown_epochs = 2
+cooldown_epochs = 1
 train_cfg = dict(max_epochs=max_epochs)
 
 optim_wrapper = dict(optimizer=dict(lr=3e-3))

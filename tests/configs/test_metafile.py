@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 import yaml
 from config_harness import CONFIG_ROOT, REPO, build_model
 from mmengine.config import Config
@@ -34,7 +35,8 @@ def test_metafile_covers_its_folder(path):
 
 @pytest.mark.parametrize('model', MODELS, ids=lambda model: model['Name'])
 def test_parameters(model):
-    built = build_model(Config.fromfile(REPO / model['Config']))
+    with torch.device('meta'):
+        built = build_model(Config.fromfile(REPO / model['Config']))
     assert sum(p.numel() for p in built.parameters()) == model['Metadata']['Parameters']
 
 
@@ -56,11 +58,3 @@ def test_readme_has_the_same_figures(path):
             assert figure in cells, (model['Name'], figure)
         if 'Weights' in model:
             assert f'({model["Weights"]})' in row
-
-
-def test_mmpretrain_knows_the_classifiers():
-    from mmpretrain import list_models
-    from mmpretrain.apis.model import ModelHub
-
-    ModelHub.register_model_index(str(REPO / 'model-index.yml'), config_prefix=str(REPO))
-    assert 'vim-tiny_3rdparty_in1k' in list_models('vim-*')

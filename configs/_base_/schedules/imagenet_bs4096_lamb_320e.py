@@ -1,6 +1,6 @@
-# MambaVision's ImageNet-1K schedule: LAMB, 20 epochs of warm-up from 1e-6, cosine to 5e-6 at epoch
-# 310, 10 epochs of cooldown at 5e-6, exponential moving average, distillation from it (MESA). 5e-3
-# is for a batch of 4096 in total.
+# MambaVision's ImageNet-1K schedule: LAMB, a cosine from epoch 0 to 5e-6 at epoch 310, over which lie
+# 20 epochs of warm-up from 1e-6, 10 epochs of cooldown at 5e-6, exponential moving average,
+# distillation from it (MESA). 5e-3 is for a batch of 4096 in total.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='Lamb', lr=5e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05),
@@ -24,7 +24,7 @@ param_scheduler = [
         type='CosineAnnealingLR',
         eta_min=5e-6,
         by_epoch=True,
-        begin=20,
+        begin=0,
         end=310,
         convert_to_iter_based=True,
     ),
