@@ -35,7 +35,7 @@ def ids(path):
     return path.stem
 
 
-def rates(cfg, length=10):
+def rates(cfg, length=50):
     """Learning rates at the beginning of each epoch, with ``length`` iterations in each."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=cfg.optim_wrapper.optimizer.lr)

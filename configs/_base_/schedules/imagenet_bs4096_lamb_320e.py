@@ -1,5 +1,5 @@
-# MambaVision's ImageNet-1K schedule: LAMB, a cosine from epoch 0 to 5e-6 at epoch 310, over which lie
-# 20 epochs of warm-up from 1e-6, 10 epochs of cooldown at 5e-6, exponential moving average,
+# MambaVision's ImageNet-1K schedule: LAMB, a cosine from epoch 0 to 5e-6 at epoch 310, over which
+# lie 20 epochs of warm-up from 1e-6, 10 epochs of cooldown at 5e-6, exponential moving average,
 # distillation from it (MESA). 5e-3 is for a batch of 4096 in total.
 optim_wrapper = dict(
     type='OptimWrapper',
