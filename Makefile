@@ -15,13 +15,13 @@ BUILT = $(VENV)/.mmvim-built
 SOURCES = $(wildcard setup.py) $(shell find csrc -type f ! -name '*.pyc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart quickstart-det quickstart-seg quickstart-video test test-slow lint format docs \
-	cuda-compile clean distclean
+.PHONY: help setup quickstart quickstart-mambavision quickstart-det quickstart-seg quickstart-video \
+	test test-slow lint format docs cuda-compile clean distclean
 
 help: ## list the targets
 	@echo 'usage: make [PYTHON=python3.12] [VENV=.venv] TARGET'
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-22s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo 'Variables: TORCH_SPEC and PIP_ARGS choose other PyTorch builds and indexes (see'
 	@echo 'tools/setup_venv.sh), TEST_JOBS the processes of the tests, TEST_ARGS more pytest arguments.'
@@ -39,6 +39,10 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 
 quickstart: $(BUILT) ## train and test a small Vim on real handwritten digits
 	@$(PY) tools/quickstart/run.py cls --work-dir $(WORK_DIR) --data-dir $(DATA_DIR)
+
+quickstart-mambavision: $(BUILT) ## the same with a small MambaVision, distilled from its own average
+	@$(PY) tools/quickstart/run.py cls --work-dir $(WORK_DIR)/mambavision --data-dir $(DATA_DIR) \
+		--config configs/quickstart/mambavision_digits_cls.py
 
 quickstart-det: $(BUILT) ## the same for detection: digits on photographs
 	@$(PY) tools/quickstart/run.py det --work-dir $(WORK_DIR) --data-dir $(DATA_DIR)

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(shutil.which('make') is None, reason='needs make
 TARGETS = (
     'setup',
     'quickstart',
+    'quickstart-mambavision',
     'quickstart-det',
     'quickstart-seg',
     'quickstart-video',

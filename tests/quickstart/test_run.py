@@ -41,6 +41,35 @@ def test_another_data_folder_reaches_every_loader(run_script, repository, tmp_pa
         assert file == f'{tmp_path}/det/annotations/instances_{split}.json'
 
 
+def test_another_recipe_runs_in_the_steps_of_the_task(
+    run_script, repository, monkeypatch, tmp_path
+):
+    steps = []
+
+    def step(title, *arguments, hint):
+        steps.append(arguments)
+        if title == 'training':
+            (tmp_path / 'cls').mkdir()
+            (tmp_path / 'cls' / 'best_epoch_1.pth').write_text('')
+        return 1.0
+
+    config = 'configs/quickstart/mambavision_digits_cls.py'
+    monkeypatch.setattr(run_script, 'step', step)
+    monkeypatch.chdir(repository)
+    monkeypatch.setattr(
+        'sys.argv', ['run.py', 'cls', '--work-dir', str(tmp_path), '--config', config]
+    )
+    assert run_script.main() == 0
+    assert [arguments[0].rpartition('/')[2] for arguments in steps] == [
+        'make_data.py',
+        'train.py',
+        'test.py',
+        'report.py',
+    ]
+    assert steps[1][1] == steps[2][1] == config
+    assert json.loads((tmp_path / 'cls' / 'run.json').read_text())['config'] == config
+
+
 def test_a_missing_library_is_named(run_script, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(run_script.importlib.util, 'find_spec', lambda name: None)
     monkeypatch.setattr('sys.argv', ['run.py', 'seg', '--work-dir', str(tmp_path)])

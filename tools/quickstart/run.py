@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
         'checkpoint through tools/test.py, draw pictures and print the result.'
     )
     parser.add_argument('task', choices=list(QUICKSTARTS))
+    parser.add_argument('--config', help="another recipe for the task's data (default: the task's)")
     parser.add_argument(
         '--work-dir', default='work_dirs/quickstart', help='gets <task>/ (default: %(default)s)'
     )
@@ -99,6 +100,8 @@ def best_checkpoint(work_dir: Path, since: float) -> Path:
 def run(args: argparse.Namespace) -> None:
     """Run all steps."""
     quickstart = QUICKSTARTS[args.task]
+    if args.config is not None:
+        quickstart = replace(quickstart, config=display(Path(args.config).resolve()))
     if importlib.util.find_spec(quickstart.library) is None:
         raise StepFailed(
             f'{quickstart.library} is not installed here: run this through make, or '
