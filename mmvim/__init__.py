@@ -11,10 +11,24 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import layers, models, ops
+    from .apis import get_model, list_models
     from .models import MambaVision, SimpleFPN, VideoMamba, Vim
 
-_SUBMODULES = ('compat', 'datasets', 'engine', 'layers', 'models', 'ops', 'registry', 'utils')
+_SUBMODULES = (
+    'analysis',
+    'apis',
+    'compat',
+    'datasets',
+    'engine',
+    'export',
+    'layers',
+    'models',
+    'ops',
+    'registry',
+    'utils',
+)
 _MODELS = ('MambaVision', 'SimpleFPN', 'VideoMamba', 'Vim', 'VisionMamba')
+_APIS = ('get_model', 'list_models')
 
 __all__ = [
     'MambaVision',
@@ -22,7 +36,9 @@ __all__ = [
     'VideoMamba',
     'Vim',
     '__version__',
+    'get_model',
     'layers',
+    'list_models',
     'models',
     'ops',
 ]
@@ -34,12 +50,14 @@ def __getattr__(name: str) -> object:
         return importlib.import_module(f'{__name__}.{name}')
     if name in _MODELS:
         return getattr(importlib.import_module(f'{__name__}.models'), name)
+    if name in _APIS:
+        return getattr(importlib.import_module(f'{__name__}.apis'), name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:
     """List the lazily imported names too."""
-    return sorted({*globals(), *_SUBMODULES, *_MODELS})
+    return sorted({*globals(), *_SUBMODULES, *_MODELS, *_APIS})
 
 
 if importlib.util.find_spec('mmengine') is not None:

@@ -9,8 +9,21 @@ _EXPORTS = {
     'list_models': 'model_zoo',
     'load_config': 'model_zoo',
     'model_info': 'model_zoo',
+    'LoadReport': 'checkpoints',
+    'load_weights': 'checkpoints',
+    'read_checkpoint': 'checkpoints',
 }
-__all__ = ['ModelInfo', 'build_model', 'get_model', 'list_models', 'load_config', 'model_info']
+__all__ = [
+    'LoadReport',
+    'ModelInfo',
+    'build_model',
+    'get_model',
+    'list_models',
+    'load_config',
+    'load_weights',
+    'model_info',
+    'read_checkpoint',
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,20 +1,27 @@
 """Weights of files, whoever wrote them, for a model."""
 
+import json
+import os
 import re
-from collections.abc import Mapping
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from mmvim.compat import mmengine_checkpoints
 from mmvim.engine.errors import CheckpointError
 
-#: Where official files and mmengine keep weights, the averaged ones last.
-CONTAINERS = ('state_dict', 'model', 'module', 'model_state', 'state_dict_ema', 'model_ema')
-EMA_CONTAINERS = ('model_ema', 'state_dict_ema', 'ema_state_dict')
+#: Where official files and mmengine keep weights.
+CONTAINERS = ('state_dict', 'model', 'module', 'model_state')
+EMA_CONTAINERS = ('model_ema', 'state_dict_ema')
+#: mmengine's EMAHook exchanges the two when it saves: here are the trained weights.
+EXCHANGED = 'ema_state_dict'
 WRAPPERS = ('module.', '_orig_mod.')
 
 
@@ -60,8 +67,6 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     is_url = re.match(r'[a-z0-9]+://', name)
     if not is_url and not Path(name).is_file():
         raise CheckpointError(f'checkpoint {name!r} does not exist')
-    if name.endswith('.safetensors') and not is_url:
-        return {'state_dict': _read_safetensors(name)}
     from mmengine.runner.checkpoint import CheckpointLoader
 
     try:
@@ -81,43 +86,28 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     return content
 
 
-def _read_safetensors(name: str) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(
-            f'checkpoint {name!r}: safetensors is not installed: pip install safetensors'
-        ) from error
-    try:
-        return load_file(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f'checkpoint {name!r} cannot be read: {error}') from error
-
-
-def find_weights(content: Mapping[str, Any], *, ema: bool = False) -> dict[str, Tensor]:
+def find_weights(content: Mapping[str, Any], *, ema: bool | None = None) -> dict[str, Tensor]:
     """The weights in a checkpoint, without what wraps them and their names.
 
     Args:
         content: What :func:`read_checkpoint` gives.
-        ema: Take the averaged weights: ``model_ema`` and the like of official files; of mmengine's,
-            which exchanges them when it saves, those that its ``EMAHook`` keeps beside the others
-            are the trained ones, and ``state_dict`` the averages, so nothing changes.
+        ema: True takes averaged weights (``model_ema`` of official files; of mmengine's with an
+            ``EMAHook`` the averages are ``state_dict``), False the trained ones. Defaults to None:
+            the first ones there are, averaged or not, which is what mmengine loads.
 
     Raises:
-        CheckpointError: There are no weights, or no averaged ones.
+        CheckpointError: There are no weights, or none of the wanted kind.
     """
-    if ema:
-        found = next((content[k] for k in EMA_CONTAINERS if _is_container(content.get(k))), None)
-        if found is None and _is_container(content.get('ema_state_dict')):
-            found = content['state_dict']
-        if found is None:
-            raise CheckpointError(
-                f'has no averaged weights ({", ".join(EMA_CONTAINERS)}); it has '
-                f'{", ".join(sorted(map(str, content))[:8])}'
-            )
-    else:
-        found = next((content[k] for k in CONTAINERS if _is_container(content.get(k))), content)
+    averaged = next((content[k] for k in EMA_CONTAINERS if _is_container(content.get(k))), None)
+    plain = next((content[k] for k in CONTAINERS if _is_container(content.get(k))), None)
+    if _is_container(content.get(EXCHANGED)) and plain is not None:
+        averaged, plain = plain, content[EXCHANGED] if ema is False else plain
+    if ema and averaged is None:
+        raise CheckpointError(
+            f'has no averaged weights ({", ".join((*EMA_CONTAINERS, EXCHANGED))}); it has '
+            f'{", ".join(sorted(map(str, content))[:8])}'
+        )
+    found = averaged if ema else (content if plain is None else plain)
     while _is_container(found) and not _tensors(found):
         inner = [found[k] for k in CONTAINERS if _is_container(found.get(k))]
         if not inner:
@@ -126,6 +116,9 @@ def find_weights(content: Mapping[str, Any], *, ema: bool = False) -> dict[str, 
     weights = _tensors(found)
     if not weights:
         raise CheckpointError('has no weights in it')
+    if any(name.startswith('module.') for name in weights):
+        # mmengine counts the steps of an average beside its weights.
+        weights.pop('steps', None)
     for wrapper in WRAPPERS:
         while all(name.startswith(wrapper) for name in weights):
             weights = {name[len(wrapper) :]: value for name, value in weights.items()}
@@ -143,73 +136,121 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 
 
 def load_weights(
-    model: nn.Module, file: str | Path | Mapping[str, Any], *, ema: bool = False
+    model: nn.Module, file: str | Path | Mapping[str, Any], *, ema: bool | None = None
 ) -> LoadReport:
     """Load the weights of a file into a model: official, mmengine's, or plain ones.
 
     Args:
-        model: A model of mmvim or of a task library with a backbone of mmvim.
+        model: A model of mmvim, or of a task library with a backbone of mmvim.
         file: Path or URL, or what :func:`read_checkpoint` gave.
-        ema: Take the averaged weights of the file.
+        ema: Which weights to take; see :func:`find_weights`.
 
     Raises:
         CheckpointError: The file cannot be read, or is of another model.
     """
-    name = f'checkpoint {str(file)!r}' if isinstance(file, str | Path) else 'the checkpoint'
+    name = 'the checkpoint' if isinstance(file, Mapping) else f'checkpoint {str(file)!r}'
     content = file if isinstance(file, Mapping) else read_checkpoint(file)
     try:
         given = find_weights(content, ema=ema)
     except CheckpointError as error:
         raise CheckpointError(f'{name} {error}') from None
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    # The pre-hooks of the model rename and resize in place.
-    fitted = dict(given)
+    # The model's sizes, metadata of the file and its own hooks decide what becomes of them.
+    metadata = next(
+        (getattr(content.get(k), '_metadata', None) for k in CONTAINERS if k in content), None
+    )
+    wrapped = OrderedDict(given)
+    if metadata is not None:
+        wrapped._metadata = metadata
+    parameters = dict(model.named_parameters())
     try:
-        outcome = model.load_state_dict(fitted, strict=False)
+        with _watched_loading() as fitted:
+            outcome = model.load_state_dict(wrapped, strict=False)
     except (RuntimeError, ValueError) as error:
         reason = ' '.join(str(error).split())
         raise CheckpointError(f'{name} does not fit the model: {reason[:500]}') from error
-    loaded = own.keys() & fitted.keys()
-    parameters = dict(model.named_parameters())
-    if not loaded & parameters.keys():
+    if not fitted.keys() & parameters.keys():
         raise CheckpointError(
             f'{name} is of another model: none of its weights fits; it has '
             f'{", ".join(sorted(given)[:3])}, the model {", ".join(sorted(parameters)[:3])}'
         )
-    return _report(given, fitted, own, outcome, loaded)
+    return _report(given, fitted, outcome.missing_keys)
 
 
-def _report(given: dict, fitted: dict, own: dict, outcome: Any, loaded: set) -> LoadReport:
-    by_value = {id(value): key for key, value in given.items()}
-    renamed, resized = {}, {}
-    for key in sorted(loaded):
-        source = by_value.get(id(fitted[key]))
-        if source is not None and source != key:
+@contextmanager
+def _watched_loading() -> Iterator[dict[str, Tensor]]:
+    """Collect what each module is really given, after all renaming and resizing."""
+    load = nn.Module._load_from_state_dict
+    fitted: dict[str, Tensor] = {}
+
+    def watched(self: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+        load(self, state_dict, prefix, *args)
+        for name in (*self._parameters, *self._buffers):
+            if prefix + name in state_dict:
+                fitted[prefix + name] = state_dict[prefix + name]
+
+    with mock.patch.object(nn.Module, '_load_from_state_dict', watched):
+        yield fitted
+
+
+def _report(given: dict[str, Tensor], fitted: dict[str, Tensor], missing: list) -> LoadReport:
+    names = {id(value): key for key, value in given.items()}
+    renamed, resized, used = {}, {}, set()
+    for key, value in sorted(fitted.items()):
+        source = names.get(id(value))
+        if source is None:
+            # Made from another tensor: that of the same name, or of the same end of it.
+            ends = [k for k in given if key == k or key.endswith(f'.{k}')]
+            source = max(ends, key=len) if ends else None
+        if source is None:
+            continue
+        used.add(source)
+        if source != key:
             renamed[source] = key
-        elif source is None:
-            # Replaced by a resized one: under the same name, or the same end of it.
-            source = key if key in given else next((k for k in given if key.endswith(k)), None)
-            if source is not None and given[source].shape != fitted[key].shape:
-                resized[key] = (tuple(given[source].shape), tuple(fitted[key].shape))
-                if source != key:
-                    renamed[source] = key
-    used = set(renamed) | (loaded & given.keys())
+        if given[source].shape != value.shape:
+            resized[key] = (tuple(given[source].shape), tuple(value.shape))
     return LoadReport(
         renamed=renamed,
         resized=resized,
-        missing=tuple(sorted(k for k in outcome.missing_keys if k in own)),
-        unexpected=tuple(sorted(set(given) - used)),
-        loaded=len(loaded),
+        missing=tuple(sorted(set(missing) - fitted.keys())),
+        unexpected=tuple(sorted(given.keys() - used)),
+        loaded=len(fitted),
     )
 
 
-def save_safetensors(state_dict: Mapping[str, Tensor], out: str | Path) -> None:
-    """Write weights as safetensors."""
-    from safetensors.torch import save_file
+def write_checkpoint(
+    state_dict: Mapping[str, Tensor], out: str | Path, meta: Mapping[str, Any] | None = None
+) -> None:
+    """Write weights as a ``.safetensors`` file, or as ``.pth`` in mmengine's layout.
 
-    save_file({k: v.detach().contiguous().clone() for k, v in state_dict.items()}, str(out))
+    The file appears under its name only when it is complete.
 
+    Args:
+        state_dict: The weights.
+        out: File to write.
+        meta: Strings and plain data kept beside them, such as ``dataset_meta``. Of a safetensors
+            file, which holds strings only, it is JSON.
 
-def load_untrusted(file: str | Path) -> Any:
-    """``torch.load`` restricted to tensors and plain data; see :mod:`mmvim.compat`."""
-    return mmengine_checkpoints.load(file, map_location=torch.device('cpu'))
+    Raises:
+        ValueError: The suffix is another one.
+    """
+    out = Path(out)
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
+    temporary = out.with_name(f'.{uuid.uuid4().hex[:8]}{out.suffix}')
+    try:
+        if out.suffix == '.safetensors':
+            from safetensors.torch import save_file
+
+            save_file(weights, str(temporary), {'meta': json.dumps(dict(meta or {}))})
+        elif out.suffix in ('.pth', '.pt'):
+            content = OrderedDict(weights)
+            metadata = getattr(state_dict, '_metadata', None)
+            if metadata is not None:
+                content._metadata = metadata
+            # Given a path, torch would write its name into the file, and the hash would vary.
+            with open(temporary, 'wb') as file:
+                torch.save({'meta': dict(meta or {}), 'state_dict': content}, file)
+        else:
+            raise ValueError(f'{str(out)!r} must end with .pth, .pt or .safetensors')
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)

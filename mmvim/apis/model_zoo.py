@@ -4,6 +4,7 @@
 weights the authors' files.
 """
 
+import copy
 import difflib
 import fnmatch
 import functools
@@ -190,7 +191,8 @@ def get_model(
                 f'no weights were published for {name!r}; see list_models(pretrained=True)'
             )
     if kwargs:
-        cfg.merge_from_dict({'model': kwargs})
+        # Merging takes keys such as _delete_ out of what it is given.
+        cfg.merge_from_dict({'model': copy.deepcopy(kwargs)})
     model = build_model(cfg)
     if weights is not None:
         from .checkpoints import load_weights

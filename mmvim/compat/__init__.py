@@ -12,7 +12,9 @@ from . import (
     mmdet_bfloat16,
     mmengine_checkpoints,
     mmengine_configs,
+    mmengine_hub,
     mmengine_packages,
+    mmpretrain_models,
     mmpretrain_transformers,
 )
 
@@ -23,7 +25,9 @@ _SHIMS = (
     mmdet_bfloat16,
     mmengine_checkpoints,
     mmengine_configs,
+    mmengine_hub,
     mmengine_packages,
+    mmpretrain_models,
     mmpretrain_transformers,
 )
 _INSTALL_COMMAND = "pip install 'mmvim[onedl]'"

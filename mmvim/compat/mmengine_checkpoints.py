@@ -7,10 +7,14 @@ checkpoints of the official Vim and VideoMamba hold an ``argparse.Namespace``. o
 ``weights_only=False`` after a warning; what it downloads it always loads that way. Either runs
 whatever code the file contains.
 
+mmengine reads no safetensors files at all.
+
 How: while mmengine loads a checkpoint, the types that such files need are on torch's list, each
 restricted to what they need it for; a file that needs more is refused with a message that names the
 type. Nothing else in the process is affected. ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``, torch's own
 switch for files that one trusts, keeps working.
+
+A local file called ``*.safetensors`` is read with safetensors.
 
 Obsolete with: an mmengine that does this itself.
 """
@@ -19,6 +23,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -51,6 +56,36 @@ def load(file: Any, map_location: Any = None, weights_only: bool | None = None) 
 
     with allowed_types(file):
         return torch.load(file, map_location=map_location, weights_only=weights_only)
+
+
+def load_safetensors(file: str, map_location: Any = None) -> dict[str, Any]:
+    """Read the tensors of a safetensors file, which mmengine does not know.
+
+    Args:
+        file: Path.
+        map_location: A device; anything else means the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ImportError: safetensors is not installed.
+        pickle.UnpicklingError: The file is damaged or of another kind.
+    """
+    if not os.path.isfile(file):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f"checkpoint '{file}' needs safetensors: pip install safetensors", name='safetensors'
+        ) from error
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise pickle.UnpicklingError(f"checkpoint '{file}' cannot be read: {error}") from error
+    if map_location is None or callable(map_location) or isinstance(map_location, dict):
+        return weights
+    return {name: value.to(map_location) for name, value in weights.items()}
 
 
 @contextlib.contextmanager
@@ -146,6 +181,8 @@ def _patch(checkpoint: ModuleType) -> None:
     def load_checkpoint(
         cls: type, filename: str, map_location: Any = None, logger: Any = 'current'
     ) -> Any:
+        if str(filename).endswith('.safetensors') and '://' not in str(filename):
+            return {'state_dict': load_safetensors(str(filename), map_location)}
         with allowed_types(filename):
             return original(cls, filename, map_location, logger)
 

@@ -188,6 +188,8 @@ def _unreadable_checkpoint(error, frames, cfg):
         return f'checkpoint {name!r} does not exist'
     if isinstance(error, AssertionError):
         return f'checkpoint {name!r}: {error}'
+    if str(error).startswith('checkpoint '):
+        return str(error)
     return (
         f'checkpoint {name!r} cannot be read: it is truncated or not a PyTorch checkpoint '
         f'({_text(error)[:200]})'

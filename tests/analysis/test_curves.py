@@ -1,17 +1,15 @@
 """Scalars of runs are read and drawn."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip('matplotlib')
 
-from mmvim.analysis import draw_runs, read_run
+from script_runner import run_script
 
-TOOL = Path(__file__).parents[2] / 'tools/analysis/analyze_logs.py'
+from mmvim.analysis import draw_runs, read_run
 
 
 def write(work_dir: Path, time: str, loss: float, by_epoch: bool = True) -> Path:
@@ -61,9 +59,7 @@ def test_draw(tmp_path):
 
 
 def run(*args):
-    return subprocess.run(
-        [sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, timeout=120
-    )
+    return run_script('analysis/analyze_logs.py', *args)
 
 
 def test_tool(tmp_path):

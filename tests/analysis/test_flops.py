@@ -1,18 +1,15 @@
 """The figures of the model zoo, and the costs of single ops."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from script_runner import run_script
 
 from mmvim import ops
 from mmvim.analysis import count, count_config
 from mmvim.apis.model_zoo import models
 
-TOOL = Path(__file__).parents[2] / 'tools/analysis/get_flops.py'
 COUNTED = [name for name, info in models().items() if info.macs is not None]
 
 
@@ -84,9 +81,7 @@ def test_detectors_are_counted():
 
 
 def run(*args):
-    return subprocess.run(
-        [sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, timeout=300
-    )
+    return run_script('analysis/get_flops.py', *args)
 
 
 def test_tool(tmp_path):

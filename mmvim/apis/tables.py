@@ -1,0 +1,79 @@
+"""The tables of the configs' README files and of the documentation, out of the metafiles."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .model_zoo import ModelInfo, models
+
+BEGIN = re.compile(r'<!-- model zoo: (?P<data>[^>]+?)(?: of (?P<family>[\w]+))? -->\n')
+END = '<!-- end of model zoo -->'
+
+
+def training_data(info: ModelInfo) -> str:
+    """The data set of the table in which a model stands."""
+    data = info.entry.get('Metadata', {}).get('Training Data', '')
+    return data[-1] if isinstance(data, list) else data
+
+
+def table(infos: Iterable[ModelInfo], folder: Path) -> str:
+    """One table of models, with links that work from ``folder``."""
+    infos = list(infos)
+    metrics = list(
+        dict.fromkeys(m for info in infos for result in info.results for m in result['Metrics'])
+    )
+    has_macs = any(info.macs for info in infos)
+    has_weights = any(info.weights for info in infos)
+    header = ['Model', 'Params', *(['MACs'] if has_macs else []), *metrics]
+    header += [*(['Weights'] if has_weights else []), 'Config']
+    lines = [header, ['---'] * len(header)]
+    for info in infos:
+        values = {m: x for result in info.results for m, x in result['Metrics'].items()}
+        row = [f'`{info.name}`', f'{info.parameters / 1e6:.2f} M']
+        if has_macs:
+            row.append(f'{info.macs / 1e9:.2f} G' if info.macs else '–')
+        row += [str(values.get(metric, '–')) for metric in metrics]
+        if has_weights:
+            row.append(f"[authors']({info.weights})" if info.weights else '–')
+        link = Path(os.path.relpath(info.config, folder)).as_posix()
+        row.append(f'[{info.config.stem}]({link})')
+        lines.append(row)
+    return ''.join(f'| {" | ".join(row)} |\n' for row in lines)
+
+
+def fill(text: str, folder: Path) -> str:
+    """Bring the tables in a Markdown text up to date.
+
+    A table stands between ``<!-- model zoo: DATA -->`` (or ``<!-- model zoo: DATA of FAMILY -->``)
+    and ``<!-- end of model zoo -->``. Without a family, those whose configs are in ``folder``.
+
+    Raises:
+        ValueError: A mark has no end, or no model belongs to it.
+    """
+    parts, position = [], 0
+    for mark in BEGIN.finditer(text):
+        end = text.find(END, mark.end())
+        if end < 0:
+            raise ValueError(f'{mark[0].strip()} has no {END}')
+        chosen = [
+            info
+            for info in models().values()
+            if training_data(info) == mark['data']
+            and (
+                info.collection == mark['family']
+                if mark['family']
+                else info.config.parent == folder.resolve()
+            )
+        ]
+        if not chosen:
+            raise ValueError(f'no model belongs to {mark[0].strip()}')
+        parts += [text[position : mark.end()], '\n', table(chosen, folder), '\n']
+        position = end
+    return ''.join((*parts, text[position:]))
+
+
+def files(root: Path) -> list[Path]:
+    """The Markdown files that have such tables."""
+    found = [*root.glob('configs/*/README.md'), *root.glob('docs/**/*.md')]
+    return sorted(path for path in found if BEGIN.search(path.read_text()))

@@ -1,0 +1,45 @@
+"""``mmengine.hub.get_model('mmvim::vim/…')``.
+
+Why: mmengine's hub builds a model in the scope of the package that the config comes from. mmvim's
+configs keep the scope of their task library, whose classifiers, detectors and segmentors cannot be
+seen from the scope ``mmvim``. It also loads the weights without what official files need.
+
+How: configs of mmvim are built by :func:`mmvim.get_model`; those of others as before.
+
+Obsolete with: a hub that respects a config's ``default_scope``.
+"""
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from ._import_hook import when_imported
+
+_PREFIX = 'mmvim::'
+
+
+def install() -> None:
+    """Act when mmengine's hub is imported."""
+    when_imported('mmengine.hub.hub', _patch)
+
+
+def _patch(hub: ModuleType) -> None:
+    original = hub.get_model
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @functools.wraps(original)
+    def get_model(cfg_path: str, pretrained: bool = False, **kwargs: Any) -> Any:
+        if not cfg_path.startswith(_PREFIX):
+            return original(cfg_path, pretrained, **kwargs)
+        from mmvim.apis import get_model as build
+
+        cfg = hub.get_config(cfg_path, pretrained)
+        if pretrained and cfg.get('model_path') is None:
+            raise ValueError(f'no weights were published for {cfg_path!r}')
+        model = build(cfg, cfg.model_path if pretrained else False, **kwargs)
+        # As in the original: a runner shall not initialise the weights again.
+        model._is_init = bool(pretrained)
+        return model
+
+    hub.get_model = get_model

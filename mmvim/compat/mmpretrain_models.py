@@ -1,0 +1,56 @@
+"""The classifiers of mmvim in ``mmpretrain.get_model`` and ``mmpretrain.list_models``.
+
+Why: mmpretrain knows the models of its own model index only.
+
+How: when mmpretrain registers its own models, at the first look-up, those of mmvim are added.
+A name that is taken is left alone.
+
+Obsolete with: nothing; this is how mmpretrain wants models to be registered, at the right moment.
+"""
+
+import functools
+from types import ModuleType
+
+from ._import_hook import when_imported
+from .mmengine_configs import root
+
+#: Training data of models that are no classifiers.
+_OTHERS = ('COCO', 'ADE20K')
+
+
+def install() -> None:
+    """Act when mmpretrain's model hub is imported."""
+    when_imported('mmpretrain.apis.model', _patch)
+
+
+def _patch(module: ModuleType) -> None:
+    hub = module.ModelHub
+    original = hub._register_mmpretrain_models.__func__
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @functools.wraps(original)
+    def register(cls: type) -> None:
+        original(cls)
+        if not getattr(cls, '_has_mmvim_models', False):
+            cls._has_mmvim_models = True
+            _add_models(cls)
+
+    hub._register_mmpretrain_models = classmethod(register)
+
+
+def _add_models(hub: type) -> None:
+    from modelindex.load_model_index import load
+
+    try:
+        base = root()
+    except FileNotFoundError:
+        return  # built without configs
+    index = load(str(base / 'model-index.yml'))
+    index.build_models_with_collections()
+    for model in index.models:
+        data = model.metadata.training_data if model.metadata else None
+        if data in _OTHERS or model.name.lower() in hub._models_dict:
+            continue
+        model.config = str(base / model.config)
+        hub._models_dict[model.name.lower()] = model
