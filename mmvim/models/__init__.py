@@ -2,6 +2,7 @@
 
 from mmvim.registry import MODELS, register_plain_names
 
+from . import distillation  # noqa: F401
 from .backbones import MambaVision, VideoMamba, Vim
 from .classifiers import MesaClassifier
 from .necks import SimpleFPN

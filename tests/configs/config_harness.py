@@ -52,6 +52,9 @@ class MiniatureData:
             'data/quickstart/cls': self._make_quickstart,
             'data/quickstart/det': self._make_quickstart,
             'data/quickstart/seg': self._make_quickstart,
+            'data/quickstart/video': self._make_quickstart,
+            'data/kinetics400': self._make('make_kinetics400', 96),
+            'data/sthv2': self._make('make_sthv2', 96),
         }
 
     def locate(self, path: str) -> str:
@@ -148,7 +151,9 @@ def _map(node: Any, data: MiniatureData, key: str = '') -> Any:
 
 
 def cut_depth(model: ConfigDict) -> None:
-    """Cut a Vim or MambaVision backbone to as few layers as its outputs need."""
+    """Cut a backbone, and the teacher of one, to as few layers as its outputs need."""
+    if 'teacher' in model:
+        cut_depth(ConfigDict(backbone=model.teacher))
     backbone = model.backbone
     if not isinstance(backbone.get('arch'), str):
         return
@@ -156,10 +161,11 @@ def cut_depth(model: ConfigDict) -> None:
         zoo = mmvim.MambaVision.arch_zoo[backbone.arch]
         backbone.arch = dict(zoo, depths=(1, 1, 2, 2), mlp_ratio=1)
         cut_width(model)
-    if backbone.type in ('mmvim.Vim', 'Vim'):
+    if backbone.type.rpartition('.')[2] in ('Vim', 'VideoMamba'):
         outputs = backbone.get('out_indices', -1)
         outputs = 1 if isinstance(outputs, int) else len(outputs)
-        width = mmvim.Vim.arch_zoo[backbone.arch]['embed_dims']
+        kind = getattr(mmvim, backbone.type.rpartition('.')[2])
+        width = kind.arch_zoo[backbone.arch]['embed_dims']
         backbone.arch = dict(embed_dims=width, depth=max(2, outputs))
         backbone.out_indices = tuple(range(-outputs, 0))
 

@@ -136,6 +136,53 @@ def test_ade20k_loads(tmp_path):
     assert max(seen) <= 150
 
 
+def test_kinetics400_loads(tmp_path):
+    from mmvim.datasets.video import VideoDataset, VideoReader
+
+    root = script.make_kinetics400(tmp_path / 'kinetics400', 5, 2, long_side=64)
+    for split, count in (('train', 5), ('val', 2)):
+        dataset = VideoDataset(
+            f'annotations/kinetics_{split}.csv',
+            data_root=str(root),
+            data_prefix=f'videos_{split}',
+            num_classes=400,
+        )
+        assert len(dataset) == count
+        assert tuple(script._lines('kinetics400_classes.txt')) == dataset.CLASSES
+        for index in range(count):
+            info = dataset.get_data_info(index)
+            folder = Path(info['img_path']).parent.name
+            assert folder == dataset.CLASSES[info['gt_label']]
+            with VideoReader(info['img_path']) as video:
+                assert 20 <= len(video) < 40
+                assert max(video.frames([0]).shape[2:]) == 64
+
+
+def test_sthv2_loads(tmp_path):
+    from mmvim.datasets.video import VideoDataset, VideoReader
+
+    root = script.make_sthv2(tmp_path / 'sthv2', 5, 2, long_side=64)
+    labels = set()
+    for split, count in (('train', 5), ('validation', 2)):
+        file = f'annotations/something-something-v2-{split}.json'
+        dataset = VideoDataset(
+            file,
+            data_root=str(root),
+            data_prefix='videos',
+            label_file='annotations/something-something-v2-labels.json',
+            num_classes=174,
+        )
+        assert len(dataset) == count
+        for entry, index in zip(json.loads((root / file).read_text()), range(count), strict=True):
+            info = dataset.get_data_info(index)
+            labels.add(info['gt_label'])
+            assert Path(info['img_path']).name == f'{entry["id"]}.webm'
+            assert len(entry['placeholders']) == entry['template'].count('[')
+            with VideoReader(info['img_path']) as video:
+                assert len(video.timestamps) == len(video) >= 20
+    assert len(labels) > 2
+
+
 def test_leaves_existing_data_alone(tmp_path):
     root = script.make_ade20k(tmp_path / 'mini', 1, 1, long_side=48)
     with pytest.raises(FileExistsError, match='--force'):

@@ -10,7 +10,10 @@ from mmengine.optim import build_optim_wrapper
 # The three libraries' own patterns: fields by `_`, words by `-`, numbers of GPUs and images `8xb2`.
 BATCH = r'\d+xb\d+'
 PATTERNS = {
-    'mmpretrain': rf'[a-z0-9-]+(_in(1|21)k-pre)?_{BATCH}(-\d+e)?_in1k(-\d+px)?',
+    'mmpretrain': (
+        rf'[a-z0-9-]+(_in(1|21)k-pre)?_{BATCH}(-\d+e)?_in1k(-\d+px)?'
+        rf'|[a-z0-9-]+_in1k-pre_{BATCH}-\d+x\d+-\d+e_(kinetics400|sthv2)'
+    ),
     'mmdet': rf'[a-z0-9-]+_[a-z0-9-]+_(simple)?fpn_((ms-crop-)?[13]x|{BATCH}(-lsj)?-\d+ep)_coco',
     'mmseg': rf'[a-z0-9-]+_[a-z0-9-]+_{BATCH}-\d+k_ade20k-\d+x\d+',
 }

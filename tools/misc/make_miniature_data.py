@@ -1,4 +1,6 @@
-"""Generate miniatures in the exact layout of ImageNet-1K, COCO 2017 and ADEChallengeData2016.
+"""Generate miniatures in the exact layouts of public data sets.
+
+These are ImageNet-1K, COCO 2017, ADEChallengeData2016, Kinetics-400 and Something-Something V2.
 
 The pictures are procedural (textured grounds with textured shapes on them); the folders, file
 names, identifiers and annotation formats are the real ones, so that a config or a data pipeline can
@@ -12,13 +14,16 @@ Below ``--out`` lie afterwards the folders that the configs name:
 
 - ``imagenet/{train,val}/<wnid>/*.JPEG`` and ``imagenet/meta/{train,val}.txt``;
 - ``coco/{train2017,val2017}/*.jpg`` and ``coco/annotations/instances_{train,val}2017.json``;
-- ``ade/ADEChallengeData2016/{images,annotations}/{training,validation}/``.
+- ``ade/ADEChallengeData2016/{images,annotations}/{training,validation}/``;
+- ``kinetics400/annotations/kinetics_{train,val}.csv``, ``kinetics400/videos_{train,val}/<class>/``;
+- ``sthv2/annotations/something-something-v2-{train,validation,labels}.json``, ``sthv2/videos/``.
 
-The same arguments give the same pixels. Needs numpy and Pillow only.
+The same arguments give the same pixels. Needs numpy and Pillow, and PyAV for the videos.
 """
 
 import argparse
 import colorsys
+import csv
 import json
 import shutil
 import sys
@@ -63,6 +68,11 @@ COCO_CATEGORIES = {
 def imagenet_wnids() -> list[str]:
     """Return the 1,000 WordNet identifiers of ILSVRC 2012, sorted: the index is the label."""
     return Path(__file__).with_name('imagenet_wnids.txt').read_text().split()
+
+
+def _lines(name: str) -> list[str]:
+    """Return the lines of a list beside this script."""
+    return Path(__file__).with_name(name).read_text().splitlines()
 
 
 def coco_categories() -> list[dict]:
@@ -459,10 +469,165 @@ def _scene(rng: np.random.Generator, size: tuple[int, int]) -> tuple[np.ndarray,
     return picture, labels
 
 
+def _clip_of(rng: np.random.Generator, label: int, long_side: int, frames: int) -> np.ndarray:
+    """Return (frames, h, w, 3) uint8: a shape of the label's texture that moves over a ground."""
+    height, width = (side // 2 * 2 for side in _photo_size(rng, long_side))
+    ground = _texture(rng, (height, width), _class_color(int(rng.integers(1000))))
+    radius = 0.25 * min(height, width)
+    figure = _texture(rng, (height, width), _class_color(label))
+    start, way = rng.uniform(0.3, 0.7, 2), rng.uniform(-0.4, 0.4, 2)
+    outline = np.array(_outline(rng, (0, 0), radius)).reshape(-1, 2)
+    pictures = []
+    for time in np.linspace(-0.5, 0.5, frames):
+        place = (start + time * way) * (width, height)
+        mask = _mask([(outline + place).ravel().tolist()], (height, width))
+        pictures.append(np.where(mask[..., None], figure, ground))
+    return np.stack(pictures).clip(0, 255).astype(np.uint8)
+
+
+def _save_video(clip: np.ndarray, path: Path, codec: str, rate: int) -> None:
+    try:
+        import av
+    except ImportError as error:
+        raise OSError('videos need PyAV, which is not installed: pip install av') from error
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt, stream.bit_rate = 'yuv420p', 1_000_000
+        for picture in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format='rgb24')))
+        container.mux(stream.encode())
+
+
+def make_kinetics400(
+    root: str | Path,
+    train_images: int = 16,
+    val_images: int = 8,
+    *,
+    long_side: int = 340,
+    force: bool = False,
+    seed: int = 0,
+    progress: Progress = _quiet,
+) -> Path:
+    """Write a miniature Kinetics-400: official lists of all 400 classes, a few of the videos.
+
+    As with the real data, whose videos vanish from where they were published, the lists name more
+    videos than there are.
+
+    Args:
+        root: Folder to create, e.g. ``data/kinetics400``.
+        train_images: Number of training videos.
+        val_images: Number of validation videos.
+        long_side: Longer side of the videos in pixels.
+        force: Replace an earlier miniature.
+        seed: Seed of the pictures.
+        progress: Called with (done, total, what) after each video.
+
+    Returns:
+        ``root`` as a path.
+
+    Raises:
+        FileExistsError: ``root`` is there already, see ``force``.
+        OSError: PyAV is not installed.
+    """
+    root = Path(root)
+    classes = _lines('kinetics400_classes.txt')
+    letters = np.array(list('ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_'))
+    with _new_dataset(root, force) as folder:
+        (folder / 'annotations').mkdir()
+        for split, count in (('train', train_images), ('val', val_images)):
+            rows = []
+            # Every class has one video in the list, and the first ones spread over the classes.
+            for index in range(max(count, len(classes))):
+                there = index < count
+                label = index % len(classes) if count >= len(classes) else index
+                rng = _rng(seed, f'kinetics400/{split}/{index}')
+                name = ''.join(rng.choice(letters, 11))
+                begin = int(rng.integers(0, 200))
+                rows.append([classes[label], name, begin, begin + 10, split])
+                if there:
+                    place = folder / f'videos_{split}' / classes[label]
+                    place.mkdir(parents=True, exist_ok=True)
+                    frames = int(rng.integers(20, 40))
+                    clip = _clip_of(rng, label, long_side, frames)
+                    file = place / f'{name}_{begin:06d}_{begin + 10:06d}.mp4'
+                    _save_video(clip, file, 'mpeg4', int(rng.choice([25, 30])))
+                    progress(index + 1, count, f'kinetics400/{split}')
+            with open(folder / f'annotations/kinetics_{split}.csv', 'w', newline='') as file:
+                table = csv.writer(file)
+                table.writerow(['label', 'youtube_id', 'time_start', 'time_end', 'split'])
+                table.writerows(rows)
+    return root
+
+
+def make_sthv2(
+    root: str | Path,
+    train_images: int = 16,
+    val_images: int = 8,
+    *,
+    long_side: int = 427,
+    force: bool = False,
+    seed: int = 0,
+    progress: Progress = _quiet,
+) -> Path:
+    """Write a miniature Something-Something V2: WebM files and the official JSON lists.
+
+    Args:
+        root: Folder to create, e.g. ``data/sthv2``.
+        train_images: Number of training videos.
+        val_images: Number of validation videos.
+        long_side: Longer side of the videos in pixels.
+        force: Replace an earlier miniature.
+        seed: Seed of the pictures.
+        progress: Called with (done, total, what) after each video.
+
+    Returns:
+        ``root`` as a path.
+
+    Raises:
+        FileExistsError: ``root`` is there already, see ``force``.
+        OSError: PyAV is not installed.
+    """
+    root = Path(root)
+    classes = _lines('sthv2_classes.txt')
+    objects = ['a cup', 'a red book', 'my phone', 'two pens', 'a shoe']
+    with _new_dataset(root, force) as folder:
+        (folder / 'annotations').mkdir()
+        (folder / 'videos').mkdir()
+        identifier = 1
+        for split, count in (('train', train_images), ('validation', val_images)):
+            entries = []
+            for index in range(count):
+                label = index * len(classes) // count if count < len(classes) else index
+                label %= len(classes)
+                rng = _rng(seed, f'sthv2/{split}/{index}')
+                identifier += int(rng.integers(1, 50))
+                words, things, named = classes[label].split('something'), [], ''
+                template = '[something]'.join(words)
+                for i, word in enumerate(words):
+                    named += word
+                    if i < len(words) - 1:
+                        things.append(str(rng.choice(objects)))
+                        named += things[-1]
+                entry = {'id': str(identifier), 'label': named.lower(), 'template': template}
+                entries.append({**entry, 'placeholders': things})
+                clip = _clip_of(rng, label, long_side, int(rng.integers(20, 40)))
+                _save_video(clip, folder / f'videos/{identifier}.webm', 'libvpx-vp9', 12)
+                progress(index + 1, count, f'sthv2/{split}')
+            file = folder / f'annotations/something-something-v2-{split}.json'
+            file.write_text(json.dumps(entries))
+        labels = {name: str(number) for number, name in enumerate(classes)}
+        file = folder / 'annotations/something-something-v2-labels.json'
+        file.write_text(json.dumps(labels))
+    return root
+
+
 DATASETS = {
     'imagenet': (make_imagenet, 'imagenet'),
     'coco': (make_coco, 'coco'),
     'ade20k': (make_ade20k, 'ade/ADEChallengeData2016'),
+    'kinetics400': (make_kinetics400, 'kinetics400'),
+    'sthv2': (make_sthv2, 'sthv2'),
 }
 
 
@@ -485,10 +650,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--images',
         type=_positive,
-        help='images per split (default: 1000 for imagenet, else 64 to train and 16 to validate)',
+        help='images or videos per split (default: 1000 for imagenet, 16 and 8 videos, else 64 to '
+        'train and 16 to validate)',
     )
     parser.add_argument(
-        '--long-side', type=_positive, help='longer side in pixels (default: 500, 640, 683)'
+        '--long-side', type=_positive, help='longer side in pixels (default: as the real data)'
     )
     parser.add_argument(
         '--flat-val', action='store_true', help='imagenet: validation images without class folders'

@@ -1,0 +1,12 @@
+_base_ = './mask-rcnn_videomamba-tiny_simplefpn_1x_coco.py'
+
+model = dict(
+    backbone=dict(
+        arch='small',
+        init_cfg=dict(
+            checkpoint='https://pjlab-gvm-data.oss-cn-shanghai.aliyuncs.com/videomamba/'
+            'videomamba_s16_in1k_res224.pth',
+        ),
+    ),
+    neck=dict(in_channels=384),
+)

@@ -1,0 +1,18 @@
+_base_ = './videomamba-small_in1k-pre_8xb64-8x224-50e_kinetics400.py'
+
+num_frames = 16
+
+model = dict(backbone=dict(num_frames=num_frames))
+
+# The first step of each pipeline, which reads the frames.
+train_pipeline = _base_.train_pipeline
+val_pipeline = _base_.val_pipeline
+test_pipeline = _base_.test_pipeline
+for pipeline in (train_pipeline, val_pipeline, test_pipeline):
+    pipeline[0]['num_frames'] = num_frames
+train_dataloader = dict(batch_size=32, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=val_pipeline))
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+
+optim_wrapper = dict(optimizer=dict(lr=4e-4))
+auto_scale_lr = dict(base_batch_size=256)

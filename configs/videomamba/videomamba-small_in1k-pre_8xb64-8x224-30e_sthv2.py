@@ -1,0 +1,27 @@
+_base_ = [
+    '../_base_/models/videomamba_video.py',
+    '../_base_/datasets/sthv2.py',
+    '../_base_/schedules/video_bs512_adamw_70e.py',
+    '../_base_/default_runtime_mmpretrain.py',
+]
+
+model = dict(
+    data_preprocessor=dict(num_classes=174),
+    backbone=dict(
+        arch='small',
+        drop_path_rate=0.35,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='https://pjlab-gvm-data.oss-cn-shanghai.aliyuncs.com/videomamba/'
+            'videomamba_s16_in1k_res224.pth',
+        ),
+    ),
+    head=dict(in_channels=384, num_classes=174),
+)
+
+optim_wrapper = dict(
+    optimizer=dict(lr=1.6e-3, weight_decay=0.05),
+)
+param_scheduler = _base_.param_scheduler
+param_scheduler[1]['end'] = 30
+train_cfg = dict(max_epochs=30)
