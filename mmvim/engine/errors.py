@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from mmengine.dataset import BaseDataset
+from torch import nn
 
 from .config_keys import RUNNER_KEYS, walk_dicts
 
@@ -426,6 +427,33 @@ def _uneven_batch(error, frames, cfg):
     )
 
 
+_CHANNELS = (
+    # A linear layer, a convolution, a batch norm: (channels that come in, channels wanted).
+    (r'mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)', (1, 2)),
+    (r'expected input\[.*\] to have (\d+) channels, but got (\d+) channels', (2, 1)),
+    (r'running_mean should contain (\d+) elements not (\d+)', (1, 2)),
+)
+
+
+def _wrong_channels(error, frames, cfg):
+    """A layer that gets another number of channels than it was made for."""
+    if not isinstance(error, RuntimeError):
+        return None
+    found = [(re.search(pattern, str(error)), order) for pattern, order in _CHANNELS]
+    match, order = next(((m, order) for m, order in found if m), (None, None))
+    modules = [f.f_locals.get('self') for f in frames]
+    modules = [m for m in modules if isinstance(m, nn.Module)]
+    if match is None or not modules:
+        return None
+    given, wanted = (match[i] for i in order)
+    root = next((m for m in modules if hasattr(m, 'backbone')), modules[0])
+    name = next((name for name, m in root.named_modules() if m is modules[-1]), '')
+    return (
+        f'model.{name} ({type(modules[-1]).__name__}) wants {wanted} channels and gets {given}: '
+        'set in_channels of the neck or head to what the backbone gives'
+    )
+
+
 def _out_of_memory(error, frames, cfg):
     if isinstance(error, torch.OutOfMemoryError):
         return (
@@ -449,5 +477,6 @@ _RULES = (
     _missing_package,
     _file_error,
     _uneven_batch,
+    _wrong_channels,
     _out_of_memory,
 )
