@@ -490,7 +490,8 @@ def _save_video(clip: np.ndarray, path: Path, codec: str, rate: int) -> None:
         import av
     except ImportError as error:
         raise OSError('videos need PyAV, which is not installed: pip install av') from error
-    with av.open(str(path), 'w') as container:
+    # WebM files have a random identifier otherwise.
+    with av.open(str(path), 'w', options={'fflags': '+bitexact'}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt, stream.bit_rate = 'yuv420p', 1_000_000
