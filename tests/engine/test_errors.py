@@ -184,3 +184,29 @@ def test_module_imports_no_task_library():
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=200)
     assert done.stdout.strip().splitlines()[-1] == '[]', done.stderr
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.backbone = torch.nn.Identity()
+        self.neck = torch.nn.Sequential(layer)
+
+    def forward(self, x):
+        return self.neck(self.backbone(x))
+
+
+@pytest.mark.parametrize(
+    ('layer', 'shape'),
+    [
+        (torch.nn.Linear(3, 2), (2, 5)),
+        (torch.nn.Conv2d(3, 2, 1), (2, 5, 4, 4)),
+        (torch.nn.BatchNorm2d(3), (2, 5, 4, 4)),
+    ],
+)
+def test_wrong_channels_name_the_layer(layer, shape):
+    with pytest.raises(RuntimeError) as info:
+        Wrapped(layer)(torch.randn(shape))
+    line = explain(info.value)
+    assert line.startswith(f'model.neck.0 ({type(layer).__name__}) wants 3 channels and gets 5: ')
+    assert explain(RuntimeError('running_mean should contain 5 elements not 3')) is None
