@@ -1,0 +1,76 @@
+"""Classification of images."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.device import get_device
+from mmpretrain.apis import ImageClassificationInferencer
+from mmpretrain.utils import progress
+
+from ..model_zoo import load_config
+from .common import Inference, OneSizeBatches, Result, make_model
+
+TOP = 5
+
+
+class ClassificationInferencer(OneSizeBatches, Inference, ImageClassificationInferencer):
+    """mmpretrain's inferencer for classifiers of mmvim.
+
+    Args:
+        model: A name of the model zoo, the path of a config, or a config.
+        weights: Path or URL of a checkpoint; True takes the authors' weights of a name. Defaults to
+            None: random weights, with a warning.
+        device: Defaults to None: the first accelerator, else the CPU.
+        classes: Names of the classes. Defaults to None: those of the checkpoint or the config.
+
+    Example:
+        >>> inferencer = ClassificationInferencer('vim-tiny_3rdparty_in1k', True)
+        >>> next(inferencer.predict('cat.jpg')).prediction['classes'][0]
+        {'class': 'tabby, tabby cat', 'label': 281, 'score': 0.61}
+    """
+
+    def __init__(
+        self, model: Any, weights: Any = None, device: Any = None, classes: Any = None
+    ) -> None:
+        built = make_model(model, load_config(model), weights)
+        if classes is not None:
+            built.dataset_meta['classes'] = classes
+        # None as the class names of an image set is mmpretrain's word for numbers.
+        super().__init__(
+            built, device=device or get_device(), classes=built.dataset_meta.get('classes')
+        )
+
+    def _samples(self, images: list[np.ndarray]) -> list:
+        shown, progress.disable_progress_bar = progress.disable_progress_bar, True
+        try:
+            return self(images, return_datasamples=True, batch_size=len(images))
+        finally:
+            progress.disable_progress_bar = shown
+
+    def _plain(self, sample: Any) -> dict[str, Any]:
+        scores, labels = torch.topk(sample.pred_score, min(TOP, len(sample.pred_score)))
+        return {
+            'classes': [
+                {'class': self._class_name(label), 'label': label, 'score': round(score, 6)}
+                for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+            ]
+        }
+
+    def draw(self, result: Result, **options: Any) -> np.ndarray:
+        """Draw the class and its score over the image, in RGB; small images are enlarged."""
+        from mmpretrain.visualization import UniversalVisualizer
+
+        if self.visualizer is None:
+            self.visualizer = UniversalVisualizer()
+        if min(result.image.shape[:2]) < 224:
+            options.setdefault('resize', 224)
+        self.visualizer.visualize_cls(
+            result.image[..., ::-1],
+            result.sample,
+            classes=self.class_names,
+            draw_gt=False,
+            draw_pred=True,
+            **options,
+        )
+        return self.visualizer.get_image()

@@ -1,0 +1,203 @@
+"""What the inferencers share: models and weights as mmvim names them, images, results."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+from mmengine.config import Config
+from mmengine.logging import print_log
+from torch import nn
+
+from mmvim.engine.errors import SampleError
+
+from ..checkpoints import load_weights, read_checkpoint
+from ..model_zoo import build_model, model_info
+
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
+
+_META = ('classes', 'palette')
+
+Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
+
+
+@dataclass
+class Result:
+    """What a model says about an image.
+
+    Attributes:
+        name: The image's path, or its number.
+        image: The image, BGR.
+        sample: The library's data sample.
+        prediction: The same as plain data, ready for JSON.
+    """
+
+    name: str
+    image: np.ndarray
+    sample: Any
+    prediction: dict[str, Any]
+
+
+def find_images(inputs: Images) -> list[str | np.ndarray]:
+    """List images: a file, a folder (its images, sorted), a pattern, an array, or several of these.
+
+    Raises:
+        SampleError: There is no such file, no image in the folder, or no match.
+    """
+    if isinstance(inputs, np.ndarray):
+        return [inputs]
+    if not isinstance(inputs, str | Path):
+        return [image for part in inputs for image in find_images(part)]
+    name = str(inputs)
+    if os.path.isdir(name):
+        found = sorted(
+            entry.path for entry in os.scandir(name) if entry.name.lower().endswith(SUFFIXES)
+        )
+        if not found:
+            raise SampleError(f'no image in the folder {name!r} (of {", ".join(SUFFIXES)})')
+        return found
+    if os.path.isfile(name):
+        return [name]
+    if glob.has_magic(name):
+        found = sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))
+        if found:
+            return found
+        raise SampleError(f'no file matches {name!r}')
+    raise SampleError(f'the image {name!r} does not exist')
+
+
+def read_image(image: str | np.ndarray) -> np.ndarray:
+    """Read an image as BGR.
+
+    Raises:
+        SampleError: It cannot be read.
+    """
+    if isinstance(image, np.ndarray):
+        return image
+    try:
+        read = mmcv.imread(image)
+    except Exception as error:
+        raise SampleError(f'cannot read the image {image!r}: {error}') from error
+    if read is None:
+        raise SampleError(f'cannot read the image {image!r}: it is no image, or damaged')
+    return read
+
+
+def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
+    """Build a config's model, load its weights and find out the names of its classes."""
+    model = build_model(cfg)
+    if weights is True:
+        weights = model_info(str(name)).weights
+        if weights is None:
+            raise ValueError(f'no weights were published for {name!r}')
+    meta: dict[str, Any] = {}
+    if weights:
+        content = read_checkpoint(weights)
+        load_weights(model, content)
+        meta = dict((content.get('meta') or {}).get('dataset_meta') or {})
+    else:
+        print_log('no weights were given: the model is random', logger='current', level=30)
+    known = {k.lower(): v for k, v in meta.items() if v and k.lower() in _META}
+    model.dataset_meta = {**_config_meta(cfg), **known}
+    model.cfg = model._config = cfg
+    return model.eval()
+
+
+def _config_meta(cfg: Config) -> dict[str, Any]:
+    """Classes and palette, of the config or of the class of its test data."""
+    from mmengine.registry import DATASETS, DefaultScope
+
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    meta: dict[str, Any] = {}
+    if isinstance(dataset.get('type'), str):
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            kind = DATASETS.get(dataset['type'])
+        meta.update(getattr(kind, 'METAINFO', {}))
+    meta.update(dataset.get('metainfo') or {})
+    if cfg.get('classes') and 'classes' not in meta:
+        meta['classes'] = cfg.classes
+    return {k: v for k, v in meta.items() if k in _META}
+
+
+class Inference:
+    """Mixin of the inferencers: :meth:`predict` works alike for every task."""
+
+    def predict(self, inputs: Images, batch_size: int = 1) -> Iterator[Result]:
+        """Run the model, a batch at a time; nothing is kept of earlier images.
+
+        Args:
+            inputs: See :func:`find_images`.
+            batch_size: Images at once. Defaults to 1.
+
+        Raises:
+            SampleError: There are no images, or one cannot be read.
+            ValueError: ``batch_size`` is less than 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+        found = find_images(inputs)
+        for start in range(0, len(found), batch_size):
+            part = found[start : start + batch_size]
+            images = [read_image(image) for image in part]
+            for i, (given, image, sample) in enumerate(
+                zip(part, images, self._samples(images), strict=True), start
+            ):
+                name = given if isinstance(given, str) else str(i)
+                yield Result(name, image, sample, {'image': name, **self._plain(sample)})
+
+    def draw(self, result: Result, **options: Any) -> np.ndarray:
+        """Draw a result over its image, in RGB."""
+        raise NotImplementedError
+
+    def _samples(self, images: list[np.ndarray]) -> list:
+        raise NotImplementedError
+
+    def _plain(self, sample: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """Names of the classes, None if nobody says."""
+        return self.model.dataset_meta.get('classes')
+
+    def _class_name(self, label: int) -> str:
+        names = self.class_names
+        return str(names[label]) if names and label < len(names) else str(label)
+
+
+class OneSizeBatches:
+    """Mixin: images that the pipeline leaves with different sizes go into different batches."""
+
+    def _get_chunk_data(self, inputs: Iterable[dict], chunk_size: int) -> Iterator[list[dict]]:
+        batch: list[dict] = []
+        for data in inputs:
+            if batch and (
+                len(batch) == chunk_size or data['inputs'].shape != batch[0]['inputs'].shape
+            ):
+                yield batch
+                batch = []
+            batch.append(data)
+        if batch:
+            yield batch
+
+
+class EngineInference(Inference):
+    """The same for the libraries whose inferencers are mmengine's."""
+
+    def _start(self, model: Any, weights: Any, device: Any, **options: Any) -> None:
+        from ..model_zoo import load_config
+
+        self._given_name = model
+        cfg = load_config(model)
+        # Pictures are drawn on demand, and nothing else is written.
+        cfg.visualizer.vis_backends = None
+        super().__init__(model=cfg, weights=weights, device=device, show_progress=False, **options)
+
+    def _init_model(self, cfg: Any, weights: Any, device: Any = 'cpu') -> nn.Module:
+        return make_model(self._given_name, cfg, weights).to(device)

@@ -1,0 +1,62 @@
+"""Semantic segmentation of images."""
+
+from typing import Any
+
+import numpy as np
+from mmseg.apis import MMSegInferencer
+
+from .common import EngineInference, OneSizeBatches, Result
+
+
+class SegmentationInferencer(OneSizeBatches, EngineInference, MMSegInferencer):
+    """mmseg's inferencer for segmentors of mmvim.
+
+    Args:
+        model: A name of the model zoo, the path of a config, or a config.
+        weights: Path or URL of a checkpoint. Defaults to None: random weights, with a warning.
+        device: Defaults to None: the first accelerator, else the CPU.
+        opacity: Of the colours over the image. Defaults to 0.6.
+    """
+
+    def __init__(
+        self, model: Any, weights: Any = None, device: Any = None, opacity: float = 0.6
+    ) -> None:
+        self.opacity = opacity
+        self._start(model, weights, device)
+        self.visualizer.set_dataset_meta(**self.model.dataset_meta)
+        self.visualizer.alpha = opacity
+
+    def _samples(self, images: list[np.ndarray]) -> list:
+        samples = self(images, return_datasamples=True, batch_size=len(images))
+        return samples if isinstance(samples, list) else [samples]
+
+    @staticmethod
+    def label_map(result: Result) -> np.ndarray:
+        """The class of each pixel (height, width), uint8."""
+        return result.sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
+
+    def _plain(self, sample: Any) -> dict[str, Any]:
+        labels = sample.pred_sem_seg.data[0].cpu().numpy()
+        values, counts = np.unique(labels, return_counts=True)
+        order = np.argsort(-counts)
+        return {
+            'areas': [
+                {
+                    'class': self._class_name(int(values[i])),
+                    'label': int(values[i]),
+                    'share': round(float(counts[i] / labels.size), 6),
+                }
+                for i in order
+            ]
+        }
+
+    def draw(self, result: Result, **options: Any) -> np.ndarray:
+        """Draw the classes' colours and names over the image, in RGB."""
+        self.visualizer.add_datasample(
+            'image',
+            np.ascontiguousarray(result.image[..., ::-1]),
+            result.sample.cpu(),
+            draw_gt=False,
+            **options,
+        )
+        return self.visualizer.get_image()

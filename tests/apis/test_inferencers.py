@@ -1,0 +1,125 @@
+"""Images in, pictures and plain data out, for each task."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+from script_runner import run_script
+
+from mmvim.apis.inferencers import make_inferencer
+from mmvim.apis.inferencers.common import find_images
+from mmvim.apis.model_zoo import build_model
+from mmvim.engine.errors import SampleError
+
+CONFIGS = {task: f'configs/quickstart/vim_digits_{task}.py' for task in ('cls', 'det', 'seg')}
+KEYS = {'cls': 'classes', 'det': 'objects', 'seg': 'areas'}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images of three sizes, one of them twice."""
+    folder = tmp_path / 'photos'
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (('a', (40, 60)), ('b', (40, 60)), ('c', (64, 48))):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), np.uint8)).save(folder / f'{name}.png')
+    (folder / 'notes.txt').write_text('no image')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def root():
+    from pathlib import Path
+
+    return Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize('task', KEYS)
+def test_predict(task, photos, root, tmp_path):
+    cfg = Config.fromfile(root / CONFIGS[task])
+    torch.manual_seed(0)
+    weights = tmp_path / 'x.pth'
+    model = build_model(cfg)
+    meta = {'dataset_meta': {'classes': tuple('abcdefghijk')}}
+    torch.save({'state_dict': model.state_dict(), 'meta': meta}, weights)
+    inferencer = make_inferencer(cfg, weights, 'cpu')
+    if task == 'det':
+        inferencer.score_threshold = 0.0
+    results = list(inferencer.predict(photos, batch_size=2))
+    assert [result.name for result in results] == [str(photos / f'{n}.png') for n in 'abc']
+    for result in results:
+        (found,) = (result.prediction[KEYS[task]],)
+        assert found
+        assert {item['class'] for item in found} <= set('abcdefghijk')
+        assert json.dumps(result.prediction)
+        picture = inferencer.draw(result)
+        assert picture.dtype == np.uint8
+        assert picture.shape[2] == 3
+        if task != 'cls':
+            assert picture.shape == result.image.shape
+        if task == 'seg':
+            assert inferencer.label_map(result).shape == result.image.shape[:2]
+            assert sum(item['share'] for item in found) == pytest.approx(1, abs=1e-4)
+    # Batching changes nothing, and arrays are as good as files.
+    alone = next(inferencer.predict(results[1].image)).prediction[KEYS[task]]
+    value = 'share' if task == 'seg' else 'score'
+    assert alone[0]['class'] == results[1].prediction[KEYS[task]][0]['class']
+    assert alone[0][value] == pytest.approx(results[1].prediction[KEYS[task]][0][value], abs=1e-4)
+
+
+def test_the_library_inferencers_are_the_base(root):
+    from mmpretrain.apis import ImageClassificationInferencer
+
+    inferencer = make_inferencer(root / CONFIGS['cls'], device='cpu')
+    assert isinstance(inferencer, ImageClassificationInferencer)
+    (result,) = inferencer(np.zeros((32, 32, 3), np.uint8))
+    assert result['pred_class'] in '0123456789'
+
+
+def test_find_images(photos):
+    names = [str(photos / f'{name}.png') for name in 'abc']
+    assert find_images(photos) == names
+    assert find_images(str(photos / '[ab].png')) == names[:2]
+    assert find_images([photos / 'c.png', photos]) == [names[2], *names]
+    with pytest.raises(SampleError, match='no file matches'):
+        find_images(str(photos / '*.tiff'))
+    with pytest.raises(SampleError, match='does not exist'):
+        find_images(photos / 'd.png')
+    for path in photos.glob('*.png'):
+        path.unlink()
+    with pytest.raises(SampleError, match='no image in the folder'):
+        find_images(photos)
+
+
+def demo(root, *args):
+    config = root / CONFIGS['cls']
+    return run_script('demo/image_demo.py', config, *args, '--device', 'cpu', '--no-progress')
+
+
+def test_demo(photos, root, tmp_path):
+    out = tmp_path / 'out'
+    result = demo(root, photos, photos / 'a.png', '--out-dir', out, '--batch-size', 3)
+    assert result.returncode == 0, result.stderr
+    assert '4 images:' in result.stdout
+    assert sorted(p.name for p in (out / 'vis').iterdir()) == [
+        'a.png', 'a_2.png', 'b.png', 'c.png',
+    ]  # fmt: skip
+    predictions = json.loads((out / 'predictions.json').read_text())
+    assert [len(p['classes']) for p in predictions] == [5] * 4
+    assert min(Image.open(out / 'vis' / 'a.png').size) >= 224
+
+
+def test_demo_names_what_is_wrong(photos, root, tmp_path):
+    assert "no file matches 'no*.png'" in demo(root, 'no*.png').stderr
+    assert '--batch-size must be at least 1' in demo(root, photos, '--batch-size', 0).stderr
+    (photos / 'd.png').write_bytes(b'no image')
+    result = demo(root, photos / 'd.png', '--out-dir', tmp_path / 'out')
+    assert result.returncode == 2
+    assert 'd.png' in result.stderr
+    assert not (tmp_path / 'out').exists()
+    missing = demo(root, photos, '--weights', tmp_path / 'x.pth')
+    assert missing.returncode == 2
+    assert 'does not exist' in missing.stderr
