@@ -1,5 +1,6 @@
 """What MambaVision's recipes say of schedules, regularisation, windows and sizes."""
 
+import argparse
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from config_harness import CONFIG_ROOT, build_model, cut_depth
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS
+from mmengine.runner import load_checkpoint
 
 from mmvim import MambaVision
 from mmvim.layers import DropPath
@@ -168,3 +170,45 @@ def test_keys_of_another_backbone_are_refused():
     for key, value in (('depth', 50), ('frozen', 1), ('norm_eval', True), ('drop_path', 0.5)):
         with pytest.raises(TypeError, match=key):
             MODELS.build(dict(cfg.model.backbone, **{key: value}))
+
+
+@pytest.fixture(scope='module')
+def official(tmp_path_factory):
+    """A file with the keys and the wrapping of the authors' tiny model, and its weights."""
+    torch.manual_seed(1)
+    backbone = MambaVision('tiny')
+    weights = {name: value.detach().clone() for name, value in backbone.state_dict().items()}
+    weights['head.weight'], weights['head.bias'] = torch.randn(1000, 640), torch.randn(1000)
+    path = tmp_path_factory.mktemp('official') / 'mambavision_tiny_1k.pth.tar'
+    torch.save({'state_dict': weights, 'epoch': 1, 'args': argparse.Namespace(lr=1)}, path)
+    return str(path), weights
+
+
+def assert_loaded(backbone, weights):
+    own = backbone.state_dict()
+    found = [name for name in own if name in weights]
+    assert len(found) > 240
+    for name in found:
+        assert torch.equal(own[name], weights[name]), name
+
+
+@pytest.mark.parametrize('path', [p for p in DENSE if 'tiny' in p.stem], ids=ids)
+def test_dense_recipes_start_from_official_weights(path, official):
+    file, weights = official
+    cfg = load(path)
+    init_cfg = cfg.model.backbone.init_cfg
+    assert init_cfg.checkpoint == (
+        'https://huggingface.co/nvidia/MambaVision-T-1K/resolve/main/mambavision_tiny_1k.pth.tar'
+    )
+    init_cfg.checkpoint = file
+    model = build_model(cfg)
+    model.backbone.init_weights()
+    assert_loaded(model.backbone, weights)
+
+
+def test_classifier_reads_official_weights(official):
+    file, weights = official
+    model = build_model(load(FOLDER / 'mambavision-tiny_32xb128_in1k.py'))
+    load_checkpoint(model, file, strict=True)
+    assert_loaded(model.backbone, weights)
+    assert torch.equal(model.head.fc.weight, weights['head.weight'])
