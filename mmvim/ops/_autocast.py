@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._library import compute_dtype
+from ._library import autocast_enabled, compute_dtype
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -11,9 +11,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not isinstance(x, Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
         return None
     device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type):
-        return None
-    if not torch.is_autocast_enabled(device_type):
+    if not autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 

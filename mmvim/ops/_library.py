@@ -15,7 +15,18 @@ import torch
 from torch import Tensor
 
 NAMESPACES = ('mmvim', 'mmvim_torch')
+# Asked once: torch.compile of torch 2.11 cannot trace the question.
+_WITH_AUTOCAST = frozenset(
+    name
+    for name in ('cpu', 'cuda', 'mps', 'xpu', 'hpu', 'mtia', 'xla', 'ipu', 'privateuseone')
+    if torch.amp.is_autocast_available(name)
+)
 _LIBRARIES = {name: torch.library.Library(name, 'DEF') for name in NAMESPACES}
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for the devices of this type."""
+    return device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def _without_autocast(function: Callable) -> Callable:
@@ -24,7 +35,7 @@ def _without_autocast(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(first: Tensor, *args):
         device_type = first.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        if autocast_enabled(device_type):
             with torch.autocast(device_type, enabled=False):
                 return function(first, *args)
         return function(first, *args)
