@@ -12,9 +12,9 @@ END = '<!-- end of model zoo -->'
 
 
 def training_data(info: ModelInfo) -> str:
-    """The data set of the table in which a model stands."""
+    """The data sets that a model saw, which name the table in which it stands."""
     data = info.entry.get('Metadata', {}).get('Training Data', '')
-    return data[-1] if isinstance(data, list) else data
+    return ', '.join(data) if isinstance(data, list) else data
 
 
 def table(infos: Iterable[ModelInfo], folder: Path) -> str:

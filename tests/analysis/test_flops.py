@@ -1,6 +1,7 @@
 """The figures of the model zoo, and the costs of single ops."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ COUNTED = [name for name, info in models().items() if info.macs is not None]
 @pytest.mark.parametrize('name', COUNTED)
 def test_metafiles_state_the_macs(name):
     info = models()[name]
-    size = info.entry['Metadata'].get('Input Size', 224)
-    frames = info.entry['Metadata'].get('Frames')
-    report = count_config(name, (size, size), frames=frames)
+    side = re.search(r'-(\d+)px$', name)
+    size = int(side[1]) if side else 224
+    report = count_config(name, (size, size))
     assert report['parameters'] == info.parameters
     assert report['macs'] == info.macs
 
