@@ -29,6 +29,7 @@ struct Parameters {
     TORCH_CHECK(w.device() == x.device(), "weight must be on ", x.device(), ", got ", w.device());
     weight = w.to(at::kFloat).contiguous();
     taps.weight = weight.const_data_ptr<float>();
+    taps.aligned = reinterpret_cast<uintptr_t>(taps.weight) % 16 == 0;
     if (b.has_value()) {
       TORCH_CHECK(b->dim() == 1 && b->size(0) == d && b->device() == x.device(), "bias must be (",
                   d, ") on ", x.device(), ", got ", b->sizes(), " on ", b->device());
@@ -114,6 +115,8 @@ void launch(DType dtype, const Arguments& p) {
 void check_input(const Tensor& x) {
   TORCH_CHECK(x.dim() == 3 && x.is_cuda(), "x must be (b, l, d) on a CUDA device, got ", x.sizes(),
               " on ", x.device());
+  TORCH_CHECK(x.size(1) <= kMaxLength, "x may have at most ", kMaxLength, " steps, got ",
+              x.size(1));
 }
 
 Tensor gradient_of(const Tensor& grad, const Tensor& x, const char* name) {
@@ -176,28 +179,31 @@ std::tuple<Tensor, Tensor> both_forward(const Tensor& x_in, const Tensor& weight
   return {out_f, out_b};
 }
 
-// (width + 1, d) sums to the gradients of weight and bias.
-Tensor weight_gradient(const Tensor& sums, const Tensor& weight) {
-  const int64_t width = weight.size(1);
-  Tensor result = at::empty(weight.sizes(), weight.options());
-  return result.copy_(sums.narrow(0, 0, width).t());
-}
-Tensor bias_gradient(const Tensor& sums, const OptTensor& bias, int64_t width) {
-  if (!bias.has_value()) return at::empty({0}, sums.options());
-  Tensor result = at::empty(bias->sizes(), bias->options());
-  return result.copy_(sums[width]);
-}
+// The gradients of one direction's taps, which the kernels fill.
+struct OwnedTapGradients {
+  Tensor weight, bias;
 
-Tensor run_backward(Backward& p, DType dtype, const Tensor& x) {
-  const int64_t branches = p.both ? 2 : 1, width = p.in.width;
-  const auto options = x.options().dtype(at::kFloat);
+  OwnedTapGradients(const Tensor& w, const OptTensor& b)
+      : weight(at::empty(w.sizes(), w.options())),
+        bias(b.has_value() ? at::empty(b->sizes(), b->options())
+                           : at::empty({0}, w.options().dtype(at::kFloat))) {}
+
+  TapGradients get() const {
+    TapGradients g;
+    g.weight = weight.mutable_data_ptr();
+    g.weight_type = dtype_of(weight, "weight");
+    if (bias.numel() > 0) g.bias = bias.mutable_data_ptr();
+    g.bias_type = dtype_of(bias, "bias");
+    return g;
+  }
+};
+
+void run_backward(Backward& p, DType dtype, const Tensor& x) {
   p.slots = backward_slots(p.in, multiprocessor_count());
-  Tensor partial = at::empty({branches, p.slots, width + 1, x.size(2)}, options);
-  Tensor sums = at::empty({branches, width + 1, x.size(2)}, options);
+  Tensor partial = at::empty({p.both ? 2 : 1, p.slots, p.in.width + 1, x.size(2)},
+                             x.options().dtype(at::kFloat));
   p.partial = partial.mutable_data_ptr<float>();
-  p.dtaps = sums.mutable_data_ptr<float>();
   launch(dtype, p);
-  return sums;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_in,
@@ -230,8 +236,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_in,
     dinitial = at::empty(initial_state->sizes(), initial_state->options());
     p.dinitial = dinitial.mutable_data_ptr();
   }
-  const Tensor sums = run_backward(p, dtype, x)[0];
-  return {dx, weight_gradient(sums, weight), bias_gradient(sums, bias, width), dinitial};
+  const OwnedTapGradients taps(weight, bias);
+  p.dtaps[0] = taps.get();
+  run_backward(p, dtype, x);
+  return {dx, taps.weight, taps.bias, dinitial};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
@@ -260,9 +268,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
   }
   Tensor dx = at::empty(x.sizes(), x.options());
   p.dx = dx.mutable_data_ptr();
-  const Tensor sums = run_backward(p, dtype, x);
-  return {dx, weight_gradient(sums[0], weight_f), bias_gradient(sums[0], bias_f, width),
-          weight_gradient(sums[1], weight_b), bias_gradient(sums[1], bias_b, width)};
+  const OwnedTapGradients taps_f(weight_f, bias_f), taps_b(weight_b, bias_b);
+  p.dtaps[0] = taps_f.get();
+  p.dtaps[1] = taps_b.get();
+  run_backward(p, dtype, x);
+  return {dx, taps_f.weight, taps_f.bias, taps_b.weight, taps_b.bias};
 }
 
 }  // namespace

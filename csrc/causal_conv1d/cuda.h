@@ -15,9 +15,13 @@ struct CUstream_st;
 namespace mmvim {
 namespace conv {
 
+// Positions and what lies around them fit in 32 bits.
+constexpr int64_t kMaxLength = 0x7fff0000;
+
 struct Taps {
   const float* weight = nullptr;  // (d, width), contiguous
   const float* bias = nullptr;    // (d,) or null
+  bool aligned = false;           // `weight` starts at a multiple of 16 bytes
   int left = 0;
   bool reverse = false;
 };
@@ -35,6 +39,13 @@ struct Input {
   int width = 0;
   bool silu = false;
   bool vectorized = false;  // rows start at multiples of 16 bytes and hold whole vectors
+};
+
+// Gradients of one direction's taps, like the parameters themselves.
+struct TapGradients {
+  void* weight = nullptr;  // (d, width), contiguous
+  void* bias = nullptr;    // (d,) or null
+  DType weight_type = DType::kFloat, bias_type = DType::kFloat;
 };
 
 struct Forward {
@@ -58,14 +69,14 @@ struct Backward {
   void* dx = nullptr;        // (b, l, d), contiguous
   void* dinitial = nullptr;  // dtype of the initial state, or null
   float* partial = nullptr;  // (2 if both, slots, width + 1, d): sums of one block each
-  float* dtaps = nullptr;    // (2 if both, width + 1, d): weight taps, then bias
+  TapGradients dtaps[2];
   int64_t slots = 0;
 };
 
 // Number of blocks that share the sums over batch and time; the size of `partial`.
 inline int64_t backward_slots(const Input& in, int multiprocessors) {
   const int64_t work = in.batch * ((in.length + 7) / 8);
-  const int64_t most = 3 * static_cast<int64_t>(multiprocessors);
+  const int64_t most = 2 * static_cast<int64_t>(multiprocessors);
   return work < 1 ? 1 : (work < most ? work : most);
 }
 

@@ -1,15 +1,16 @@
 // Depthwise convolutions of width 2 to 4 over (batch, length, channels), forward and backward.
 //
-// Forward: a thread owns one vector of neighbouring channels and kRows rows; all rows are loaded
-// before the first is used, so the kernel runs at the speed of memory. With `both`, the causal and
-// the reverse convolution share the one pass over the input.
+// A thread owns one vector of neighbouring channels and walks a tile of rows with a sliding window;
+// kBatch rows are on their way before the first of them is used, so the kernels run at the speed of
+// memory. With `both`, the causal and the reverse convolution share the one pass over the input.
 //
-// Backward: a thread walks a tile of rows with a sliding window. Sums for the taps stay in
-// registers over all tiles of the thread, are added within the block, written once per block and
-// added by a second kernel in a fixed order: no atomics, and equal results in every run.
+// Backward, sums for the taps stay in registers over all tiles of the thread, are added within the
+// block, written once per block and added by a second kernel in a fixed order: no atomics, and
+// equal results in every run.
 #pragma once
 
-#include "../common/sum_slots.cuh"
+#include <type_traits>
+
 #include "../common/vector.cuh"
 #include "cuda.h"
 
@@ -21,104 +22,189 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-constexpr int kRows = 8;
 constexpr int kForwardThreads = 128;
+constexpr int kForwardBatch = 8;
 constexpr int kBackwardThreads = 256;
-constexpr int kBatch = 4;  // rows that the backward kernel loads at once
+constexpr int kBackwardBatch = 4;
+// So many threads of the forward kernel fill a large GPU.
+constexpr int64_t kManyThreads = 100000;
 
-template <class T, bool kVectorized, bool kBoth>
+// Channels of a vector: bytes of an access over those of an element. With both directions window
+// and sums need twice the registers.
+template <class T, bool kVectorized>
 constexpr int forward_vector() {
-  return !kVectorized ? 1 : (kBoth ? 8 : 16) / static_cast<int>(sizeof(T));
+  return !kVectorized ? 1 : 8 / static_cast<int>(sizeof(T));
 }
-// With both directions the window and the sums need twice the registers.
 template <class T, bool kVectorized, bool kBoth>
 constexpr int backward_vector() {
   return !kVectorized ? 1 : (kBoth ? 4 : 8) / static_cast<int>(sizeof(T));
 }
 
-// Element c + i, i < kCount, of the virtual input at position p < 0 (causal) or p >= length
-// (reverse), which lies in the state.
+// Elements c .. c + kCount of the virtual input at position p < 0 (causal) or p >= length
+// (reverse), which lies in the state and may be finer than T.
 template <class T, int kCount>
-__device__ __forceinline__ Packed<T, kCount> load_state(const State& state, const Input& in,
-                                                        const Taps& taps, int64_t b, int64_t p,
-                                                        int64_t c) {
-  Packed<T, kCount> v = Packed<T, kCount>::zero();
+__device__ __noinline__ Packed<float, kCount> load_state(const State& state, const Input& in,
+                                                         bool reverse, int64_t b, int p,
+                                                         int64_t c) {
+  Packed<float, kCount> v = Packed<float, kCount>::zero();
   const int64_t reach = in.width - 1;
-  const int64_t slot = taps.reverse ? reach - 1 - (p - in.length) : reach + p;
-  const bool inside = taps.reverse ? p >= in.length : p < 0;
+  const int64_t slot = reverse ? reach - 1 - (p - in.length) : reach + p;
+  const bool inside = reverse ? p >= in.length : p < 0;
   if (state.data == nullptr || !inside || slot < 0 || slot >= reach) return v;
   for (int i = 0; i < kCount; ++i) {
     const int64_t at = (b * in.channels + c + i) * reach + slot;
-    v.set(i, state.is_float ? static_cast<const float*>(state.data)[at]
-                            : to_float(static_cast<const T*>(state.data)[at]));
+    v.element[i] = state.is_float ? static_cast<const float*>(state.data)[at]
+                                  : to_float(static_cast<const T*>(state.data)[at]);
   }
   return v;
 }
 
+// The rows of one batch entry, from one vector of channels on; zero outside.
 template <class T, int kCount>
-__device__ __forceinline__ Packed<T, kCount> load_input(const Input& in, const State& state,
-                                                        const Taps& taps, const T* row0, int64_t b,
-                                                        int64_t p, int64_t c) {
-  if (p >= 0 && p < in.length) return Packed<T, kCount>::load(row0 + p * in.stride_l);
-  return load_state<T, kCount>(state, in, taps, b, p, c);
+struct Column {
+  const T* base;
+  int64_t stride;
+  int length;
+
+  __device__ __forceinline__ Packed<T, kCount> load(int p) const {
+    Packed<T, kCount> v = Packed<T, kCount>::zero();
+    if (static_cast<unsigned>(p) < static_cast<unsigned>(length)) {
+      v = Packed<T, kCount>::load(base + p * stride);
+    }
+    return v;
+  }
+};
+
+// The same, with the state around it if there is one.
+template <class T, int kCount, bool kStates>
+using InputRow = Packed<std::conditional_t<kStates, float, T>, kCount>;
+
+template <bool kStates, class T, int kCount>
+__device__ __forceinline__ InputRow<T, kCount, kStates> load_input(const Column<T, kCount>& column,
+                                                                   const Input& in,
+                                                                   const State& state, bool reverse,
+                                                                   int64_t b, int p, int64_t c) {
+  if constexpr (kStates) {
+    if (p < 0 || p >= column.length) return load_state<T, kCount>(state, in, reverse, b, p, c);
+    InputRow<T, kCount, kStates> row;
+    const Packed<T, kCount> x = column.load(p);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) row.element[i] = x.get(i);
+    return row;
+  } else {
+    return column.load(p);
+  }
 }
 
 template <int kWidth, int kCount>
 __device__ __forceinline__ void load_taps(const Taps& taps, int64_t c, float (&w)[kWidth][kCount],
                                           float (&bias)[kCount]) {
+  float flat[kWidth * kCount];
+  const float* const from = taps.weight + c * kWidth;
+  if (kWidth * kCount % 4 == 0 && taps.aligned) {
+#pragma unroll
+    for (int i = 0; i < kWidth * kCount / 4; ++i) {
+      const float4 x = __ldg(reinterpret_cast<const float4*>(from) + i);
+      flat[4 * i] = x.x;
+      flat[4 * i + 1] = x.y;
+      flat[4 * i + 2] = x.z;
+      flat[4 * i + 3] = x.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth * kCount; ++i) flat[i] = __ldg(from + i);
+  }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    bias[i] = taps.bias == nullptr ? 0.f : taps.bias[c + i];
+    bias[i] = taps.bias == nullptr ? 0.f : __ldg(taps.bias + c + i);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      w[k][i] = taps.weight[(c + i) * kWidth + (taps.reverse ? kWidth - 1 - k : k)];
+      const float first = flat[i * kWidth + k], last = flat[i * kWidth + kWidth - 1 - k];
+      w[k][i] = taps.reverse ? last : first;
     }
   }
 }
 
-template <class T, int kCount, int kWidth, int kFirst, int kLoaded>
-__device__ __forceinline__ void write_rows(const Forward& p, const Taps& taps, void* out,
-                                           const Packed<T, kCount> (&rows)[kLoaded], int64_t b,
-                                           int64_t t0, int64_t c) {
-  float w[kWidth][kCount], bias[kCount];
-  load_taps<kWidth, kCount>(taps, c, w, bias);
-  T* dst = static_cast<T*>(out) + (b * p.in.length + t0) * p.in.channels + c;
+template <class T, int kCount>
+__device__ __forceinline__ void unpack(float (&x)[kCount], const Packed<T, kCount>& v) {
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    if (t0 + r >= p.in.length) break;
-    Packed<T, kCount> result;
+  for (int i = 0; i < kCount; ++i) x[i] = v.get(i);
+}
+
+// Drops the oldest of a window's rows, which then lacks its newest.
+template <int kRows, int kCount>
+__device__ __forceinline__ void shift(float (&x)[kRows][kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      float sum = bias[i];
+  for (int k = 0; k + 1 < kRows; ++k) {
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) sum = fmaf(w[k][i], rows[kFirst + r + k].get(i), sum);
-      result.set(i, p.in.silu ? sum * sigmoid(sum) : sum);
-    }
-    result.store(dst + r * p.in.channels);
+    for (int i = 0; i < kCount; ++i) x[k][i] = x[k + 1][i];
   }
 }
 
-template <class T, int kCount, int kWidth, bool kBoth>
-__global__ void __launch_bounds__(kForwardThreads) forward_kernel(Forward p, int64_t tiles) {
-  const int64_t vectors = p.in.channels / kCount;
-  int64_t index = blockIdx.x * static_cast<int64_t>(kForwardThreads) + threadIdx.x;
-  const int64_t c = index % vectors * kCount;
-  index /= vectors;
-  const int64_t t0 = index % tiles * kRows;
-  const int64_t b = index / tiles;
-  if (b >= p.in.batch) return;
-
-  constexpr int kLoaded = kRows + (kBoth ? 2 : 1) * (kWidth - 1);
-  const int64_t first = t0 - (kBoth ? kWidth - 1 : p.taps[0].left);
-  const T* row0 = static_cast<const T*>(p.in.x) + b * p.in.stride_b + c;
-  Packed<T, kCount> rows[kLoaded];
+// Output from the rows kFirst .. of a window.
+template <int kFirst, class T, int kWidth, int kCount, int kRows>
+__device__ __forceinline__ void write_row(T* to, const float (&x)[kRows][kCount],
+                                          const float (&w)[kWidth][kCount],
+                                          const float (&bias)[kCount], bool silu) {
+  Packed<T, kCount> result;
 #pragma unroll
-  for (int r = 0; r < kLoaded; ++r) {
-    rows[r] = load_input<T, kCount>(p.in, p.initial, p.taps[0], row0, b, first + r, c);
+  for (int i = 0; i < kCount; ++i) {
+    float sum = bias[i];
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) sum = fmaf(w[k][i], x[kFirst + k][i], sum);
+    result.set(i, silu ? sum * sigmoid(sum) : sum);
   }
-  write_rows<T, kCount, kWidth, 0, kLoaded>(p, p.taps[0], p.out[0], rows, b, t0, c);
-  if constexpr (kBoth) {
-    write_rows<T, kCount, kWidth, kWidth - 1, kLoaded>(p, p.taps[1], p.out[1], rows, b, t0, c);
+  result.store(to);
+}
+
+// Grid: (vectors times tiles, batch).
+template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
+__global__ void __launch_bounds__(kForwardThreads, kBoth ? 4 : 6)
+    forward_kernel(Forward p, unsigned tile_rows, unsigned tiles) {
+  const unsigned vectors = static_cast<unsigned>(p.in.channels / kCount);
+  const unsigned index = blockIdx.x * kForwardThreads + threadIdx.x;
+  const unsigned tile = index / vectors;
+  if (tile >= tiles) return;
+  const int64_t c = static_cast<int64_t>(index - tile * vectors) * kCount;
+  const int begin = static_cast<int>(tile * tile_rows);
+  const int length = static_cast<int>(p.in.length);
+  const int end = length - begin < static_cast<int>(tile_rows) ? length : begin + tile_rows;
+
+  constexpr int kWindow = kBoth ? 2 * kWidth - 1 : kWidth;
+  const int first = begin - (kBoth ? kWidth - 1 : p.taps[0].left);
+  float w[kWidth][kCount], bias[kCount], w_b[kBoth ? kWidth : 1][kCount], bias_b[kCount];
+  load_taps<kWidth, kCount>(p.taps[0], c, w, bias);
+  if constexpr (kBoth) load_taps<kWidth, kCount>(p.taps[1], c, w_b, bias_b);
+
+  for (int64_t b = blockIdx.y; b < p.in.batch; b += gridDim.y) {
+    const Column<T, kCount> column{static_cast<const T*>(p.in.x) + b * p.in.stride_b + c,
+                                   p.in.stride_l, length};
+    const auto load = [&](int at) {
+      return load_input<kStates>(column, p.in, p.initial, p.taps[0].reverse, b, at, c);
+    };
+    float x[kWindow][kCount];
+#pragma unroll
+    for (int k = 0; k + 1 < kWindow; ++k) unpack(x[k + 1], load(first + k));
+    const int64_t to = (b * length + begin) * p.in.channels + c;
+    T* out = static_cast<T*>(p.out[0]) + to;
+    T* out_b = kBoth ? static_cast<T*>(p.out[1]) + to : nullptr;
+    for (int t = begin; t < end; t += kForwardBatch) {
+      InputRow<T, kCount, kStates> rows[kForwardBatch];
+#pragma unroll
+      for (int r = 0; r < kForwardBatch; ++r) rows[r] = load(first + kWindow - 1 + (t - begin) + r);
+#pragma unroll
+      for (int r = 0; r < kForwardBatch; ++r) {
+        if (t + r >= end) break;
+        shift(x);
+        unpack(x[kWindow - 1], rows[r]);
+        write_row<0, T>(out, x, w, bias, p.in.silu);
+        out += p.in.channels;
+        if constexpr (kBoth) {
+          write_row<kWidth - 1, T>(out_b, x, w_b, bias_b, p.in.silu);
+          out_b += p.in.channels;
+        }
+      }
+    }
   }
 }
 
@@ -156,6 +242,13 @@ struct Branch {
   float window[kWidth][kCount];
   float sums[kWidth + 1][kCount];
 
+  __device__ __forceinline__ void clear_sums() {
+#pragma unroll
+    for (int k = 0; k <= kWidth; ++k) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) sums[k][i] = 0.f;
+    }
+  }
   __device__ __forceinline__ void start() {
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
@@ -164,10 +257,10 @@ struct Branch {
     }
   }
 
+  // Takes one row of gradients in; it counts for the taps if it is this tile's `own`.
   template <class T>
-  __device__ __forceinline__ void step(const float (&x)[kWidth][kCount],
-                                       const Packed<T, kCount>& grad, bool own, bool silu,
-                                       float (&dx)[kCount]) {
+  __device__ __forceinline__ void take(const float (&x)[kWidth][kCount],
+                                       const Packed<T, kCount>& grad, bool own, bool silu) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       float g = grad.get(i);
@@ -183,26 +276,23 @@ struct Branch {
       window[0][i] = g;
       const float mine = own ? g : 0.f;
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        sums[k][i] = fmaf(mine, x[k][i], sums[k][i]);
-        dx[i] = fmaf(w[k][i], window[k][i], dx[i]);
-      }
+      for (int k = 0; k < kWidth; ++k) sums[k][i] = fmaf(mine, x[k][i], sums[k][i]);
       sums[kWidth][i] += mine;
+    }
+  }
+  __device__ __forceinline__ void add_to(float (&dx)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) dx[i] = fmaf(w[k][i], window[k][i], dx[i]);
     }
   }
 };
 
-template <class T, int kCount>
-__device__ __forceinline__ Packed<T, kCount> load_grad(const Backward& p, int which, int64_t b,
-                                                       int64_t q, int64_t c) {
-  if (q < 0 || q >= p.in.length) return Packed<T, kCount>::zero();
-  return Packed<T, kCount>::load(static_cast<const T*>(p.grad[which]) + b * p.grad_stride_b[which] +
-                                 q * p.grad_stride_l[which] + c);
-}
-
+// Gradient of the virtual input at position `at`, which may lie in the state.
 template <class T>
-__device__ __forceinline__ void store_gradient(const Backward& p, int64_t b, int64_t at, int64_t c,
-                                               float value) {
+__device__ __noinline__ void store_gradient(const Backward& p, int64_t b, int64_t at, int64_t c,
+                                            float value) {
   const int64_t reach = p.in.width - 1;
   if (p.grad_last.data != nullptr) {
     const int64_t step = p.taps[0].reverse ? p.in.length - 1 - at : at;
@@ -229,25 +319,23 @@ __device__ __forceinline__ void store_gradient(const Backward& p, int64_t b, int
 }
 
 // Block: (vectors of channels, work items); grid: (groups of vectors, slots).
-template <class T, int kCount, int kWidth, bool kBoth>
-__global__ void __launch_bounds__(kBackwardThreads)
-    backward_kernel(Backward p, int64_t tile_rows, int64_t tiles) {
+template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
+__global__ void __launch_bounds__(kBackwardThreads, 2)
+    backward_kernel(Backward p, int tile_rows, int tiles) {
   constexpr int kReach = kWidth - 1;
+  constexpr int kBatch = kBackwardBatch;
   const int64_t vector = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   const bool active = vector < p.in.channels / kCount;
   const int64_t c = active ? vector * kCount : 0;
   const int left = kBoth ? kReach : p.taps[0].left;
+  const int length = static_cast<int>(p.in.length);
 
   Branch<kWidth, kCount> first, second;
   load_taps<kWidth, kCount>(p.taps[0], c, first.w, first.bias);
-  if constexpr (kBoth) load_taps<kWidth, kCount>(p.taps[1], c, second.w, second.bias);
-#pragma unroll
-  for (int k = 0; k <= kWidth; ++k) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      first.sums[k][i] = 0.f;
-      if constexpr (kBoth) second.sums[k][i] = 0.f;
-    }
+  first.clear_sums();
+  if constexpr (kBoth) {
+    load_taps<kWidth, kCount>(p.taps[1], c, second.w, second.bias);
+    second.clear_sums();
   }
 
   const int64_t items = active ? p.in.batch * tiles : 0;
@@ -255,67 +343,95 @@ __global__ void __launch_bounds__(kBackwardThreads)
   for (int64_t item = blockIdx.y * static_cast<int64_t>(blockDim.y) + threadIdx.y; item < items;
        item += stride) {
     const int64_t b = item / tiles;
-    const int64_t tile = item % tiles;
-    const int64_t t0 = tile * tile_rows;
-    int64_t stop = t0 + tile_rows;
-    if (tile == tiles - 1) {
-      // Positions behind the end receive gradients only if they came from a state.
-      stop = p.in.length + (!kBoth && p.dinitial != nullptr && p.taps[0].reverse ? kReach : 0);
+    const int tile = static_cast<int>(item - b * tiles);
+    const int begin = tile * tile_rows;
+    int end = length - begin < tile_rows ? length : begin + tile_rows;
+    // Positions behind the end receive gradients only if they came from a state.
+    if (kStates && tile == tiles - 1 && p.dinitial != nullptr && p.taps[0].reverse) {
+      end = length + kReach;
     }
-    const T* row0 = static_cast<const T*>(p.in.x) + b * p.in.stride_b + c;
-    float x[kWidth][kCount];
+    const Column<T, kCount> column{static_cast<const T*>(p.in.x) + b * p.in.stride_b + c,
+                                   p.in.stride_l, length};
+    const auto grads_of = [&](int which) {
+      return Column<T, kCount>{
+          static_cast<const T*>(p.grad[which]) + b * p.grad_stride_b[which] + c,
+          p.grad_stride_l[which], length};
+    };
+    const Column<T, kCount> grad_column = grads_of(0), grad_column_b = grads_of(kBoth ? 1 : 0);
+    const auto load = [&](int at) {
+      return load_input<kStates>(column, p.in, p.initial, p.taps[0].reverse, b, at, c);
+    };
+    const auto store = [&](int at, const float (&dx)[kCount]) {
+      if (kStates && (p.grad_last.data != nullptr || at < 0 || at >= length)) {
+        for (int i = 0; i < kCount; ++i) store_gradient<T>(p, b, at, c + i, dx[i]);
+        return;
+      }
+      Packed<T, kCount> result;
 #pragma unroll
-    for (int k = 0; k < kReach; ++k) {
-      const auto v = load_input<T, kCount>(p.in, p.initial, p.taps[0], row0, b, t0 - kReach + k, c);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) x[k + 1][i] = v.get(i);
-    }
-    first.start();
-    if constexpr (kBoth) second.start();
+      for (int i = 0; i < kCount; ++i) result.set(i, dx[i]);
+      result.store(static_cast<T*>(p.dx) + (b * length + at) * p.in.channels + c);
+    };
 
-    for (int64_t start = t0 - kReach; start < stop; start += kBatch) {
-      Packed<T, kCount> rows[kBatch], grads[kBatch], grads_b[kBatch];
+    // The window's start: rows that another tile answers for, or none.
+    float x[kWidth][kCount];
+    {
+      InputRow<T, kCount, kStates> rows[2 * kReach];
+      Packed<T, kCount> grads[kReach], grads_b[kReach];
+#pragma unroll
+      for (int r = 0; r < 2 * kReach; ++r) rows[r] = load(begin - kReach + r);
+#pragma unroll
+      for (int r = 0; r < kReach; ++r) {
+        grads[r] = grad_column.load(begin - kReach + r + left);
+        if constexpr (kBoth) grads_b[r] = grad_column_b.load(begin - kReach + r);
+      }
+#pragma unroll
+      for (int k = 0; k < kReach; ++k) unpack(x[k + 1], rows[k]);
+      first.start();
+      if constexpr (kBoth) second.start();
+#pragma unroll
+      for (int r = 0; r < kReach; ++r) {
+        shift(x);
+        unpack(x[kReach], rows[kReach + r]);
+        first.take(x, grads[r], tile == 0, p.in.silu);
+        if constexpr (kBoth) second.take(x, grads_b[r], tile == 0, p.in.silu);
+        if (kStates && tile == 0 && p.dinitial != nullptr) {
+          float dx[kCount] = {};
+          first.add_to(dx);
+          store(begin - kReach + r, dx);
+        }
+      }
+    }
+    for (int at = begin; at < end; at += kBatch) {
+      InputRow<T, kCount, kStates> rows[kBatch];
+      Packed<T, kCount> grads[kBatch], grads_b[kBatch];
 #pragma unroll
       for (int r = 0; r < kBatch; ++r) {
-        const int64_t at = start + r;
-        rows[r] = load_input<T, kCount>(p.in, p.initial, p.taps[0], row0, b, at + kReach, c);
-        grads[r] = load_grad<T, kCount>(p, 0, b, at + left, c);
-        if constexpr (kBoth) grads_b[r] = load_grad<T, kCount>(p, 1, b, at, c);
+        rows[r] = load(at + r + kReach);
+        grads[r] = grad_column.load(at + r + left);
+        if constexpr (kBoth) grads_b[r] = grad_column_b.load(at + r);
       }
 #pragma unroll
       for (int r = 0; r < kBatch; ++r) {
-        const int64_t at = start + r;
-        if (at >= stop) break;
-        float dx[kCount];
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          dx[i] = 0.f;
-#pragma unroll
-          for (int k = 0; k < kReach; ++k) x[k][i] = x[k + 1][i];
-          x[kReach][i] = rows[r].get(i);
+        if (at + r >= end) break;
+        float dx[kCount] = {};
+        shift(x);
+        unpack(x[kReach], rows[r]);
+        first.take(x, grads[r], true, p.in.silu);
+        first.add_to(dx);
+        if constexpr (kBoth) {
+          second.take(x, grads_b[r], true, p.in.silu);
+          second.add_to(dx);
         }
-        // Each output counts for the taps in one tile only; those before the first tile's start
-        // have no other.
-        const bool own = at >= t0 || tile == 0;
-        first.template step<T>(x, grads[r], own, p.in.silu, dx);
-        if constexpr (kBoth) second.template step<T>(x, grads_b[r], own, p.in.silu, dx);
-        if (at < t0 && (tile != 0 || kBoth || p.dinitial == nullptr)) continue;
-        if (!kBoth && (p.grad_last.data != nullptr || at < 0 || at >= p.in.length)) {
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) store_gradient<T>(p, b, at, c + i, dx[i]);
-        } else {
-          Packed<T, kCount> result;
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) result.set(i, dx[i]);
-          result.store(static_cast<T*>(p.dx) + (b * p.in.length + at) * p.in.channels + c);
-        }
+        store(at + r, dx);
       }
     }
   }
 
-  __shared__ float shared[kBackwardThreads * kCount];
+  // Sums over the block's rows of threads.
+  __shared__ float shared[(kWidth + 1) * kCount][kBackwardThreads];
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int which = 0; which < (kBoth ? 2 : 1); ++which) {
+    if (which > 0) __syncthreads();
 #pragma unroll
     for (int k = 0; k <= kWidth; ++k) {
 #pragma unroll
@@ -324,76 +440,125 @@ __global__ void __launch_bounds__(kBackwardThreads)
         if constexpr (kBoth) {
           if (which == 1) own = second.sums[k][i];
         }
-        shared[thread * kCount + i] = own;
+        shared[k * kCount + i][thread] = own;
       }
-      __syncthreads();
+    }
+    __syncthreads();
+    if (!active) continue;
+    float* const to = p.partial + (which * p.slots + blockIdx.y) * (kWidth + 1) * p.in.channels + c;
+    for (int j = threadIdx.y; j < (kWidth + 1) * kCount; j += blockDim.y) {
+      float sum = 0.f;
+      for (int y = 0; y < blockDim.y; ++y) sum += shared[j][y * blockDim.x + threadIdx.x];
       // The taps of a reverse convolution were loaded back to front.
+      const int k = j / kCount;
       const int row = p.taps[which].reverse && k < kWidth ? kWidth - 1 - k : k;
-      if (threadIdx.y == 0 && active) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) {
-          float sum = 0.f;
-          for (int y = 0; y < blockDim.y; ++y) {
-            sum += shared[(y * blockDim.x + threadIdx.x) * kCount + i];
-          }
-          p.partial[((which * p.slots + blockIdx.y) * (kWidth + 1) + row) * p.in.channels + c + i] =
-              sum;
-        }
-      }
-      __syncthreads();
+      to[row * p.in.channels + j % kCount] = sum;
     }
   }
 }
 
-template <class T, int kCount, int kWidth, bool kBoth>
-void forward_typed(const Forward& p, cudaStream_t stream) {
-  const int64_t tiles = (p.in.length + kRows - 1) / kRows;
-  const int64_t threads = p.in.batch * tiles * (p.in.channels / kCount);
-  const int64_t blocks = (threads + kForwardThreads - 1) / kForwardThreads;
-  forward_kernel<T, kCount, kWidth, kBoth>
-      <<<static_cast<unsigned>(blocks), kForwardThreads, 0, stream>>>(p, tiles);
-}
-
-struct BackwardShape {
-  int64_t tile_rows, tiles, groups;
-  int block_x, block_y;
-};
-
-inline BackwardShape backward_shape(const Input& in, int count) {
-  BackwardShape s;
-  // Long tiles waste less on the window's start, short ones give more threads.
-  const int64_t vectors = in.channels / count;
-  s.tile_rows = 32;
-  while (s.tile_rows > 8 &&
-         in.batch * ((in.length + s.tile_rows - 1) / s.tile_rows) * vectors < 100000) {
-    s.tile_rows /= 2;
+__device__ __forceinline__ void store_as(void* to, DType type, int64_t i, float value) {
+  switch (type) {
+    case DType::kFloat:
+      static_cast<float*>(to)[i] = value;
+      break;
+    case DType::kBFloat16:
+      static_cast<__nv_bfloat16*>(to)[i] = from_float<__nv_bfloat16>(value);
+      break;
+    default:
+      static_cast<__half*>(to)[i] = from_float<__half>(value);
   }
-  s.tiles = (in.length + s.tile_rows - 1) / s.tile_rows;
-  if (s.tiles == 0) s.tiles = 1;
-  s.groups = (vectors + kBackwardThreads - 1) / kBackwardThreads;
-  s.block_x = static_cast<int>((vectors + s.groups - 1) / s.groups);
-  s.block_y = kBackwardThreads / s.block_x;
-  return s;
 }
 
-template <class T, int kCount, int kWidth, bool kBoth>
+constexpr int kSumColumns = 32, kSumRows = 32;
+
+// Adds the blocks' sums in a fixed order. Block: (columns of (width + 1, d), parts of the slots);
+// grid: (groups of columns, directions).
+template <int kWidth>
+__global__ void __launch_bounds__(kSumColumns* kSumRows) sum_kernel(Backward p) {
+  __shared__ float shared[kSumRows][kSumColumns + 1];
+  const int64_t columns = (kWidth + 1) * p.in.channels;
+  const int64_t column = blockIdx.x * static_cast<int64_t>(kSumColumns) + threadIdx.x;
+  const float* const from = p.partial + blockIdx.y * p.slots * columns;
+  float sum = 0.f;
+  if (column < columns) {
+    for (int64_t s = threadIdx.y; s < p.slots; s += kSumRows) sum += from[s * columns + column];
+  }
+  shared[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || column >= columns) return;
+  for (int y = 1; y < kSumRows; ++y) sum += shared[y][threadIdx.x];
+  const TapGradients& to = p.dtaps[blockIdx.y];
+  const int64_t row = column / p.in.channels, c = column - row * p.in.channels;
+  if (row < kWidth) {
+    store_as(to.weight, to.weight_type, c * kWidth + row, sum);
+  } else if (to.bias != nullptr) {
+    store_as(to.bias, to.bias_type, c, sum);
+  }
+}
+
+inline unsigned batch_blocks(int64_t batch) {
+  return static_cast<unsigned>(batch < 65535 ? batch : 65535);
+}
+
+template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
+void forward_typed(const Forward& p, cudaStream_t stream) {
+  // Long tiles waste less on the window's start and the taps, short ones give more threads.
+  const int64_t vectors = p.in.channels / kCount;
+  int64_t tile_rows = 4 * kForwardBatch;
+  while (tile_rows > kForwardBatch &&
+         p.in.batch * vectors * ((p.in.length + tile_rows - 1) / tile_rows) < kManyThreads) {
+    tile_rows /= 2;
+  }
+  const int64_t tiles = (p.in.length + tile_rows - 1) / tile_rows;
+  const int64_t blocks = (vectors * tiles + kForwardThreads - 1) / kForwardThreads;
+  forward_kernel<T, kCount, kWidth, kBoth, kStates>
+      <<<dim3(static_cast<unsigned>(blocks), batch_blocks(p.in.batch)), kForwardThreads, 0,
+         stream>>>(p, static_cast<unsigned>(tile_rows), static_cast<unsigned>(tiles));
+}
+
+template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
 void backward_typed(const Backward& p, cudaStream_t stream) {
-  const BackwardShape s = backward_shape(p.in, kCount);
-  const dim3 grid(static_cast<unsigned>(s.groups), static_cast<unsigned>(p.slots));
-  const dim3 block(s.block_x, s.block_y);
-  backward_kernel<T, kCount, kWidth, kBoth><<<grid, block, 0, stream>>>(p, s.tile_rows, s.tiles);
-  sum_slots(p.partial, p.dtaps, kBoth ? 2 : 1, p.slots, (kWidth + 1) * p.in.channels, stream);
+  const int64_t vectors = p.in.channels / kCount;
+  const int64_t groups = (vectors + kBackwardThreads - 1) / kBackwardThreads;
+  const int block_x = static_cast<int>((vectors + groups - 1) / groups);
+  const int block_y = kBackwardThreads / block_x;
+  // Rows of a tile such that the last round of tiles is a full one, and the start of the window
+  // costs little.
+  int64_t best_rows = kBackwardBatch, best = INT64_MAX;
+  for (int64_t rows = kBackwardBatch; rows <= 64; rows += kBackwardBatch) {
+    const int64_t items = p.in.batch * ((p.in.length + rows - 1) / rows);
+    const int64_t lanes = p.slots * block_y;
+    const int64_t cost = (items + lanes - 1) / lanes * (rows + kWidth + 2);
+    if (cost < best) {
+      best = cost;
+      best_rows = rows;
+    }
+  }
+  const int64_t tiles = p.in.length == 0 ? 1 : (p.in.length + best_rows - 1) / best_rows;
+  backward_kernel<T, kCount, kWidth, kBoth, kStates>
+      <<<dim3(static_cast<unsigned>(groups), static_cast<unsigned>(p.slots)),
+         dim3(block_x, block_y), 0, stream>>>(p, static_cast<int>(best_rows),
+                                              static_cast<int>(tiles));
+  const int64_t columns = (kWidth + 1) * p.in.channels;
+  sum_kernel<kWidth>
+      <<<dim3(static_cast<unsigned>((columns + kSumColumns - 1) / kSumColumns), kBoth ? 2 : 1),
+         dim3(kSumColumns, kSumRows), 0, stream>>>(p);
 }
 
-// Calls f.template run<kWidth, kBoth, kVectorized>() for the run-time values.
+// Calls f.template run<kWidth, kBoth, kVectorized, kStates>() for the run-time values.
 template <class F>
-void with_shape(const Input& in, bool both, const F& f) {
+void with_shape(const Input& in, bool both, bool states, const F& f) {
   auto with_width = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
     if (in.vectorized) {
-      both ? f.template run<kWidth, true, true>() : f.template run<kWidth, false, true>();
+      both     ? f.template run<kWidth, true, true, false>()
+      : states ? f.template run<kWidth, false, true, true>()
+               : f.template run<kWidth, false, true, false>();
     } else {
-      both ? f.template run<kWidth, true, false>() : f.template run<kWidth, false, false>();
+      both     ? f.template run<kWidth, true, false, false>()
+      : states ? f.template run<kWidth, false, false, true>()
+               : f.template run<kWidth, false, false, false>();
     }
   };
   switch (in.width) {
@@ -413,9 +578,9 @@ template <class T>
 struct RunForward {
   const Forward& p;
   cudaStream_t stream;
-  template <int kWidth, bool kBoth, bool kVectorized>
+  template <int kWidth, bool kBoth, bool kVectorized, bool kStates>
   void run() const {
-    forward_typed<T, forward_vector<T, kVectorized, kBoth>(), kWidth, kBoth>(p, stream);
+    forward_typed<T, forward_vector<T, kVectorized>(), kWidth, kBoth, kStates>(p, stream);
   }
 };
 
@@ -423,16 +588,16 @@ template <class T>
 struct RunBackward {
   const Backward& p;
   cudaStream_t stream;
-  template <int kWidth, bool kBoth, bool kVectorized>
+  template <int kWidth, bool kBoth, bool kVectorized, bool kStates>
   void run() const {
-    backward_typed<T, backward_vector<T, kVectorized, kBoth>(), kWidth, kBoth>(p, stream);
+    backward_typed<T, backward_vector<T, kVectorized, kBoth>(), kWidth, kBoth, kStates>(p, stream);
   }
 };
 
 template <class T>
 int forward_launch(const Forward& p, cudaStream_t stream) {
   if (p.in.batch * p.in.length * p.in.channels > 0) {
-    with_shape(p.in, p.both, RunForward<T>{p, stream});
+    with_shape(p.in, p.both, p.initial.data != nullptr, RunForward<T>{p, stream});
   }
   const int64_t states = p.in.batch * p.in.channels * (p.in.width - 1);
   if (p.last_state != nullptr && states > 0) {
@@ -443,7 +608,9 @@ int forward_launch(const Forward& p, cudaStream_t stream) {
 
 template <class T>
 int backward_launch(const Backward& p, cudaStream_t stream) {
-  if (p.in.channels > 0) with_shape(p.in, p.both, RunBackward<T>{p, stream});
+  const bool states =
+      p.initial.data != nullptr || p.grad_last.data != nullptr || p.dinitial != nullptr;
+  if (p.in.channels > 0) with_shape(p.in, p.both, states, RunBackward<T>{p, stream});
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -27,6 +27,11 @@ namespace gpu {
 MMVIM_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 MMVIM_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
 MMVIM_DEVICE int64_t block_index() { return static_cast<int64_t>(blockIdx.x); }
+// Blocks of a Grid are started in order of x, then y, then z. What is derived from these alone is
+// the same for all threads, and costs no register of theirs.
+MMVIM_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
+MMVIM_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
+MMVIM_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 MMVIM_DEVICE void sync_block() { __syncthreads(); }
 
 MMVIM_DEVICE char* shared_memory() {
@@ -59,6 +64,28 @@ MMVIM_DEVICE float exchange_xor(float x, int lanes) {
 }
 
 MMVIM_DEVICE void add_to_global(float* address, float x) { atomicAdd(address, x); }
+
+// Brings 32 bytes closer that will be read soon.
+MMVIM_DEVICE void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
+// One block tells another what it has written: after a barrier of its own, one of its threads
+// publishes; a thread of the other block awaits it, and after a barrier there all may read with
+// load_coherent().
+MMVIM_DEVICE void publish(int* flag) {
+  __threadfence();
+  atomicExch(flag, 1);
+}
+MMVIM_DEVICE void await(const int* flag) {
+  while (*static_cast<const volatile int*>(flag) == 0) {
+  }
+  __threadfence();
+}
+template <class T>
+MMVIM_DEVICE T load_coherent(const T* p) {
+  return __ldcg(p);
+}
 
 // Copies kBytes (4, 8 or 16, aligned) from global to shared memory, visible to the thread after
 // wait_for_copies() and to the block after a barrier that follows.
@@ -103,11 +130,18 @@ MMVIM_DEVICE void multiply_16x8x8(float (&c)[4], uint32_t a0, uint32_t a1, uint3
 }
 #endif
 
+// y and z at most 65535.
+struct Grid {
+  int64_t x;
+  int y = 1, z = 1;
+};
+
 // Launches and returns the CUDA error code (0: success).
 template <class Params>
-inline int launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes,
+inline int launch(void (*kernel)(Params), const Grid& grid, int threads, size_t shared_bytes,
                   CUstream_st* stream, const Params& params) {
-  if (blocks == 0) return 0;
+  if (grid.x == 0) return 0;
+  if (grid.x > 0x7fffffff) return static_cast<int>(cudaErrorInvalidConfiguration);
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(
@@ -115,9 +149,11 @@ inline int launch(void (*kernel)(Params), int64_t blocks, int threads, size_t sh
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  return static_cast<int>(cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)),
-                                           dim3(static_cast<unsigned>(threads)), arguments,
-                                           shared_bytes, stream));
+  return static_cast<int>(
+      cudaLaunchKernel(function,
+                       dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                            static_cast<unsigned>(grid.z)),
+                       dim3(static_cast<unsigned>(threads)), arguments, shared_bytes, stream));
 }
 
 }  // namespace gpu

@@ -74,6 +74,12 @@ struct Packed {
   __device__ __forceinline__ void set(int i, float v) { element[i] = from_float<T>(v); }
 };
 
-__device__ __forceinline__ float sigmoid(float v) { return __fdividef(1.f, 1.f + __expf(-v)); }
+// In four instructions: without the scaling that denormal results would need.
+__device__ __forceinline__ float sigmoid(float v) {
+  float e, s;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1.f + e));
+  return s;
+}
 
 }  // namespace mmvim

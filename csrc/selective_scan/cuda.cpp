@@ -255,19 +255,24 @@ struct ForwardCall {
     p.interval = static_cast<int>(interval);
     const Plan plan = plan_forward(p.size, directions, multiprocessor_count());
     p.directions = plan.joint ? 2 : 1;
-    const int64_t limit = kMaxStates / p.directions;
+    const int64_t limit = kMaxStates;
     const Tensor workspace = allocate_chunks(p.chunks, plan, p.size, p.directions, false, like);
     const auto scratch = [&] { return at::empty(like.sizes(), like.options().dtype(at::kFloat)); };
-    Tensor sum, meeting;
-    if (states > limit || directions > p.directions) sum = scratch();
-    if (plan.joint && !plan.meeting_in_shared) {
+    const int64_t parts = (states + limit - 1) / limit;
+    const int64_t flags =
+        2 * p.size.batch * plan.chunks * blocks_per_group(p.size, 1, plan.channels);
+    Tensor sum, meeting, left;
+    if (parts > 1 || directions > p.directions) sum = scratch();
+    if (plan.joint) {
       meeting = scratch();
       p.meeting = meeting.mutable_data_ptr<float>();
+      left = at::zeros({parts, flags}, like.options().dtype(at::kInt));
     }
     const Launcher launch{op, first.dtype, method};
     for (int first_direction = 0; first_direction < directions; first_direction += p.directions) {
-      for (int64_t n = 0; n < states; n += limit) {
-        const bool last_part = n + limit >= states;
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t n = part * limit;
+        const bool last_part = part + 1 == parts;
         const bool last_launch = last_part && first_direction + p.directions == directions;
         p.size.states = static_cast<int>(std::min(states - n, limit));
         for (int i = 0; i < p.directions; ++i) {
@@ -292,7 +297,8 @@ struct ForwardCall {
           p.last_pitch = static_cast<int>(last_state.size(2));
           p.last_drive[0] = last_state.size(2) > states ? state + states + n : nullptr;
         }
-        p.sum_in = first_direction == 0 && n == 0 ? nullptr : sum.const_data_ptr<float>();
+        if (plan.joint) p.left = left.mutable_data_ptr<int>() + part * flags;
+        p.sum_in = first_direction == 0 && part == 0 ? nullptr : sum.const_data_ptr<float>();
         p.sum_out = last_launch ? nullptr : sum.mutable_data_ptr<float>();
         p.out = last_launch && out.defined() ? out.mutable_data_ptr() : nullptr;
         p.pregate = last_launch && pregate.defined() ? pregate.mutable_data_ptr() : nullptr;

@@ -72,7 +72,8 @@ struct Forward {
   float scale = 1.f;
   void* out = nullptr;            // (b, l, d)
   void* pregate = nullptr;        // (b, l, d) or null
-  float* meeting = nullptr;       // two directions: (b, l, d) scratch, null for shared memory
+  float* meeting = nullptr;       // two directions: (b, l, d) scratch
+  int* left = nullptr;            // two directions: (chunks, b, channel blocks, 2) zeros
   const float* sum_in = nullptr;  // (b, l, d), of the launches before, or null
   float* sum_out = nullptr;       // (b, l, d), written in place of `out`, or null
   float* last[2] = {};            // (b, d, last_pitch) or null
@@ -133,8 +134,7 @@ struct Plan {
   int channels = 32;  // 32 or 64
   int chunks = 1;
   int chunk_length = 0;
-  bool joint = false;  // two directions: one launch for both
-  bool meeting_in_shared = true;
+  bool joint = false;  // forward, two directions: one launch for both
 };
 Plan plan_forward(const Sizes& size, int directions, int multiprocessors);
 Plan plan_backward(const Sizes& size, int directions, int multiprocessors);

@@ -15,6 +15,8 @@ namespace mmvim {
 namespace scan {
 
 constexpr int kBackwardTile = kInterval;
+template <int kCpt>
+constexpr int kBackwardRegisters = kCpt == 2 ? 168 : 128;
 constexpr int kGroup = 4;
 constexpr int kBatch = 4;                            // rows of inputs that a thread loads at once
 constexpr int kStarts = kBackwardTile / kGroup - 2;  // the first and the last group need none
@@ -149,14 +151,12 @@ class ChannelSum {
 };
 
 template <class T, Discretization kMethod, int kCpt>
-MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT Backward p) {
+MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
+    backward_kernel(const MMVIM_GRID_CONSTANT Backward p) {
   using R = Rule<kMethod, GpuMath>;
   constexpr int kChannels = 32 * kCpt;
   constexpr int kQuads = kChannels / 4;
   constexpr int kTile = kBackwardTile;
-  // Where e^z is all there is to a step, it is kept from the second run forward to the run
-  // backward.
-  constexpr bool kKeepDecay = R::kInputIsDelta;
 
   const Sizes& size = p.size;
   const int slices = slices_of(size);
@@ -165,15 +165,12 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
   const int lane = index % 32;
   const int slice = index / 32;
 
-  const int blocks = channel_blocks(size, kChannels);
-  int64_t block = gpu::block_index();
-  const int channel_block = static_cast<int>(block % blocks);
+  const bool pair = p.directions == 2;
+  const int direction = pair ? gpu::block_x() % 2 : 0;
+  const int64_t b = pair ? gpu::block_x() / 2 : gpu::block_x();
+  const int channel_block = gpu::block_y();
   const Channels channels(size, channel_block, kChannels);
-  block /= blocks;
-  const int direction = static_cast<int>(block % p.directions);
-  block /= p.directions;
-  const int chunk = static_cast<int>(block % p.chunks.count);
-  const int64_t b = block / p.chunks.count;
+  const int chunk = gpu::block_z();
   const int begin = chunk * p.chunks.length;
   const int end = begin + smaller(size.length - begin, p.chunks.length);
 
@@ -197,6 +194,14 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
   const Scan& scan = p.scan[direction];
   const bool reverse = scan.reverse;
   const bool gated = p.z.data != nullptr;
+  // Loads without a condition do not wait for each other: without a gate, of anything.
+  Rows z_source = p.z;
+  if (!gated) {
+    z_source.data = p.grad_out.data;
+    z_source.stride_b = p.grad_out.stride_b;
+    z_source.stride_l = p.grad_out.stride_l;
+    z_source.vector = p.grad_out.vector;
+  }
   const bool writes_dz = gated && direction == 0;
   const bool needs_y = (writes_dz && p.pregate.data == nullptr) || p.sum_out[direction] != nullptr;
   const bool in_parts = p.sum_in[direction] != nullptr || p.sum_out[direction] != nullptr;
@@ -215,9 +220,10 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
   float* target = p.dBC[direction] + b * size.length * target_stride +
                   (group * 2 + channel_sum.is_C()) * size.pitch + target_state;
   if (!p.atomic[direction]) {
-    const int per_group = blocks / scan.groups;
-    target +=
-        static_cast<int64_t>(channel_block % per_group) * size.batch * size.length * target_stride;
+    const int part = scan.groups == 1
+                         ? channel_block
+                         : channel_block % (channel_blocks(size, kChannels) / scan.groups);
+    target += static_cast<int64_t>(part) * size.batch * size.length * target_stride;
   }
 
   StateConstants constants[kCpt][kSlice];
@@ -282,7 +288,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
     {
       const QuadInput<T> u_rows(scan.u, b, channels, quad),
           delta_rows(scan.delta, b, channels, quad), grad_rows(p.grad_out, b, channels, quad),
-          z_rows(p.z, b, channels, quad);
+          z_rows(z_source, b, channels, quad);
       // Every lane one slice of B or C, in every 16th row.
       const Rows& column_rows = lane % 2 == 0 ? scan.B : scan.C;
       const T* const column_base = static_cast<const T*>(column_rows.data) +
@@ -292,79 +298,112 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
       const bool whole =
           states >= kSlice && column_rows.vector >= kSlice * static_cast<int>(sizeof(T));
       Packed<T, 4> column[kTile / 16];
-      MMVIM_UNROLL
-      for (int i = 0; i < kTile / 16; ++i) {
-        const int r = lane / 2 + 16 * i;
-        const T* const from =
-            column_base + static_cast<int64_t>(time_of(at + r)) * column_rows.stride_l;
-        column[i] = Packed<T, 4>::zero();
-        if (whole) {
-          if (r < count) column[i].raw = *reinterpret_cast<const typename Packed<T, 4>::Raw*>(from);
-          continue;
-        }
+      const auto column_row = [&](int i) {
+        return column_base +
+               static_cast<int64_t>(time_of(at + smaller(lane / 2 + 16 * i, count - 1))) *
+                   column_rows.stride_l;
+      };
+      if (whole) {
         MMVIM_UNROLL
-        for (int j = 0; j < kSlice; ++j) {
-          if (r < count && j < states) column[i].element[j] = from[j];
+        for (int i = 0; i < kTile / 16; ++i) {
+          column[i].raw = *reinterpret_cast<const typename Packed<T, 4>::Raw*>(column_row(i));
+        }
+      } else {
+        MMVIM_UNROLL
+        for (int i = 0; i < kTile / 16; ++i) {
+          column[i] = Packed<T, 4>::zero();
+          MMVIM_UNROLL
+          for (int j = 0; j < kSlice; ++j) {
+            if (j < states) column[i].element[j] = column_row(i)[j];
+          }
         }
       }
       const Quad bias = Quad::load(parameters + 4 * quad);
-      const bool rows_whole =
-          u_rows.whole && delta_rows.whole && grad_rows.whole && (z_rows.whole || !gated);
-      MMVIM_NO_UNROLL
-      for (int r0 = quad_row; r0 < groups * kGroup; r0 += kBatch * quad_rows) {
-        Packed<T, 4> raw_u[kBatch], raw_delta[kBatch], raw_grad[kBatch], raw_z[kBatch];
-        MMVIM_UNROLL
-        for (int i = 0; i < kBatch; ++i) {
-          const int r = r0 + i * quad_rows;
-          const int t = time_of(at + r);
-          if (rows_whole) {
-            raw_u[i] = u_rows.load_whole(t, r < count);
-            raw_delta[i] = delta_rows.load_whole(t, r < count);
-            raw_grad[i] = grad_rows.load_whole(t, r < count);
-            raw_z[i] = z_rows.load_whole(t, r < count && gated);
-          } else {
-            raw_u[i] = u_rows.load(t, r < count);
-            raw_delta[i] = delta_rows.load(t, r < count);
-            raw_grad[i] = grad_rows.load(t, r < count);
-            raw_z[i] = z_rows.load(t, r < count && gated);
+      // Turns one row's inputs into what the steps need.
+      const auto prepare = [&](int r, const Packed<T, 4>& raw_u, const Packed<T, 4>& raw_delta,
+                               const Packed<T, 4>& raw_grad, const Packed<T, 4>& raw_z) {
+        if (r >= groups * kGroup) return;
+        const bool inside = r < count;
+        const int to = r * kChannels + 4 * quad;
+        Quad::of([&](int j) { return inside ? raw_u.get(j) : 0.f; }).store(inputs + to);
+        Quad::of([&](int j) {
+          const float x = raw_delta.get(j) + bias.v[j];
+          return !inside ? 0.f : size.softplus ? softplus<kFineSoftplus<T>>(x) : x;
+        }).store(deltas + to);
+        Quad dy = Quad::of([&](int j) { return inside ? raw_grad.get(j) * p.scale : 0.f; });
+        if (gated) {
+          const Quad z = Quad::of(raw_z);
+          const Quad s = Quad::of([&](int j) { return logistic(z.v[j]); });
+          if (writes_dz) {
+            // silu'(z) = s (1 + z (1 - s))
+            const Quad gate = Quad::of(
+                [&](int j) { return dy.v[j] * s.v[j] * gpu::fused(z.v[j], 1.f - s.v[j], 1.f); });
+            if (needs_y) {
+              gate.store(gates + to);
+            } else if (inside) {
+              const int t = time_of(at + r);
+              const Quad y = Quad::of(QuadInput<T>(p.pregate, b, channels, quad).load(t));
+              QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad)
+                  .store(t, Quad::of([&](int j) { return gate.v[j] * y.v[j]; }));
+            }
+          }
+          dy = Quad::of([&](int j) { return dy.v[j] * z.v[j] * s.v[j]; });
+        }
+        dy.store(grads + to);
+      };
+      const auto time_of_row = [&](int r) { return time_of(at + smaller(r, count - 1)); };
+      if (u_rows.whole && delta_rows.whole && grad_rows.whole && z_rows.whole) {
+        MMVIM_NO_UNROLL
+        for (int r0 = quad_row; r0 < groups * kGroup; r0 += kBatch * quad_rows) {
+          Packed<T, 4> raw_u[kBatch], raw_delta[kBatch], raw_grad[kBatch], raw_z[kBatch];
+          MMVIM_UNROLL
+          for (int i = 0; i < kBatch; ++i) {
+            const int t = time_of_row(r0 + i * quad_rows);
+            raw_u[i] = u_rows.load_whole(t);
+            raw_delta[i] = delta_rows.load_whole(t);
+            raw_grad[i] = grad_rows.load_whole(t);
+            raw_z[i] = z_rows.load_whole(t);
+          }
+          MMVIM_UNROLL
+          for (int i = 0; i < kBatch; ++i) {
+            prepare(r0 + i * quad_rows, raw_u[i], raw_delta[i], raw_grad[i], raw_z[i]);
           }
         }
-        MMVIM_UNROLL
-        for (int i = 0; i < kBatch; ++i) {
-          const int r = r0 + i * quad_rows;
-          if (r >= groups * kGroup) continue;
-          const int to = r * kChannels + 4 * quad;
-          Quad::of(raw_u[i]).store(inputs + to);
-          Quad::of([&](int j) {
-            const float x = raw_delta[i].get(j) + bias.v[j];
-            return r >= count ? 0.f : size.softplus ? softplus<sizeof(T) == 4>(x) : x;
-          }).store(deltas + to);
-          Quad dy = Quad::of([&](int j) { return raw_grad[i].get(j) * p.scale; });
-          if (gated) {
-            const Quad z = Quad::of(raw_z[i]);
-            const Quad s = Quad::of([&](int j) { return logistic(z.v[j]); });
-            if (writes_dz) {
-              // silu'(z) = s (1 + z (1 - s))
-              const Quad gate = Quad::of(
-                  [&](int j) { return dy.v[j] * s.v[j] * gpu::fused(z.v[j], 1.f - s.v[j], 1.f); });
-              if (needs_y) {
-                gate.store(gates + to);
-              } else if (r < count) {
-                const int t = time_of(at + r);
-                const Quad y = Quad::of(QuadInput<T>(p.pregate, b, channels, quad).load(t, true));
-                QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad)
-                    .store(t, Quad::of([&](int j) { return gate.v[j] * y.v[j]; }));
-              }
-            }
-            dy = Quad::of([&](int j) { return dy.v[j] * z.v[j] * s.v[j]; });
-          }
-          dy.store(grads + to);
+      } else {
+        MMVIM_NO_UNROLL
+        for (int r = quad_row; r < groups * kGroup; r += quad_rows) {
+          const int t = time_of_row(r);
+          prepare(r, u_rows.load(t), delta_rows.load(t), grad_rows.load(t), z_rows.load(t));
         }
       }
       MMVIM_UNROLL
       for (int i = 0; i < kTile / 16; ++i) {
         const int r = lane / 2 + 16 * i;
-        Quad::of(column[i]).store(columns + (slice * kTile + r) * 2 * kSlice + lane % 2 * kSlice);
+        const bool inside = r < count;
+        Quad::of([&](int j) {
+          return inside ? column[i].get(j) : 0.f;
+        }).store(columns + (slice * kTile + r) * 2 * kSlice + lane % 2 * kSlice);
+      }
+      // The tile that comes next.
+      if (at > begin) {
+        const int first = reverse ? time_of(at - 1) : at - kTile;
+        const auto bring_closer = [&](const Rows& rows) {
+          prefetch_rows<T, kChannels>(rows, b, channels, first, 1, kTile, index, threads);
+        };
+        bring_closer(scan.u);
+        bring_closer(scan.delta);
+        bring_closer(p.grad_out);
+        if (gated) bring_closer(p.z);
+        if (at > kTile) {
+          const int64_t kept = (size.length - 1) / kInterval;
+          const int64_t row = b * kept + at / kInterval - 2;
+          const float* const states =
+              p.checkpoints[direction] + (row * size.channels + channels.first) * size.pitch;
+          MMVIM_NO_UNROLL
+          for (int i = index * 8; i < channels.count * size.pitch; i += threads * 8) {
+            gpu::prefetch(states + i);
+          }
+        }
       }
     }
     gpu::sync_block();
@@ -578,8 +617,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(168) backward_kernel(const MMVIM_GRID_CONSTANT
         }
         du = Quad::of([&](int i) { return gpu::fused(skip.v[i], dy.v[i], du.v[i]); });
         if (size.softplus) {
-          ddelta = Quad::of(
-              [&](int i) { return ddelta.v[i] * softplus_slope<sizeof(T) == 4>(delta.v[i]); });
+          ddelta = Quad::of([&](int i) { return ddelta.v[i] * softplus_slope(delta.v[i]); });
         }
         dD = Quad::of([&](int i) { return gpu::fused(u.v[i], dy.v[i], dD.v[i]); });
         dbias.add(ddelta);

@@ -10,8 +10,7 @@ namespace scan {
 template <class T, Discretization kMethod, int kCpt>
 int launch_backward_as(const Plan& plan, Backward p, CUstream_st* stream) {
   const int slices = slices_of(p.size);
-  const int64_t blocks =
-      p.size.batch * channel_blocks(p.size, 32 * kCpt) * plan.chunks * p.directions;
+  const gpu::Grid grid = grid_of(p.size, 32 * kCpt, p.directions, plan.chunks);
   p.chunks.count = plan.chunks;
   p.chunks.length = plan.chunk_length;
   if (plan.chunks > 1) {
@@ -35,14 +34,13 @@ int launch_backward_as(const Plan& plan, Backward p, CUstream_st* stream) {
       carry.initial_drive[d] = p.grad_last_drive[d];
     }
     const LocalShared shared(sizeof(T), slices, 32 * kCpt);
-    int error = gpu::launch(local_kernel<T, kMethod, kCpt, true>, blocks, 32 * slices, shared.total,
+    int error = gpu::launch(local_kernel<T, kMethod, kCpt, true>, grid, 32 * slices, shared.total,
                             stream, local);
     if (error == 0) error = launch_carry(carry, stream);
     if (error != 0) return error;
   }
   const BackwardShared shared(slices, 32 * kCpt);
-  return gpu::launch(backward_kernel<T, kMethod, kCpt>, blocks, 32 * slices, shared.total, stream,
-                     p);
+  return gpu::launch(backward_kernel<T, kMethod, kCpt>, grid, 32 * slices, shared.total, stream, p);
 }
 
 template <class T>

@@ -70,14 +70,11 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
   const int lane = index % 32;
   const int slice = index / 32;
 
-  const int blocks = channel_blocks(size, kChannels);
-  int64_t block = gpu::block_index();
-  const Channels channels(size, static_cast<int>(block % blocks), kChannels);
-  block /= blocks;
-  const int direction = static_cast<int>(block % p.directions);
-  block /= p.directions;
-  const int chunk = static_cast<int>(block % p.chunks.count);
-  const int64_t b = block / p.chunks.count;
+  const bool pair = p.directions == 2;
+  const int direction = pair ? gpu::block_x() % 2 : 0;
+  const int64_t b = pair ? gpu::block_x() / 2 : gpu::block_x();
+  const Channels channels(size, gpu::block_y(), kChannels);
+  const int chunk = gpu::block_z();
 
   const LocalShared layout(sizeof(T), slices, kChannels);
   char* const shared = gpu::shared_memory();
@@ -106,7 +103,8 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
   const RowCopy<T, kChannels> row_copy(
       scan.delta.vector == 16 && input.vector == 16 && (!gated || p.z.vector == 16), channels,
       index, threads);
-  const ColumnCopy<T> column_copy(slices, index);
+  const ColumnCopy<T, kTile> column_copy(column_rows, nullptr, b, group, size.states, slices,
+                                         index);
   const auto load = [&](int at, int count) {
     const int t = time_of(at);
     const auto copy = [&](T* tile, const Rows& rows) {
@@ -115,8 +113,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     copy(first_tile, scan.delta);
     copy(second_tile, input);
     if (gated) copy(third_tile, p.z);
-    column_copy.copy(raw_columns, rows_of<T>(column_rows, b, 0) + group * column_rows.stride_g,
-                     column_rows, size.states, t, time_step, count);
+    column_copy.copy(raw_columns + index * kSlice, t, time_step, count);
   };
   const auto prepare = [&](int count) {
     const int quad = index % kQuads;
@@ -127,7 +124,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
       const Quad raw = Quad::load(first_tile + at);
       const Quad delta = Quad::of([&](int i) {
         const float x = raw.v[i] + bias.v[i];
-        return size.softplus ? softplus<sizeof(T) == 4>(x) : x;
+        return size.softplus ? softplus<kFineSoftplus<T>>(x) : x;
       });
       delta.store(deltas + at);
       Quad drive = Quad::load(second_tile + at);

@@ -21,6 +21,11 @@ template <Discretization kMethod>
 constexpr bool kDecaysExponentially =
     kMethod != Discretization::kBilinear && kMethod != Discretization::kTustin;
 
+// A short series will do for bfloat16; what float16 keeps of the gradients of float parameters
+// would show it.
+template <class T>
+constexpr bool kFineSoftplus = !std::is_same<T, __nv_bfloat16>::value;
+
 MMVIM_HD int smaller(int a, int b) { return a < b ? a : b; }
 MMVIM_HD int slices_of(const Sizes& size) { return (size.states + kSlice - 1) / kSlice; }
 MMVIM_HD int channel_blocks(const Sizes& size, int width) {
@@ -28,20 +33,31 @@ MMVIM_HD int channel_blocks(const Sizes& size, int width) {
   return size.units * ((unit + width - 1) / width);
 }
 
+// x: batch entries, each with its directions side by side; y: channel blocks; z: chunks.
+inline gpu::Grid grid_of(const Sizes& size, int width, int directions, int chunks) {
+  return {size.batch * directions, channel_blocks(size, width), chunks};
+}
+
 // Channels [first, first + count) of one block.
 struct Channels {
   int first, count;
 
   MMVIM_DEVICE Channels(const Sizes& size, int block, int width) {
-    const int unit_channels = size.channels / size.units;
-    const int per_unit = (unit_channels + width - 1) / width;
-    const int unit = block / per_unit;
-    const int inner = (block - unit * per_unit) * width;
-    first = unit * unit_channels + inner;
+    int inner = block * width;
+    int unit_channels = size.channels;
+    first = 0;
+    if (size.units > 1) {
+      unit_channels /= size.units;
+      const int per_unit = (unit_channels + width - 1) / width;
+      const int unit = block / per_unit;
+      first = unit * unit_channels;
+      inner -= unit * per_unit * width;
+    }
+    first += inner;
     count = smaller(width, unit_channels - inner);
   }
   MMVIM_DEVICE int group(const Sizes& size, int groups) const {
-    return first / (size.channels / groups);
+    return groups == 1 ? 0 : first / (size.channels / groups);
   }
 };
 
@@ -51,10 +67,11 @@ constexpr int kForever = 0x7fffffff;
 
 struct Walk {
   int at, stop, end;
+  int pause;  // where a tile ends, too
   int until;  // steps from `at` to the next multiple of the interval
 
-  MMVIM_DEVICE Walk(int begin, int end_, int interval, int tile)
-      : at(begin), end(end_), until(interval - begin % interval) {
+  MMVIM_DEVICE Walk(int begin, int end_, int pause_, int interval, int tile)
+      : at(begin), end(end_), pause(pause_), until(interval - begin % interval) {
     set_stop(tile);
   }
   MMVIM_DEVICE void advance(int interval, int tile) {
@@ -65,7 +82,9 @@ struct Walk {
   }
 
  private:
-  MMVIM_DEVICE void set_stop(int tile) { stop = at + smaller(tile, smaller(end - at, until)); }
+  MMVIM_DEVICE void set_stop(int tile) {
+    stop = at + smaller(tile, smaller((at < pause ? pause : end) - at, until));
+  }
 };
 
 // Copies tiles of inputs to shared rows of kChannels, row r from time `time + r * step`. What lies
@@ -115,34 +134,40 @@ MMVIM_DEVICE const T* rows_of(const Rows& rows, int64_t b, int first) {
   return static_cast<const T*>(rows.data) + b * rows.stride_b + first;
 }
 
-// The same for one group's states of B and C, in rows of kSlice times the number of slices, zero
-// past the last state. A thread copies states n, n + 1 (16-bit) or n of every kRows-th row.
-template <class T>
+// The same for one group's states of B, and then those of C, in rows of kSlice times the number of
+// slices, zero past the last state. A thread copies one slice of one row, or nothing.
+template <class T, int kTile>
 struct ColumnCopy {
-  static constexpr int kElements = 4 / static_cast<int>(sizeof(T));
-  static constexpr int kRows = 8 * kElements;
-  int row, n, width;
+  const T* base;  // of the thread's slice
+  int stride;
+  int row;     // kTile for a thread that copies nothing
+  int states;  // in the thread's slice
+  bool whole;
 
-  MMVIM_DEVICE ColumnCopy(int slices, int index) : width(slices * kSlice) {
-    const int words = width / kElements;
-    row = index / words;
-    n = (index - row * words) * kElements;
+  // `C` is null if there is but one of the two to copy.
+  MMVIM_DEVICE ColumnCopy(const Rows& B, const Rows* C, int64_t b, int group, int states_,
+                          int slices, int index) {
+    const int rows = index / slices;
+    const int slice = index - rows * slices;
+    const bool second = rows >= kTile;
+    row = second ? (C == nullptr ? kTile : rows - kTile) : rows;
+    const Rows& columns = second && C != nullptr ? *C : B;
+    stride = columns.stride_l;
+    base = rows_of<T>(columns, b, slice * kSlice) + group * columns.stride_g;
+    states = states_ - slice * kSlice;
+    whole = states >= kSlice && columns.vector >= kSlice * static_cast<int>(sizeof(T));
   }
 
-  // `base`: of the group's first state.
-  MMVIM_DEVICE void copy(T* shared, const T* base, const Rows& columns, int states, int time,
-                         int step, int rows) const {
-    MMVIM_NO_UNROLL
-    for (int r = row; r < rows; r += kRows) {
-      T* const to = shared + r * width + n;
-      const T* const from = base + static_cast<int64_t>(time + r * step) * columns.stride_l + n;
-      if (columns.vector != 0 && n < states) {
-        gpu::copy_async<4>(to, from);
-        continue;
-      }
-      MMVIM_UNROLL
-      for (int e = 0; e < kElements; ++e) to[e] = n + e < states ? from[e] : from_float<T>(0.f);
+  // `shared`: of the thread's slice, kSlice times the thread's index from the tile's start.
+  MMVIM_DEVICE void copy(T* shared, int time, int step, int count) const {
+    if (row >= count) return;
+    const T* const from = base + static_cast<int64_t>(time + row * step) * stride;
+    if (whole) {
+      gpu::copy_async<kSlice* static_cast<int>(sizeof(T))>(shared, from);
+      return;
     }
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) shared[j] = j < states ? from[j] : from_float<T>(0.f);
   }
 };
 
@@ -156,6 +181,14 @@ struct Quad {
     MMVIM_UNROLL
     for (int i = 0; i < 4; ++i) q.v[i] = f(i);
     return q;
+  }
+  // Aligned, written by another block.
+  static MMVIM_DEVICE Quad load_coherent(const float* p) {
+    const float4 x = gpu::load_coherent(reinterpret_cast<const float4*>(p));
+    return {{x.x, x.y, x.z, x.w}};
+  }
+  static MMVIM_DEVICE Quad load_coherent(const float* p, int count) {
+    return of([&](int i) { return i < count ? gpu::load_coherent(p + i) : 0.f; });
   }
   // Aligned.
   template <class T>
@@ -206,6 +239,20 @@ struct Quad {
   }
 };
 
+// Brings the block's part of `count` rows closer, from time `first` on; `step` 1 or -1.
+template <class T, int kChannels>
+MMVIM_DEVICE void prefetch_rows(const Rows& rows, int64_t b, const Channels& channels, int first,
+                                int step, int count, int index, int threads) {
+  constexpr int kSectors = kChannels * static_cast<int>(sizeof(T)) / 32;
+  const T* const base = rows_of<T>(rows, b, channels.first);
+  MMVIM_NO_UNROLL
+  for (int i = index; i < count * kSectors; i += threads) {
+    const int c = i % kSectors * (32 / static_cast<int>(sizeof(T)));
+    const int64_t t = first + step * (i / kSectors);
+    if (c < channels.count) gpu::prefetch(base + t * rows.stride_l + c);
+  }
+}
+
 // Four channels of an input's rows.
 template <class T>
 struct QuadInput {
@@ -220,22 +267,20 @@ struct QuadInput {
         count(channels.count - 4 * quad),
         whole(count >= 4 && rows.vector >= 4 * static_cast<int>(sizeof(T))) {}
 
-  // Not converted, so that loads in flight cost few registers; zero unless `inside`.
-  MMVIM_DEVICE Packed<T, 4> load_whole(int t, bool inside) const {
-    Packed<T, 4> x = Packed<T, 4>::zero();
-    if (inside) {
-      x.raw = *reinterpret_cast<const typename Packed<T, 4>::Raw*>(base + static_cast<int64_t>(t) *
-                                                                              stride);
-    }
+  // Not converted, so that loads in flight cost few registers.
+  MMVIM_DEVICE Packed<T, 4> load_whole(int t) const {
+    Packed<T, 4> x;
+    x.raw = *reinterpret_cast<const typename Packed<T, 4>::Raw*>(base +
+                                                                 static_cast<int64_t>(t) * stride);
     return x;
   }
-  MMVIM_DEVICE Packed<T, 4> load(int t, bool inside) const {
-    if (whole) return load_whole(t, inside);
+  MMVIM_DEVICE Packed<T, 4> load(int t) const {
+    if (whole) return load_whole(t);
     const T* const from = base + static_cast<int64_t>(t) * stride;
     Packed<T, 4> x = Packed<T, 4>::zero();
     MMVIM_UNROLL
     for (int i = 0; i < 4; ++i) {
-      if (inside && i < count) x.element[i] = from[i];
+      if (i < count) x.element[i] = from[i];
     }
     return x;
   }
@@ -258,6 +303,10 @@ struct QuadRows {
   MMVIM_DEVICE Quad load(int t) const {
     return whole ? Quad::load(base + t * stride) : Quad::load(base + t * stride, count);
   }
+  MMVIM_DEVICE Quad load_coherent(int t) const {
+    return whole ? Quad::load_coherent(base + t * stride)
+                 : Quad::load_coherent(base + t * stride, count);
+  }
   MMVIM_DEVICE void store(int t, const Quad& x) const {
     if (whole) {
       x.store(base + t * stride);
@@ -276,7 +325,7 @@ MMVIM_DEVICE void load_parameters(float* shared, const float* data, const Channe
   }
 }
 
-// Rows of B, then of C, as copy_columns leaves them, to float: for each slice and row kSlice states
+// Rows of B, then of C, as ColumnCopy leaves them, to float: for each slice and row kSlice states
 // of B, then of C. Every thread converts one slice of one row.
 template <int kTile, class T>
 MMVIM_DEVICE void convert_columns(float* columns, const T* raw, int slices, int index) {

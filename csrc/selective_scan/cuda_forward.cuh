@@ -5,9 +5,9 @@
 // way. Between two barriers all threads then gate and store the tile's outputs and turn the next
 // tile's inputs into step sizes and drives.
 //
-// Two directions (kPair) share a block, half of its warps each, and walk the same stretch of time
-// from both ends. Who passes a time step first leaves the output there, the other one adds its own
-// and gates.
+// Two directions are blocks side by side that walk the same stretch of time from both ends. Each
+// leaves the outputs of its first half in global memory; in its second half it adds what the other
+// one has left, and gates.
 #pragma once
 
 #include "cuda_common.cuh"
@@ -16,13 +16,14 @@ namespace mmvim {
 namespace scan {
 
 constexpr int kForwardTile = 16;
+constexpr int kSingleRegisters = 80;
+constexpr int kJointRegisters = 96;
 
-// Offsets into shared memory, in bytes; `meeting` follows the parts of all directions.
+// Offsets into shared memory, in bytes.
 struct ForwardShared {
-  int u, delta, z, raw_columns, deltas, drives, columns, outputs, parameters, direction, meeting,
-      total;
+  int u, delta, z, raw_columns, deltas, drives, columns, outputs, parameters, total;
 
-  MMVIM_HD ForwardShared(int element, int directions, int slices, int channels, int meeting_rows) {
+  MMVIM_HD ForwardShared(int element, int slices, int channels) {
     const int rows = kForwardTile * channels;
     const int columns_of_tile = kForwardTile * slices * kSlice * 2;
     u = 0;
@@ -34,14 +35,12 @@ struct ForwardShared {
     columns = drives + rows * 4;
     outputs = columns + columns_of_tile * 4;
     parameters = outputs + slices * rows * 4;
-    direction = parameters + 2 * channels * 4;
-    meeting = directions * direction;
-    total = meeting + meeting_rows * channels * 4;
+    total = parameters + 2 * channels * 4;
   }
 };
 
 template <class T, Discretization kMethod, int kCpt, bool kPair>
-MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
+MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? kJointRegisters : kSingleRegisters)
     forward_kernel(const MMVIM_GRID_CONSTANT Forward p) {
   using R = Rule<kMethod, GpuMath>;
   constexpr int kChannels = 32 * kCpt;
@@ -50,22 +49,20 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
 
   const Sizes& size = p.size;
   const int slices = slices_of(size);
-  const int threads = 32 * slices;  // of one direction
-  const int direction = kPair ? gpu::thread_index() / threads : 0;
-  const int index = gpu::thread_index() - direction * threads;
+  const int threads = 32 * slices;
+  const int index = gpu::thread_index();
   const int lane = index % 32;
   const int slice = index / 32;
 
-  const int blocks = channel_blocks(size, kChannels);
-  const int64_t block = gpu::block_index();
-  const Channels channels(size, static_cast<int>(block % blocks), kChannels);
-  const int chunk = static_cast<int>(block / blocks % p.chunks.count);
-  const int64_t b = block / blocks / p.chunks.count;
+  const int direction = kPair ? gpu::block_x() % 2 : 0;
+  const int64_t b = kPair ? gpu::block_x() / 2 : gpu::block_x();
+  const Channels channels(size, gpu::block_y(), kChannels);
+  const int chunk = gpu::block_z();
   const int time_begin = chunk * p.chunks.length;
   const int time_end = time_begin + smaller(size.length - time_begin, p.chunks.length);
 
-  const ForwardShared layout(sizeof(T), kPair ? 2 : 1, slices, kChannels, 0);
-  char* const shared = gpu::shared_memory() + direction * layout.direction;
+  const ForwardShared layout(sizeof(T), slices, kChannels);
+  char* const shared = gpu::shared_memory();
   T* const u_tiles = reinterpret_cast<T*>(shared + layout.u);
   T* const delta_tile = reinterpret_cast<T*>(shared + layout.delta);
   T* const z_tile = reinterpret_cast<T*>(shared + layout.z);
@@ -80,10 +77,10 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
   const bool gated = p.z.data != nullptr;
   const int interval = p.checkpoints[direction] != nullptr ? p.interval : kForever;
   const int begin = reverse ? size.length - time_end : time_begin;
-  Walk own(begin, reverse ? size.length - time_begin : time_end, interval, kTile);
-  // The other direction of a pair, at its own positions.
-  Walk other(reverse ? time_begin : size.length - time_end,
-             reverse ? time_end : size.length - time_begin, interval, kTile);
+  const int end = reverse ? size.length - time_begin : time_end;
+  // Of a pair: the positions that are left to the other direction end here.
+  const int half = kPair ? begin + (end - begin + (direction == 0 ? 1 : 0)) / 2 : end;
+  Walk own(begin, end, half, interval, kTile);
   const auto time_of = [&](int position) {
     return reverse ? size.length - 1 - position : position;
   };
@@ -93,19 +90,15 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
   const RowCopy<T, kChannels> row_copy(
       scan.u.vector == 16 && scan.delta.vector == 16 && (!gated || p.z.vector == 16), channels,
       index, threads);
-  const ColumnCopy<T> column_copy(slices, index);
+  const ColumnCopy<T, kTile> column_copy(scan.B, &scan.C, b, group, size.states, slices, index);
   const T* const u_rows = rows_of<T>(scan.u, b, channels.first);
   const T* const delta_rows = rows_of<T>(scan.delta, b, channels.first);
-  const T* const B_rows = rows_of<T>(scan.B, b, 0) + group * scan.B.stride_g;
-  const T* const C_rows = rows_of<T>(scan.C, b, 0) + group * scan.C.stride_g;
   const auto load = [&](T* u_tile) {
     const int t = time_of(own.at);
     const int count = own.stop - own.at;
     row_copy.copy(u_tile, u_rows, scan.u.stride_l, t, time_step, count);
     row_copy.copy(delta_tile, delta_rows, scan.delta.stride_l, t, time_step, count);
-    column_copy.copy(raw_columns, B_rows, scan.B, size.states, t, time_step, count);
-    column_copy.copy(raw_columns + kTile * slices * kSlice, C_rows, scan.C, size.states, t,
-                     time_step, count);
+    column_copy.copy(raw_columns + index * kSlice, t, time_step, count);
   };
 
   const auto prepare = [&](const T* u_tile) {
@@ -118,7 +111,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
       const Quad raw = Quad::load(delta_tile + at);
       const Quad delta = Quad::of([&](int i) {
         const float x = raw.v[i] + bias.v[i];
-        return size.softplus ? softplus<sizeof(T) == 4>(x) : x;
+        return size.softplus ? softplus<kFineSoftplus<T>>(x) : x;
       });
       delta.store(deltas + at);
       Quad::of([&](int i) {
@@ -132,12 +125,11 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
     const Quad z = Quad::load(z_tile + at);
     return Quad::of([&](int i) { return y.v[i] * z.v[i] * logistic(z.v[i]); });
   };
-  // Writes the outputs of `count` positions from `first`. Of the other direction's positions, those
-  // below `passed` are done.
+  // Writes the outputs of `count` positions from `first`.
   const bool writes = p.out != nullptr || p.pregate != nullptr || p.sum_out != nullptr;
   const bool plain =
       !kPair && p.out != nullptr && p.sum_in == nullptr && p.pregate == nullptr && p.scale == 1.f;
-  const auto finish = [&](const T* u_tile, int first, int count, int passed) {
+  const auto finish = [&](const T* u_tile, int first, int count) {
     const int quad = index % kQuads;
     const Quad skip = Quad::load(parameters + kChannels + 4 * quad);
     const QuadRows<T> out(static_cast<T*>(p.out), size, b, channels, quad);
@@ -162,14 +154,12 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
       const int t = time_of(first + r);
       Quad y = sum(at);
       if (kPair) {
-        const bool leave = size.length - 1 - (first + r) >= passed;
-        const QuadRows<float> scratch(p.meeting, size, b, channels, quad);
-        float* meeting = reinterpret_cast<float*>(gpu::shared_memory() + layout.meeting) +
-                         (t - time_begin) * kChannels + 4 * quad;
-        if (leave && p.meeting == nullptr) y.store(meeting);
-        if (leave && p.meeting != nullptr) scratch.store(t, y);
-        if (leave) continue;
-        y.add(p.meeting == nullptr ? Quad::load(meeting) : scratch.load(t));
+        const QuadRows<float> meeting(p.meeting, size, b, channels, quad);
+        if (first < half) {
+          meeting.store(t, y);
+          continue;
+        }
+        y.add(meeting.load_coherent(t));
       }
       if (p.sum_in != nullptr) {
         y.add(QuadRows<const float>(p.sum_in, size, b, channels, quad).load(t));
@@ -209,6 +199,14 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
     }
   }
 
+  // Whether a pair's blocks have left their outputs.
+  const auto flag_of = [&](int direction_) {
+    const int64_t pair_index =
+        (static_cast<int64_t>(chunk) * size.batch + b) * channel_blocks(size, kChannels) +
+        gpu::block_y();
+    return p.left + pair_index * 2 + direction_;
+  };
+
   // An offset and not a pointer: ptxas 13.0 computes addresses of other tiles from a pointer that
   // changes, with its new value.
   int u_at = 0;
@@ -222,18 +220,15 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
   while (true) {
     const int first = own.at;
     const int count = own.stop - own.at;
-    // Where the directions' tiles overlap, the first one waits for the second.
-    const int passed = direction == 0 ? other.stop : other.at;
-    const bool overlap = kPair && count > 0 && other.at < other.stop &&
-                         own.at < size.length - other.at && size.length - other.stop < own.stop;
-    const int turns = overlap ? 2 : 1;
-    const int turn = overlap && direction == 0 ? 1 : 0;
+    if (kPair && first == half && index == 0) {
+      if (half > begin) gpu::publish(flag_of(direction));
+      if (half < end) gpu::await(flag_of(1 - direction));
+    }
     if (gated) {
       row_copy.copy(z_tile, rows_of<T>(p.z, b, channels.first), p.z.stride_l, time_of(first),
                     time_step, count);
     }
     own.advance(interval, kTile);
-    if (kPair) other.advance(interval, kTile);
     load(u_tiles + (kTile * kChannels - u_at));
 
     const float* step = deltas + lane * kCpt;
@@ -268,17 +263,19 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? 84 : 80)
     }
     gpu::wait_for_copies();
     gpu::sync_block();
-    for (int i = 0; i < turns; ++i) {
-      if (i > 0) gpu::sync_block();
-      if (writes && i == turn) finish(u_tiles + u_at, first, count, passed);
-    }
-    if (own.at >= own.end && (!kPair || other.at >= other.end)) break;
+    if (writes) finish(u_tiles + u_at, first, count);
+    if (own.at >= end) break;
     u_at = kTile * kChannels - u_at;
     prepare(u_tiles + u_at);
     gpu::sync_block();
   }
 
-  if (own.end == size.length && p.last[direction] != nullptr) {
+  // A pair of one time step: nothing follows the first half.
+  if (kPair && half == end) {
+    gpu::sync_block();
+    if (index == 0) gpu::publish(flag_of(direction));
+  }
+  if (end == size.length && p.last[direction] != nullptr) {
     store_states(h, p.last[direction], b, p.last_pitch, size, channels, lane, slice);
     if (R::kTwoTap) {
       store_states(v, p.last_drive[direction], b, p.last_pitch, size, channels, lane, slice);

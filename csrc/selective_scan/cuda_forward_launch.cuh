@@ -10,7 +10,7 @@ namespace scan {
 template <class T, Discretization kMethod, int kCpt>
 int launch_forward_as(const Plan& plan, Forward p, CUstream_st* stream) {
   const int slices = slices_of(p.size);
-  const int64_t blocks = p.size.batch * channel_blocks(p.size, 32 * kCpt);
+  const gpu::Grid grid = grid_of(p.size, 32 * kCpt, p.directions, plan.chunks);
   p.chunks.count = plan.chunks;
   p.chunks.length = plan.chunk_length;
   if (plan.chunks > 1) {
@@ -29,18 +29,15 @@ int launch_forward_as(const Plan& plan, Forward p, CUstream_st* stream) {
       carry.initial[d] = p.scan[d].initial;
     }
     const LocalShared shared(sizeof(T), slices, 32 * kCpt);
-    int error =
-        gpu::launch(local_kernel<T, kMethod, kCpt, false>, blocks * plan.chunks * p.directions,
-                    32 * slices, shared.total, stream, local);
+    int error = gpu::launch(local_kernel<T, kMethod, kCpt, false>, grid, 32 * slices, shared.total,
+                            stream, local);
     if (error == 0) error = launch_carry(carry, stream);
     if (error != 0) return error;
   }
-  const bool pair = p.directions == 2;
-  const int meeting_rows = pair && p.meeting == nullptr ? plan.chunk_length : 0;
-  const ForwardShared shared(sizeof(T), p.directions, slices, 32 * kCpt, meeting_rows);
-  return gpu::launch(
-      pair ? forward_kernel<T, kMethod, kCpt, true> : forward_kernel<T, kMethod, kCpt, false>,
-      blocks * plan.chunks, 32 * slices * p.directions, shared.total, stream, p);
+  const ForwardShared shared(sizeof(T), slices, 32 * kCpt);
+  return gpu::launch(p.directions == 2 ? forward_kernel<T, kMethod, kCpt, true>
+                                       : forward_kernel<T, kMethod, kCpt, false>,
+                     grid, 32 * slices, shared.total, stream, p);
 }
 
 template <class T>

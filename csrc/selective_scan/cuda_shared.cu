@@ -133,23 +133,24 @@ int launch_finish_of(const Finish& finish, CUstream_st* stream) {
     p.convert_blocks[d] = (elements + kFinishThreads - 1) / kFinishThreads;
     blocks += p.convert_blocks[d] + p.sum_blocks;
   }
-  return gpu::launch(finish_kernel<T>, blocks, kFinishThreads, kFinishThreads * sizeof(float),
-                     stream, p);
+  return gpu::launch(finish_kernel<T>, gpu::Grid{blocks}, kFinishThreads,
+                     kFinishThreads * sizeof(float), stream, p);
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Shared memory that two directions may spend on meeting, without too few blocks a multiprocessor.
-constexpr int kMeetingLimit = 110 * 1024;
-
 // At least so many warps a multiprocessor keep it busy.
 constexpr int kBusyWarps = 12;
 
+void set_chunks_of(const Sizes& size, int64_t tiles_each, int granularity, Plan* plan) {
+  const int64_t tiles = divide_up(size.length, granularity);
+  plan->chunk_length = static_cast<int>(tiles_each) * granularity;
+  plan->chunks = static_cast<int>(divide_up(tiles, tiles_each));
+}
+
 void set_chunks(const Sizes& size, int64_t count, int granularity, Plan* plan) {
   const int64_t tiles = divide_up(size.length, granularity);
-  const int64_t per_chunk = divide_up(tiles, count < 1 ? 1 : count);
-  plan->chunk_length = static_cast<int>(per_chunk) * granularity;
-  plan->chunks = static_cast<int>(divide_up(tiles, per_chunk));
+  set_chunks_of(size, divide_up(tiles, count < 1 ? 1 : count), granularity, plan);
 }
 
 // `MMVIM_SCAN_PLAN=<channels>x<chunks>[j]` overrides the plans, for tests and measurements; j:
@@ -164,25 +165,73 @@ bool plan_from_environment(const Sizes& size, int directions, int granularity, P
   return true;
 }
 
-Plan plan_of(const Sizes& size, int directions, int multiprocessors, int granularity,
-             int chunk_steps) {
-  Plan plan;
-  if (plan_from_environment(size, directions, granularity, &plan)) return plan;
-  const auto warps = [&](int channels) {
-    return size.batch * channel_blocks(size, channels) * slices_of(size);
-  };
-  const int64_t busy = static_cast<int64_t>(kBusyWarps) * multiprocessors;
-  plan.joint = directions == 2 && warps(64) < busy;
-  const int together = plan.joint ? 2 : 1;
-  // Two channels a thread share loads of B and C; one channel a thread makes twice the warps.
-  plan.channels = together * warps(64) >= busy ? 64 : 32;
-  set_chunks(size, 1, granularity, &plan);
-  if (together * warps(32) * 3 < busy && size.length >= 4 * chunk_steps) {
-    plan.channels = 64;
-    const int64_t wanted = divide_up(busy, together * warps(64));
-    const int64_t possible = size.length / chunk_steps;
-    set_chunks(size, wanted < possible ? wanted : possible, granularity, &plan);
+// What a pass needs: the steps of a tile and of the shortest chunk that pays, and of blocks of 32
+// and of 64 channels the registers of a thread and the shared memory.
+struct Pass {
+  int granularity, chunk_steps;
+  int registers[2], shared_bytes[2];
+  // Chunks, which do most of the scan twice, pay if blocks fill less of the GPU's rounds than this.
+  double worth_chunks;
+
+  // Blocks that run at a time.
+  int64_t capacity(int channels, int slices, int multiprocessors) const {
+    const int i = channels / 64;
+    return capacity_of(registers[i], shared_bytes[i], slices, multiprocessors);
   }
+  int64_t joint_capacity(int slices, int multiprocessors) const {
+    return capacity_of(kJointRegisters, shared_bytes[0], slices, multiprocessors);
+  }
+
+ private:
+  static int64_t capacity_of(int registers, int shared_bytes, int slices, int multiprocessors) {
+    const int64_t by_registers = 65536 / (registers * 32 * slices);
+    const int64_t by_memory = 227 * 1024 / (shared_bytes + 1024);
+    const int64_t blocks = by_registers < by_memory ? by_registers : by_memory;
+    return multiprocessors * (blocks < 1 ? 1 : blocks);
+  }
+};
+
+// Tiles of a chunk such that rounds of blocks are full ones: the most whose time is within a
+// twentieth of the best.
+int64_t best_tiles(int64_t tiles, int64_t least, int64_t blocks, int64_t capacity) {
+  const auto time = [&](int64_t each) {
+    return divide_up(divide_up(tiles, each) * blocks, capacity) * each;
+  };
+  int64_t best = time(tiles);
+  for (int64_t each = least; each < tiles; ++each) best = time(each) < best ? time(each) : best;
+  int64_t each = tiles;
+  while (each > least && time(each) * 20 > best * 21) --each;
+  return each;
+}
+
+Plan plan_of(const Sizes& size, int directions, int multiprocessors, const Pass& pass) {
+  Plan plan;
+  if (plan_from_environment(size, directions, pass.granularity, &plan)) return plan;
+  const int slices = slices_of(size);
+  const auto blocks = [&](int channels) { return size.batch * channel_blocks(size, channels); };
+  const int64_t busy = static_cast<int64_t>(kBusyWarps) * multiprocessors;
+  const int64_t capacity = pass.capacity(32, slices, multiprocessors);
+  const auto worth_chunks = [&](int64_t whole) {
+    return size.length >= 4 * pass.chunk_steps &&
+           whole < pass.worth_chunks * (divide_up(whole, capacity) * capacity);
+  };
+  // Side by side, two directions fill a GPU that one alone leaves idle; to meet costs as much as
+  // many steps, and more than chunks of one direction.
+  plan.joint = directions == 2 && size.length >= 2 * pass.chunk_steps &&
+               2 * blocks(32) <= pass.joint_capacity(slices, multiprocessors) &&
+               !worth_chunks(2 * blocks(32));
+  const int together = plan.joint ? 2 : 1;
+  // Two channels a thread share loads of B and C, but one channel a thread makes twice the warps,
+  // and blocks of few warps need those.
+  plan.channels = slices > 2 && together * blocks(64) * slices >= busy ? 64 : 32;
+  set_chunks(size, 1, pass.granularity, &plan);
+  if (!worth_chunks(together * blocks(32))) return plan;
+  plan.channels = 64;
+  set_chunks_of(
+      size,
+      best_tiles(divide_up(size.length, pass.granularity), pass.chunk_steps / pass.granularity,
+                 together * blocks(64), pass.capacity(64, slices, multiprocessors)),
+      pass.granularity, &plan);
   return plan;
 }
 
@@ -193,23 +242,34 @@ int blocks_per_group(const Sizes& size, int groups, int block_channels) {
 }
 
 Plan plan_forward(const Sizes& size, int directions, int multiprocessors) {
-  Plan plan = plan_of(size, directions, multiprocessors, kForwardTile, 4 * kForwardTile);
-  if (plan.joint) {
-    const ForwardShared shared(4, 2, slices_of(size), plan.channels, plan.chunk_length);
-    plan.meeting_in_shared = shared.total <= kMeetingLimit;
-  }
-  return plan;
+  const int slices = slices_of(size);
+  const int shared[2] = {ForwardShared(2, slices, 32).total, ForwardShared(2, slices, 64).total};
+  return plan_of(size, directions, multiprocessors,
+                 {kForwardTile,
+                  4 * kForwardTile,
+                  {kSingleRegisters, kSingleRegisters},
+                  {shared[0], shared[1]},
+                  0.4});
 }
 
 Plan plan_backward(const Sizes& size, int directions, int multiprocessors) {
+  // One launch does both directions.
   Sizes all = size;
   all.batch *= directions;
-  return plan_of(all, 1, multiprocessors, kBackwardTile, 2 * kBackwardTile);
+  const int slices = slices_of(size);
+  const int shared[2] = {BackwardShared(slices, 32).total, BackwardShared(slices, 64).total};
+  return plan_of(all, 1, multiprocessors,
+                 {kBackwardTile,
+                  2 * kBackwardTile,
+                  {kBackwardRegisters<1>, kBackwardRegisters<2>},
+                  {shared[0], shared[1]},
+                  0.7});
 }
 
 int launch_carry(const Carry& p, CUstream_st* stream) {
   const int64_t count = p.size.batch * p.size.channels * p.size.states * p.directions;
-  return gpu::launch(carry_kernel, divide_up(count, kCarryThreads), kCarryThreads, 0, stream, p);
+  return gpu::launch(carry_kernel, gpu::Grid{divide_up(count, kCarryThreads)}, kCarryThreads, 0,
+                     stream, p);
 }
 
 template <>

@@ -1,0 +1,229 @@
+"""What only a GPU shows: equal results in every run, memory, and tensors beyond 32-bit offsets."""
+
+import pytest
+import torch
+from ops_support import scan_inputs
+
+from mmvim.ops import (
+    ScanInputs,
+    add_rms_norm,
+    bidirectional_conv1d,
+    bidirectional_scan,
+    causal_conv1d,
+    extension,
+    selective_scan,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not extension.supports('selective_scan', 'cuda', torch.bfloat16),
+        reason='no compiled kernels for CUDA',
+    ),
+]
+LARGE = 2**31
+
+
+def scan(groups=None, length=197, channels=160, method='zoh'):
+    tensors = scan_inputs(2, length, channels, 16, groups, dtype=torch.bfloat16, device='cuda')
+    tensors = {k: v.requires_grad_() for k, v in tensors.items()}
+    out = selective_scan(**tensors, delta_softplus=True, discretization=method, backend='compiled')
+    return [out], list(tensors.values())
+
+
+def both_scans(length=197):
+    parts, leaves = [], []
+    for seed in (0, 1):
+        x = scan_inputs(2, length, 160, 16, dtype=torch.bfloat16, device='cuda', seed=seed)
+        x = {k: v.requires_grad_() for k, v in x.items()}
+        z = x.pop('z')
+        parts.append(ScanInputs(**x))
+        leaves += x.values()
+    out = bidirectional_scan(*parts, z, scale=0.5, delta_softplus=True, backend='compiled')
+    return [out], [*leaves, z]
+
+
+def conv(both=False):
+    x = torch.randn(3, 197, 160, device='cuda', dtype=torch.bfloat16, requires_grad=True)
+    w, w_b = (torch.randn(160, 4, device='cuda', requires_grad=True) for _ in range(2))
+    bias = torch.randn(160, device='cuda', requires_grad=True)
+    if both:
+        out = bidirectional_conv1d(x, w, bias, w_b, bias, activation='silu', backend='compiled')
+        return list(out), [x, w, w_b, bias]
+    return [causal_conv1d(x, w, bias, activation='silu', backend='compiled')], [x, w, bias]
+
+
+def norm():
+    x, residual = (torch.randn(3, 197, 160, device='cuda', requires_grad=True) for _ in range(2))
+    weight = torch.randn(160, device='cuda', requires_grad=True)
+    return list(add_rms_norm(x, weight, residual, backend='compiled')), [x, residual, weight]
+
+
+CASES = {
+    'scan': scan,
+    'scan-groups': lambda: scan(groups=2),
+    'scan-two-tap': lambda: scan(method='foh_hold'),
+    'scan-chunks': lambda: scan(length=1500, channels=64),
+    'bidirectional': both_scans,
+    'bidirectional-chunks': lambda: both_scans(1500),
+    'conv': conv,
+    'conv-both': lambda: conv(both=True),
+    'norm': norm,
+}
+
+
+def results(case):
+    """Outputs and gradients; the same inputs in every call."""
+    torch.manual_seed(0)
+    outputs, leaves = CASES[case]()
+    grads = torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+    return [*outputs, *grads]
+
+
+@pytest.fixture
+def deterministic():
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_deterministic_algorithms_give_equal_bits(case, deterministic):
+    first = results(case)
+    for _ in range(4):
+        for a, b in zip(first, results(case), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_all_of_every_output_is_written(case, deterministic):
+    """Memory that is not initialized holds NaN."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    for value in results(case):
+        assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_poisoned_memory_does_not_show(case):
+    """The same for the algorithms that need not be deterministic."""
+    expected = results(case)
+    for size in (2**10, 2**14, 2**18, 2**20, 2**24):
+        blocks = [torch.full((size,), float('nan'), device='cuda') for _ in range(8)]
+        del blocks
+    for a, b in zip(expected, results(case), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * b.abs().max().item())
+
+
+def peak_of(function) -> int:
+    function()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = function()
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+@pytest.mark.parametrize('shape', [(16, 197, 384), (1, 4097, 384)])
+def test_memory_of_forward_and_backward(shape):
+    """No copy of the inputs and no (b, l, d, n) array: outputs, kept states, partial sums."""
+    n = 16
+    x = scan_inputs(*shape, n, dtype=torch.bfloat16, device='cuda')
+    leaves = [v.requires_grad_() for v in x.values()]
+    grad = torch.ones_like(x['u'])
+
+    def run():
+        out = selective_scan(**x, delta_softplus=True, backend='compiled')
+        return out, torch.autograd.grad(out, leaves, grad)
+
+    b, length, d = shape
+    rows = b * length * d * 2
+    kept = b * (length // 32) * d * n * 4
+    columns = b * length * n
+    chunks = b * d * n * 4 * (length // 64)
+    # out, du, ddelta, dz; then dB and dC in float32 and rounded, and dA of each batch and chunk.
+    least = 4 * rows + kept + columns * 2 * (4 + 2)
+    assert peak_of(run) <= 1.1 * least + 3 * chunks + b * d * n * 8 + 2**20
+
+
+def tail(t, steps):
+    """A copy of the last steps of the last batch entry."""
+    return t[-1:, -steps:].clone()
+
+
+@pytest.fixture
+def large_memory():
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip('needs 60 GiB of free GPU memory')
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_scan_beyond_32_bit_offsets(large_memory, reverse):
+    """The end of a tensor of more than 2^31 elements is as if it were alone."""
+    b, d = 3, 1024
+    length = LARGE // (b * d) + 300
+    g = torch.Generator('cuda').manual_seed(0)
+
+    def r(*sizes):
+        return torch.randn(*sizes, generator=g, device='cuda', dtype=torch.bfloat16)
+
+    rows = [r(b, length, d), r(b, length, d)]
+    columns = [r(b, length, 2), r(b, length, 2)]
+    A = torch.full((d, 2), -1.5, device='cuda')
+    grad = r(b, length, d)
+
+    def run(u, delta, B, C, grad):
+        leaves = [t.requires_grad_() for t in (u, delta, B, C)]
+        out = selective_scan(
+            u, delta, A, B, C, delta_softplus=True, reverse=reverse, backend='compiled'
+        )
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    assert rows[0].numel() > LARGE
+    small = [tail(t, 600) for t in (*rows, *columns, grad)]
+    whole = [tail(t, 200) for t in run(*rows, *columns, grad)]
+    # In scan order the compared steps lie 400 behind the start, or the whole's at it.
+    for a, e in zip(whole, run(*small), strict=True):
+        torch.testing.assert_close(a, tail(e, 200), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize('mode', ['causal', 'reverse'])
+def test_conv_beyond_32_bit_offsets(large_memory, mode):
+    b, d = 3, 1024
+    length = LARGE // (b * d) + 300
+    x, grad = (torch.randn(b, length, d, device='cuda', dtype=torch.bfloat16) for _ in range(2))
+    w, bias = torch.randn(d, 4, device='cuda'), torch.randn(d, device='cuda')
+
+    def run(x, grad):
+        x.requires_grad_()
+        out = causal_conv1d(x, w, bias, activation='silu', mode=mode, backend='compiled')
+        return out.detach(), *torch.autograd.grad(out, x, grad)
+
+    small = tail(x, 300), tail(grad, 300)
+    whole = [tail(t, 200) for t in run(x, grad)]
+    for a, e in zip(whole, run(*small), strict=True):
+        torch.testing.assert_close(a, tail(e, 200), rtol=0, atol=0)
+
+
+def test_norm_beyond_32_bit_offsets(large_memory):
+    d = 1024
+    x, residual = (
+        torch.randn(1, LARGE // d + 10, d, device='cuda', dtype=torch.bfloat16) for _ in range(2)
+    )
+    weight = torch.randn(d, device='cuda')
+
+    def run(x, residual):
+        leaves = [x.requires_grad_(), residual.requires_grad_()]
+        out, kept = add_rms_norm(x, weight, residual, residual_in_fp32=False, backend='compiled')
+        return out.detach(), *torch.autograd.grad([out, kept], leaves, [out.detach(), x.detach()])
+
+    small = tail(x, 50), tail(residual, 50)
+    whole = [tail(t, 50) for t in run(x, residual)]
+    for a, e in zip(whole, run(*small), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
