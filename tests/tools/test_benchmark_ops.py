@@ -10,6 +10,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / 'tools' / 'benchmark' / 'ops.py'
+TABLES = ROOT / 'docs' / 'operations' / 'benchmarks'
 
 
 @pytest.fixture(scope='module')
@@ -110,3 +111,20 @@ def test_bad_peer(quick):
     assert "--peer must be mamba_ssm|oflex|causal_conv1d=FILE, got 'mamba_ssm=/nowhere.so'" in (
         printed.err
     )
+
+
+def test_published_figures_are_whole(bench):
+    """The table in the documentation holds every built-in shape, and says where it was measured."""
+    rows, machine = bench.read_csv(TABLES / 'h100.csv')
+    assert 'H100' in machine['device']
+    assert machine['cuda'].startswith('CUDA')
+    for op in ('scan', 'conv', 'bidirectional'):
+        for direction in ('forward', 'backward'):
+            shapes = {
+                r.shape
+                for r in rows
+                if (r.op, r.direction, r.implementation) == (op, direction, 'mmvim')
+            }
+            assert shapes == set(bench.SHAPES)
+    peers = {r.implementation for r in rows}
+    assert {'mamba_ssm', 'causal_conv1d'} <= peers
