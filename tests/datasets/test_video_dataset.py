@@ -118,6 +118,26 @@ def test_errors_name_the_file(tmp_path):
     assert LoadVideo(on_error='skip')(dict(sample)) is None
 
 
+def test_errors_of_a_worker_name_the_file_in_one_line(tmp_path):
+    from torch.utils.data import DataLoader
+
+    from mmvim.engine.errors import explain
+
+    (tmp_path / 'broken.mp4').write_bytes(b'nothing')
+    (tmp_path / 'list.txt').write_text('broken.mp4 0\n')
+    dataset = VideoDataset(
+        'list.txt',
+        data_root=str(tmp_path),
+        pipeline=[dict(type='mmvim.LoadVideo'), dict(type='mmvim.PackVideo')],
+    )
+    loader = DataLoader(dataset, num_workers=1, collate_fn=list)
+    with pytest.raises(VideoSampleError) as info:
+        next(iter(loader))
+    message = explain(info.value)
+    assert 'broken.mp4' in message
+    assert 'Traceback' not in message
+
+
 @pytest.mark.parametrize(
     ('kwargs', 'message'),
     [

@@ -6,7 +6,6 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from mmvim.layers import MambaState
@@ -300,6 +299,8 @@ def build_videomamba(config: Any, add_pool_norm: bool = True) -> VideoMambaEncod
 def _load(model: VideoMambaEncoder, path: str, frames: int | None) -> None:
     if frames is None:
         raise ValueError('pretrained needs ckpt_num_frame, the frames it was trained with')
+    from mmengine.runner.checkpoint import CheckpointLoader
+
     weights = CheckpointLoader.load_checkpoint(path, map_location='cpu')
     unwrap_state_dict(weights)
     table = next((v for k, v in weights.items() if k.endswith('temporal_pos_embedding')), None)
