@@ -27,7 +27,15 @@ _SUBMODULES = (
     'registry',
     'utils',
 )
-_MODELS = ('MambaVision', 'SimpleFPN', 'VideoMamba', 'Vim', 'VisionMamba')
+_MODELS = (
+    'MambaVision',
+    'SimpleFPN',
+    'StreamingVideoMamba',
+    'VideoMamba',
+    'Vim',
+    'VisionMamba',
+    'build_videomamba',
+)
 _APIS = ('get_model', 'list_models')
 
 __all__ = [
