@@ -177,3 +177,27 @@ def test_distillation_predicts_and_says_what_is_wrong():
     coarse = dict(common, img_size=32, patch_size=32, out_type='raw')
     with pytest.raises(ValueError, match='5 tokens and the teacher 2'):
         small_distiller(teacher=coarse)(torch.zeros(2, 3, 32, 32), samples(), mode='loss')
+
+
+def test_reads_official_video_weights(tmp_path):
+    """They are plain, and of another number of frames as well."""
+    from mmengine.runner import load_checkpoint
+
+    cfg = shallow('videomamba-tiny_in1k-pre_8xb64-16x224-70e_kinetics400')
+    torch.manual_seed(1)
+    backbone = VideoMamba(dict(cfg.model.backbone.arch), num_frames=8)
+    torch.nn.init.normal_(backbone.temporal_pos_embedding)
+    weights = backbone.state_dict()
+    weights['head.weight'], weights['head.bias'] = torch.randn(400, 192), torch.randn(400)
+    torch.save(weights, tmp_path / 'official.pth')
+    model = build_model(cfg)
+    load_checkpoint(model, str(tmp_path / 'official.pth'), map_location='cpu', strict=True)
+    own = model.state_dict()
+    torch.testing.assert_close(own['head.fc.weight'], weights['head.weight'])
+    torch.testing.assert_close(
+        own['backbone.layers.1.mixer.A_b_log'], weights['layers.1.mixer.A_b_log']
+    )
+    table = torch.nn.functional.interpolate(
+        weights['temporal_pos_embedding'].transpose(1, 2), size=16, mode='linear'
+    )
+    torch.testing.assert_close(own['backbone.temporal_pos_embedding'], table.transpose(1, 2))

@@ -17,7 +17,14 @@ def levels(frames):
 
 @pytest.mark.parametrize(
     ('codec', 'suffix'),
-    [('mpeg4', 'mp4'), ('mpeg4', 'avi'), ('libx264', 'mp4'), ('libvpx-vp9', 'webm')],
+    [
+        ('mpeg4', 'mp4'),
+        ('mpeg4', 'avi'),
+        ('libx264', 'mp4'),
+        ('libx264', 'ts'),
+        ('libvpx', 'webm'),
+        ('libvpx-vp9', 'webm'),
+    ],
 )
 def test_frames_by_number(codec, suffix, tmp_path):
     if codec not in av.codecs_available:

@@ -175,23 +175,24 @@ class VideoReader:
             key = self._keys[max(bisect.bisect_right(self._keys, target) - 1, 0)]
             if current is None or key > current.pts:
                 source, before = self._decode_from(key), None
-                current = self._next(source, index)
-                if current.pts > target:  # the seek went too far
+                current = self._next(source)
+                if current is None or current.pts > target:  # the seek went too far
                     source = self._decode_from(None)
-                    current = self._next(source, index)
-            while current.pts < target:
-                before, current = current, self._next(source, index)
+                    current = self._next(source)
+            while current is not None and current.pts < target:
+                before, current = current, self._next(source)
+            if current is None:
+                raise VideoSampleError(
+                    f'the video {self.path!r} ends before frame {index} of {self._count}: '
+                    'it is truncated or damaged'
+                )
             # A packet may hold no frame to show: then the one before stays on the screen.
             yield before if current.pts > target and before is not None else current
 
-    def _next(self, source: Iterator, index: int):
-        frame = next((frame for frame in source if frame.pts is not None), None)
-        if frame is None:
-            raise VideoSampleError(
-                f'the video {self.path!r} ends before frame {index} of {self._count}: '
-                'it is truncated or damaged'
-            )
-        return frame
+    @staticmethod
+    def _next(source: Iterator):
+        """The next frame whose time is known; None at the end."""
+        return next((frame for frame in source if frame.pts is not None), None)
 
     def close(self) -> None:
         """Close the file."""
