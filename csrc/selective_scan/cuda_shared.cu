@@ -191,17 +191,20 @@ struct Pass {
   }
 };
 
-// Tiles of a chunk such that rounds of blocks are full ones: the most whose time is within a
-// twentieth of the best.
+// Tiles of a chunk such that rounds of blocks are full ones: the fewest chunks whose time is within
+// a twentieth of the best.
 int64_t best_tiles(int64_t tiles, int64_t least, int64_t blocks, int64_t capacity) {
-  const auto time = [&](int64_t each) {
-    return divide_up(divide_up(tiles, each) * blocks, capacity) * each;
+  constexpr int64_t kMostChunks = 256;
+  const auto each = [&](int64_t chunks) { return divide_up(tiles, chunks); };
+  const auto time = [&](int64_t chunks) {
+    return divide_up(divide_up(tiles, each(chunks)) * blocks, capacity) * each(chunks);
   };
-  int64_t best = time(tiles);
-  for (int64_t each = least; each < tiles; ++each) best = time(each) < best ? time(each) : best;
-  int64_t each = tiles;
-  while (each > least && time(each) * 20 > best * 21) --each;
-  return each;
+  const int64_t most = tiles / least < kMostChunks ? tiles / least : kMostChunks;
+  int64_t best = time(1);
+  for (int64_t c = 2; c <= most; ++c) best = time(c) < best ? time(c) : best;
+  int64_t chunks = 1;
+  while (chunks < most && time(chunks) * 20 > best * 21) ++chunks;
+  return each(chunks);
 }
 
 Plan plan_of(const Sizes& size, int directions, int multiprocessors, const Pass& pass) {
