@@ -13,8 +13,6 @@ from mmvim.export.formats import METADATA
 ROOT = Path(__file__).parents[2]
 TASKS = ('cls', 'det', 'seg')
 CONFIGS = {task: ROOT / f'configs/quickstart/vim_digits_{task}.py' for task in TASKS}
-    task: ROOT / f'configs/quickstart/vim_digits_{task}.py' for task in ('cls', 'det', 'seg')
-}
 
 
 @pytest.mark.parametrize('task', CONFIGS)
