@@ -158,7 +158,7 @@ def _from_worker(error, frames, cfg):
 def _user_error(error, frames, cfg):
     if not isinstance(error, UserError):
         return None
-    if isinstance(error, CheckpointError):
+    if isinstance(error, CheckpointError) and not str(error).startswith('checkpoint '):
         return f'checkpoint {_checkpoint_name(frames)!r} {error}'
     return str(error)
 

@@ -122,4 +122,8 @@ def test_demo_names_what_is_wrong(photos, root, tmp_path):
     assert not (tmp_path / 'out').exists()
     missing = demo(root, photos, '--weights', tmp_path / 'x.pth')
     assert missing.returncode == 2
-    assert 'does not exist' in missing.stderr
+    assert missing.stderr == f"error: checkpoint '{tmp_path / 'x.pth'}' does not exist\n"
+    config = root / CONFIGS['cls']
+    device = run_script('demo/image_demo.py', config, photos, '--device', 'gpu')
+    assert device.returncode == 2
+    assert "--device 'gpu' cannot be used" in device.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import torch
 from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from PIL import Image
@@ -53,6 +54,12 @@ def run(args: argparse.Namespace) -> None:
 
     if args.batch_size < 1:
         raise UserError(f'--batch-size must be at least 1, not {args.batch_size}')
+    if args.device:
+        try:
+            torch.zeros(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f'--device {args.device!r} cannot be used: {reason}') from error
     images = find_images(args.images)
     cfg = load_config(args.model)
     cfg.merge_from_dict(args.cfg_options)
@@ -63,12 +70,7 @@ def run(args: argparse.Namespace) -> None:
         weights = model_info(args.model).weights
         if weights is None:
             raise UserError(f'no weights were published for {args.model!r}')
-    try:
-        inferencer = make_inferencer(cfg, weights, args.device)
-    except RuntimeError as error:
-        if args.device and 'device' in str(error).lower():
-            raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}') from error
-        raise
+    inferencer = make_inferencer(cfg, weights, args.device)
     if hasattr(inferencer, 'score_threshold'):
         inferencer.score_threshold = args.score_threshold
     results = inferencer.predict(images, args.batch_size)
