@@ -825,6 +825,7 @@ def write_plot(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
             )
             axis.bar_label(bars, fmt='%.1f', fontsize=7)
         axis.axhline(1, color='black', linewidth=0.8)
+        axis.margins(y=0.15)
         axis.set_xticks(list(places), list(shapes), rotation=20, ha='right', fontsize=8)
         axis.set_ylabel('times as fast')
         axis.set_title(f'{op}, {dtype}: mmvim against {other}', fontsize=10)
