@@ -37,32 +37,30 @@ model = dict(
         cls_token='none',
         out_type='featmap',
     ),
-    # Maps of stride 2, 4, 8 and 16 from patches of 8.
-    neck=dict(type='mmvim.SimpleFPN', in_channels=96, out_channels=24, num_outs=4),
+    neck=dict(type='mmvim.SimpleFPN', in_channels=96, out_channels=64, start_level=1, num_outs=3),
     decode_head=dict(
-        type='SegformerHead',
-        in_channels=[24, 24, 24, 24],
-        in_index=[0, 1, 2, 3],
-        channels=24,
+        type='UPerHead',
+        in_channels=[64, 64, 64],
+        in_index=[0, 1, 2],
+        pool_scales=(1, 2, 4),
+        channels=64,
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=dict(type='BN', requires_grad=True),
         align_corners=False,
         # Nine pixels in ten are background. With weights, the loss is averaged over the labelled
         # pixels anyway; avg_non_ignore=True fails on ignored ones (mmseg 1.4.2).
-        loss_decode=dict(type='CrossEntropyLoss', class_weight=[0.3, *[1.0] * 10]),
+        loss_decode=dict(type='CrossEntropyLoss', class_weight=[0.15, *[1.0] * 10]),
     ),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'),
 )
 
-# Digits are never mirrored: a mirrored 2 is no digit.
+# No augmentation: in a dozen passes over scenes that already vary in size, angle, place and colour,
+# random scales and colours only slow learning down (24 instead of 41 % mIoU after 800 iterations).
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', reduce_zero_label=True),
-    dict(type='RandomResize', scale=(128, 128), ratio_range=(0.85, 1.3), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=(128, 128)),
-    dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
@@ -80,7 +78,7 @@ dataset = dict(
     reduce_zero_label=True,
 )
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='InfiniteSampler', shuffle=True),
@@ -114,14 +112,14 @@ test_dataloader = dict(
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-max_iters = 800
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
+max_iters = 2200
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05, betas=(0.9, 0.99)),
+    optimizer=dict(type='AdamW', lr=6e-3, weight_decay=0.05, betas=(0.9, 0.95)),
     clip_grad=dict(max_norm=1.0),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
