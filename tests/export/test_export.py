@@ -124,6 +124,9 @@ RUNNERS = {
 def check(family, format, suffix, dynamic, tmp_path):
     torch.manual_seed(0)
     build, shape = FAMILIES[family]
+    if format == 'aoti':
+        # With one image, torch 2.14 generates C++ that does not compile.
+        shape = (2, *shape[1:])
     model = build().eval()
     # Released positions are not zero, and resizing zeros would prove nothing.
     for name, parameter in model.named_parameters():
