@@ -112,8 +112,8 @@ test_dataloader = dict(
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-max_iters = 2200
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
+max_iters = 1700
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=425)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
