@@ -192,7 +192,7 @@ def _unreadable_checkpoint(error, frames, cfg):
     if str(error).startswith('checkpoint '):
         return str(error)
     return (
-        f'checkpoint {name!r} cannot be read: it is truncated or not a PyTorch checkpoint '
+        f'checkpoint {name!r} cannot be read: it is damaged or not a PyTorch checkpoint '
         f'({_text(error)[:200]})'
     )
 

@@ -119,7 +119,7 @@ def main(work_dir: str) -> None:
     for values in (weights, buffers):
         first, second = all_gather(values)
         assert torch.equal(first, second)
-    print('rank', get_rank(), 'agrees')
+    sys.stdout.write(f'rank {get_rank()} agrees\n')
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+STARTS = itertools.count()
 
 CONFIG = """
 default_scope = 'toytask'
@@ -64,11 +65,11 @@ def toy(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, False))
     monkeypatch.setattr('gc.collect', lambda *_: 0)
     # Runners that start in the same second would share a logger.
-    setup_env, starts = Runner.setup_env, itertools.count()
+    setup_env = Runner.setup_env
 
     def setup_env_once(self, env_cfg):
         setup_env(self, env_cfg)
-        self._timestamp += f'_{next(starts)}'
+        self._timestamp += f'_{next(STARTS)}'
 
     monkeypatch.setattr(Runner, 'setup_env', setup_env_once)
     for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MMVIM_DEBUG'):

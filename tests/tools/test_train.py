@@ -304,7 +304,7 @@ def test_bad_checkpoint_gets_one_line(toy, fails):
     Path('empty.pth').touch()
     for name in ('cut.pth', 'text.pth'):
         line = fails(main_train, 'config.py', '--resume', name)
-        assert f"checkpoint '{name}' cannot be read: it is truncated or not a PyTorch" in line
+        assert f"checkpoint '{name}' cannot be read: it is damaged or not a PyTorch" in line
     assert "'empty.pth' is empty" in fails(main_train, 'config.py', '--resume', 'empty.pth')
 
     # Fine-tuning with another head is what load_from is for.
