@@ -113,7 +113,7 @@ test_evaluator = dict(
     type='CocoMetric', ann_file=f'{data_root}/annotations/instances_test.json', metric='bbox'
 )
 
-max_epochs = 8
+max_epochs = 4
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

@@ -26,11 +26,11 @@ PHOTOS: dict[str, tuple[str, ...]] = {
 }
 
 #: Scenes per split.
-SCENE_COUNTS: dict[str, int] = {'train': 1600, 'val': 100, 'test': 200}
+SCENE_COUNTS: dict[str, int] = {'train': 3200, 'val': 100, 'test': 200}
 
 SCENE_SIZE = 128  # pixels, height and width
-DIGITS_PER_SCENE = (3, 6)
-DIGIT_HEIGHT = (28, 64)  # pixels, before rotation
+DIGITS_PER_SCENE = (4, 8)
+DIGIT_HEIGHT = (36, 64)  # pixels, before rotation
 _CROP_SIDE = (110, 300)  # pixels of the photograph that become one scene
 _MAX_ROTATION = 12.0  # degrees
 _GAP = 2  # pixels kept free between digits
