@@ -56,8 +56,8 @@ def _differentiable(
     """The autograd kernel of ``op``.
 
     What ``torch.library.register_autograd`` makes too, but that one walks through the schema in
-    every call: a third of a millisecond for the 19 arguments of the bidirectional scan, which is
-    more than everything else on the host.
+    every call: 0.35 of the 0.88 ms of host time that a bidirectional scan, with its 19 arguments,
+    took forward and backward.
     """
 
     def forward(ctx, *inputs):
