@@ -184,7 +184,7 @@ def describe(device: torch.device) -> str:
     """The machine and the versions."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor()
     info = backend_info()
-    kernels = info[f'{device.type}_kernels'] if info['loaded'] else []
+    kernels = info.get(f'{device.type}_kernels', []) if info['loaded'] else []
     return (
         f'# {name or platform.machine()}, torch {torch.__version__}, mmvim {mmvim.__version__}, '
         f'compiled ops: {", ".join(kernels) or "none"}'
