@@ -2,9 +2,8 @@
 
 from mmvim.registry import MODELS, register_plain_names
 
-from . import distillation  # noqa: F401
+from . import classifiers  # noqa: F401
 from .backbones import MambaVision, VideoMamba, Vim
-from .classifiers import MesaClassifier
 from .necks import SimpleFPN
 from .streaming import StreamingVideoMamba, build_videomamba
 from .video import VideoDataPreprocessor
@@ -14,7 +13,6 @@ register_plain_names()
 __all__ = [
     'MODELS',
     'MambaVision',
-    'MesaClassifier',
     'SimpleFPN',
     'StreamingVideoMamba',
     'VideoDataPreprocessor',

@@ -1,19 +1,9 @@
 """Classifiers that mmpretrain does not have.
 
-They derive from mmpretrain's, which is imported when the first of them is built: users of a
-detector need not have it.
+They derive from mmpretrain's, which detection and segmentation do not need.
 """
 
-from typing import Any
+from ..utils.lazy import register_lazily
 
-from mmvim.registry import MODELS
-
-__all__ = ['MesaClassifier']
-
-
-@MODELS.register_module()
-def MesaClassifier(*args: Any, **kwargs: Any) -> Any:
-    """Build a :class:`mmvim.models.classifiers.mesa.MesaClassifier`, which then has this name."""
-    from .mesa import MesaClassifier as Classifier
-
-    return Classifier(*args, **kwargs)
+register_lazily('MesaClassifier', 'mmvim.models.classifiers.mesa')
+register_lazily('SelfDistillClassifier', 'mmvim.models.classifiers.self_distill')

@@ -13,10 +13,7 @@ import torch.nn.functional as F
 from mmpretrain.models import ImageClassifier
 from torch import Tensor, nn
 
-from mmvim.registry import MODELS
 
-
-@MODELS.register_module(force=True)
 class MesaClassifier(ImageClassifier):
     """mmpretrain's ``ImageClassifier`` with self-distillation from its averaged weights.
 
