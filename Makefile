@@ -16,7 +16,7 @@ SOURCES = $(wildcard setup.py) $(shell find csrc -type f ! -name '*.pyc' 2>/dev/
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart quickstart-mambavision quickstart-det quickstart-seg quickstart-video \
-	test test-slow lint format docs cuda-compile clean distclean
+	test test-slow test-reliability lint format docs cuda-compile clean distclean
 
 help: ## list the targets
 	@echo 'usage: make [PYTHON=python3.12] [VENV=.venv] TARGET'
@@ -58,6 +58,9 @@ test: $(BUILT) ## the tests (minutes)
 
 test-slow: $(BUILT) ## the tests that train (longer)
 	$(PY) -m pytest -v -m slow $(TEST_ARGS)
+
+test-reliability: $(BUILT) ## inject faults, at length; ends with a line of counts
+	OMP_NUM_THREADS=1 $(PY) -m pytest -v -m slow tests/reliability $(TEST_ARGS)
 
 lint: $(BUILT) ## check style and formatting of Python and C++
 	$(PY) -m ruff check .

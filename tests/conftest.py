@@ -1,6 +1,7 @@
 """Shared pytest configuration: GPU tests are skipped where there is no CUDA device."""
 
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -22,3 +23,21 @@ def no_default_scope():
     registry = sys.modules.get('mmengine.registry')
     if registry is not None:
         registry.DefaultScope._instance_dict.clear()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many cases, kills and injected faults the reliability tests have come through."""
+    counts, failed = Counter(), 0
+    for outcome in ('passed', 'failed'):
+        for report in terminalreporter.stats.get(outcome, ()):
+            if '/reliability/' not in report.nodeid or report.when != 'call':
+                continue
+            own = [value for name, value in report.user_properties if name == 'count']
+            counts['cases'] += not any(kind == 'cases' for kind, _ in own)
+            for kind, n in own:
+                counts[kind] += n
+            failed += outcome == 'failed'
+    if counts:
+        cases = counts.pop('cases', 0)
+        rest = ''.join(f', {n:,} {kind}' for kind, n in sorted(counts.items()))
+        terminalreporter.write_line(f'reliability: {cases:,} cases{rest}; {failed} tests failed')
