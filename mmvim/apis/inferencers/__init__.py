@@ -1,4 +1,4 @@
-"""Inference on images: the three libraries' inferencers, for mmvim's models and checkpoints."""
+"""Inference: the three libraries' inferencers, for mmvim's models and checkpoints, and videos."""
 
 from typing import Any
 
@@ -9,11 +9,12 @@ _SCOPES = {
     'mmdet': ('detection', 'DetectionInferencer'),
     'mmseg': ('segmentation', 'SegmentationInferencer'),
 }
-_MODULES = {name: module for module, name in _SCOPES.values()}
+_MODULES = {name: module for module, name in _SCOPES.values()} | {'VideoInferencer': 'video'}
 __all__ = [
     'ClassificationInferencer',
     'DetectionInferencer',
     'SegmentationInferencer',
+    'VideoInferencer',
     'make_inferencer',
 ]
 
@@ -28,7 +29,7 @@ def __getattr__(name: str) -> object:
 
 
 def make_inferencer(model: Any, weights: Any = None, device: Any = None) -> Any:
-    """Make the inferencer that a config's task library needs.
+    """Make the inferencer that a config's task library needs, or one for videos if it reads them.
 
     Args:
         model: A name of the model zoo, the path of a config, or a config.
@@ -42,7 +43,8 @@ def make_inferencer(model: Any, weights: Any = None, device: Any = None) -> Any:
     """
     from ..model_zoo import load_config
 
-    scope = load_config(model).get('default_scope')
+    cfg = load_config(model)
+    scope = cfg.get('default_scope')
     if scope not in _SCOPES:
         raise ValueError(
             f'default_scope of the config is {scope!r}; there are inferencers for '
@@ -50,4 +52,9 @@ def make_inferencer(model: Any, weights: Any = None, device: Any = None) -> Any:
         )
     module, name = _SCOPES[scope]
     require(scope, f'{module} inference')
+    if scope == 'mmpretrain':
+        from .video import VideoInferencer, reads_videos
+
+        if reads_videos(cfg):
+            return VideoInferencer(model, weights, device)
     return __getattr__(name)(model, weights, device=device)

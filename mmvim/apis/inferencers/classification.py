@@ -3,15 +3,12 @@
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.device import get_device
 from mmpretrain.apis import ImageClassificationInferencer
 from mmpretrain.utils import progress
 
 from ..model_zoo import load_config
-from .common import Inference, OneSizeBatches, Result, make_model
-
-TOP = 5
+from .common import TOP, Inference, OneSizeBatches, Result, make_model, ranked
 
 
 class ClassificationInferencer(OneSizeBatches, Inference, ImageClassificationInferencer):
@@ -49,13 +46,7 @@ class ClassificationInferencer(OneSizeBatches, Inference, ImageClassificationInf
             progress.disable_progress_bar = shown
 
     def _plain(self, sample: Any) -> dict[str, Any]:
-        scores, labels = torch.topk(sample.pred_score, min(TOP, len(sample.pred_score)))
-        return {
-            'classes': [
-                {'class': self._class_name(label), 'label': label, 'score': round(score, 6)}
-                for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
-            ]
-        }
+        return {'classes': ranked(sample.pred_score, TOP, self._class_name)}
 
     def draw(self, result: Result, **options: Any) -> np.ndarray:
         """Draw the class and its score over the image, in RGB; small images are enlarged."""

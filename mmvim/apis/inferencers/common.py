@@ -1,14 +1,16 @@
 """What the inferencers share: models and weights as mmvim names them, images, results."""
 
 import glob
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mmcv
 import numpy as np
+import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import nn
@@ -20,7 +22,12 @@ from ..model_zoo import build_model, model_info
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
+#: Classes that a classifier's prediction lists.
+TOP = 5
+
 _META = ('classes', 'palette')
+#: Smaller pictures are enlarged before something is written on them.
+_LEGIBLE = 224
 
 Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 
@@ -123,6 +130,40 @@ def _config_meta(cfg: Config) -> dict[str, Any]:
     if cfg.get('classes') and 'classes' not in meta:
         meta['classes'] = cfg.classes
     return {k: v for k, v in meta.items() if k in _META}
+
+
+def ranked(scores: torch.Tensor, count: int, name: Callable[[int], str]) -> list[dict[str, Any]]:
+    """The best classes as plain data: 'class', 'label' and 'score' of each."""
+    values, labels = torch.topk(scores, min(count, len(scores)))
+    return [
+        {'class': name(label), 'label': label, 'score': round(value, 6)}
+        for value, label in zip(values.tolist(), labels.tolist(), strict=True)
+    ]
+
+
+def label_picture(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
+    """Write lines over an RGB picture, into its upper left corner; small ones are enlarged."""
+    import cv2
+
+    height, width = picture.shape[:2]
+    factor = max(1, math.ceil(_LEGIBLE / min(height, width)))
+    size = (width * factor, height * factor)
+    picture = cv2.resize(np.ascontiguousarray(picture), size, interpolation=cv2.INTER_NEAREST)
+    scale = max(min(picture.shape[:2]) / 480, 0.35)
+    for i, line in enumerate(lines):
+        place = (round(8 * scale), round((i + 1) * 26 * scale))
+        for colour, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):
+            cv2.putText(
+                picture,
+                line,
+                place,
+                cv2.FONT_HERSHEY_SIMPLEX,
+                0.8 * scale,
+                colour,
+                max(1, round(thickness * scale)),
+                cv2.LINE_AA,
+            )
+    return picture
 
 
 class Inference:

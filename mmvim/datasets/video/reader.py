@@ -110,6 +110,17 @@ class VideoReader:
     def __len__(self) -> int:
         return self._count
 
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """All frames in order, (height, width, 3) uint8 RGB, one at a time.
+
+        Raises:
+            VideoSampleError: A frame cannot be decoded.
+        """
+        size: dict[str, int] = {}
+        for frame in self._decode_from(None):
+            size = size or {'width': frame.width, 'height': frame.height}
+            yield frame.to_ndarray(format='rgb24', **size)
+
     @property
     def timestamps(self) -> np.ndarray:
         """(frames,) float64 seconds at which each frame is shown, the first at 0."""

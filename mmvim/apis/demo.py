@@ -1,0 +1,103 @@
+"""What the command lines of ``tools/demo`` share."""
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+
+from mmvim.engine.errors import UserError
+
+from .model_zoo import load_config, model_info
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model runs how."""
+    parser.add_argument(
+        '--weights', help="checkpoint (path or URL), or 'zoo' for the authors' weights"
+    )
+    parser.add_argument('--classes', metavar='FILE', help='names of the classes, one a line')
+    parser.add_argument('--overwrite', action='store_true', help='replace existing output files')
+    parser.add_argument('--show', action='store_true', help='show the pictures in a window')
+    parser.add_argument('--batch-size', type=int, default=1)
+    parser.add_argument('--device', help='default: the first accelerator, else the CPU')
+    parser.add_argument(
+        '--score-threshold', type=float, default=0.3, help='of detections (default: 0.3)'
+    )
+    parser.add_argument('--no-progress', action='store_true', help='no progress bar')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check what can be checked before anything is loaded.
+
+    Raises:
+        UserError: An argument is wrong; the message names it.
+    """
+    if args.batch_size < 1:
+        raise UserError(f'--batch-size must be at least 1, not {args.batch_size}')
+    if args.classes and not Path(args.classes).is_file():
+        raise UserError(f'--classes {args.classes!r} does not exist')
+    if args.device:
+        try:
+            torch.zeros(0, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f'--device {args.device!r} cannot be used: {reason}') from error
+
+
+def demo_config(args: argparse.Namespace) -> Config:
+    """The config of the command line's model, with its changes."""
+    cfg = load_config(args.model)
+    cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def make_demo_inferencer(args: argparse.Namespace, cfg: Config) -> Any:
+    """Make the inferencer that the command line asks for.
+
+    Raises:
+        UserError: ``--weights zoo`` of a model that has none.
+    """
+    from .inferencers import make_inferencer
+
+    weights = args.weights
+    if weights == 'zoo':
+        weights = model_info(args.model).weights
+        if weights is None:
+            raise UserError(f'no weights were published for {args.model!r}')
+    inferencer = make_inferencer(cfg, weights, args.device)
+    if hasattr(inferencer, 'score_threshold'):
+        inferencer.score_threshold = args.score_threshold
+    if args.classes:
+        names = Path(args.classes).read_text().splitlines()
+        inferencer.model.dataset_meta['classes'] = names
+        inferencer.classes = names  # where mmpretrain's inferencer keeps them
+    return inferencer
+
+
+def unique_stems(names: Iterable[str]) -> list[str]:
+    """A file name without suffix for each path: two folders may hold the same one."""
+    used: dict[str, None] = {}
+    for name in names:
+        stem = free = Path(name).stem
+        number = 1
+        while free in used:
+            number += 1
+            free = f'{stem}_{number}'
+        used[free] = None
+    return list(used)
+
+
+def summary(prediction: Mapping[str, Any]) -> str:
+    """One line for people."""
+    for key, value in (('classes', 'score'), ('objects', 'score'), ('areas', 'share')):
+        if key in prediction:
+            found = prediction[key]
+            some = ', '.join(f'{item["class"]} {item[value]:.0%}' for item in found[:5])
+            return f'{some or "nothing"}{" …" if len(found) > 5 else ""}'
+    return ''

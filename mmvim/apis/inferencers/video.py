@@ -1,0 +1,119 @@
+"""Classification of whole videos."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.device import get_device
+from mmengine.registry import DefaultScope
+
+from mmvim.datasets.video import VideoReader
+
+from ..model_zoo import load_config
+from ..videos import find_videos
+from .common import TOP, Inference, Result, label_picture, make_model, ranked
+
+LOADER = 'LoadVideo'
+
+
+def reads_videos(cfg: Config) -> bool:
+    """Whether a config's test pipeline begins with a video file."""
+    return bool(_pipeline(cfg)) and str(_pipeline(cfg)[0].get('type', '')).endswith(LOADER)
+
+
+def _pipeline(cfg: Config) -> list:
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    return dataset.get('pipeline') or cfg.get('test_pipeline') or []
+
+
+class VideoInferencer(Inference):
+    """Classifies videos as the config's test pipeline cuts them into clips.
+
+    None of the three libraries has an inferencer for videos; this one works as the others of mmvim.
+
+    Args:
+        model: A name of the model zoo, the path of a config, or a config.
+        weights: Path or URL of a checkpoint; True takes the authors' weights of a name. Defaults to
+            None: random weights, with a warning.
+        device: Defaults to None: the first accelerator, else the CPU.
+        classes: Names of the classes. Defaults to None: those of the checkpoint or the config.
+
+    Raises:
+        ValueError: The config's test pipeline does not read videos.
+        ImportError: PyAV is not installed.
+
+    Example:
+        >>> inferencer = VideoInferencer('configs/quickstart/videomamba_digits_video.py', 'x.pth')
+        >>> next(inferencer.predict('digit.mp4')).prediction['classes'][0]
+        {'class': '3 left', 'label': 14, 'score': 0.93}
+    """
+
+    def __init__(
+        self, model: Any, weights: Any = None, device: Any = None, classes: Any = None
+    ) -> None:
+        cfg = load_config(model)
+        if not reads_videos(cfg):
+            raise ValueError(f"the config's test pipeline does not begin with mmvim.{LOADER}")
+        self.device = torch.device(device or get_device())
+        self.model = make_model(model, cfg, weights).to(self.device)
+        if classes is not None:
+            self.model.dataset_meta['classes'] = classes
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            self.pipeline = Compose(_pipeline(cfg))
+
+    def predict(
+        self, inputs: str | Path | Sequence[str | Path], batch_size: int = 1
+    ) -> Iterator[Result]:
+        """Classify videos, a batch at a time.
+
+        Args:
+            inputs: See :func:`mmvim.apis.videos.find_videos`.
+            batch_size: Videos at once; those whose clips have other sizes go into other batches.
+                Defaults to 1.
+
+        Raises:
+            mmvim.datasets.video.VideoSampleError: There are no videos, or one cannot be read.
+            ValueError: ``batch_size`` is less than 1.
+        """
+        if batch_size < 1:
+            raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+        batch: list[tuple[str, dict]] = []
+        for name in find_videos(inputs):
+            data = self.pipeline({'img_path': name})
+            if batch and (
+                len(batch) == batch_size or data['inputs'].shape != batch[0][1]['inputs'].shape
+            ):
+                yield from self._classify(batch)
+                batch = []
+            batch.append((name, data))
+        yield from self._classify(batch)
+
+    def _classify(self, batch: list[tuple[str, dict]]) -> Iterator[Result]:
+        if not batch:
+            return
+        parts = {key: [data[key] for _, data in batch] for key in ('inputs', 'data_samples')}
+        with torch.no_grad():
+            samples = self.model.test_step(parts)
+        for (name, _), sample in zip(batch, samples, strict=True):
+            with VideoReader(name) as video:
+                middle = video.frames([len(video) // 2])[0].permute(1, 2, 0).numpy()
+            image = np.ascontiguousarray(middle[..., ::-1])
+            yield Result(name, image, sample, {'video': name, **self._plain(sample)})
+
+    def _plain(self, sample: Any) -> dict[str, Any]:
+        return {'classes': ranked(sample.pred_score, TOP, self._class_name)}
+
+    def draw(self, result: Result, frame: np.ndarray | None = None) -> np.ndarray:
+        """Write the best classes over a frame, in RGB; small frames are enlarged.
+
+        Args:
+            result: Of :meth:`predict`.
+            frame: RGB (height, width, 3). Defaults to None, the frame in the video's middle.
+        """
+        picture = result.image[..., ::-1] if frame is None else frame
+        found = result.prediction['classes'][:3]
+        return label_picture(picture, [f'{x["score"]:4.0%} {x["class"]}' for x in found])
