@@ -1,5 +1,7 @@
 """Checks of the arguments of public functions, made before anything runs."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
@@ -15,8 +17,27 @@ def check_tensor(name: str, value: object) -> None:
     """Refuse what is not a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f'{name} must be a tensor, got {type(value).__name__}')
+    if value.is_nested:
+        raise TypeError(f'{name} must be a dense tensor, got a nested one')
     if value.layout != torch.strided:
         raise TypeError(f'{name} must be a dense (strided) tensor, got layout {value.layout}')
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise TypeError(f'{name} must be True or False, got {value!r}')
+
+
+def check_number(name: str, value: object, least: float | None = None) -> None:
+    """Refuse what is not a finite real number of ``least`` or more."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+    if least is not None and not value >= least:
+        raise ValueError(f'{name} must be {least} or more, got {value}')
+    # By comparison: torch.compile cannot ask math.isfinite about a symbol.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f'{name} must be finite, got {value}')
 
 
 def check_activation(name: str, value: Tensor, axes: str) -> None:
@@ -69,15 +90,18 @@ def check_scan(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    delta_softplus: bool,
     discretization: str,
     suffix: str = '',
 ) -> None:
     """Check the arguments of one scan whose B and C have axes (b, l, g, n).
 
     Args:
-        u, delta, A, B, C, D, z, delta_bias, discretization: See :func:`mmvim.ops.selective_scan`.
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization: See
+            :func:`mmvim.ops.selective_scan`.
         suffix: Appended to the names in messages.
     """
+    check_flag('delta_softplus', delta_softplus)
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f'discretization must be one of {DISCRETIZATIONS}, got {discretization!r}')
     name_u = f'u{suffix}'
@@ -132,7 +156,7 @@ def check_negative(name: str, A: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or not isinstance(A, Tensor):
         return
-    if A.is_meta or not A.is_floating_point():
+    if A.is_nested or A.is_meta or not A.is_floating_point():
         return
     version = None if A.is_inference() else A._version
     if version is not None and getattr(A, '_mmvim_negative', None) == version:

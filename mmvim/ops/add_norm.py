@@ -43,7 +43,7 @@ def add_rms_norm(
     if dtype is not None:
         (x,) = to_activation(dtype, x)
         (weight,) = to_parameter(dtype, weight)
-        if residual is not None and residual.dtype != dtype:
+        if isinstance(residual, Tensor) and residual.dtype != dtype:
             (residual,) = to_parameter(dtype, residual)
     check.check_tensor('x', x)
     check.check_activation('x', x, ' '.join('.' * x.dim()))
@@ -59,8 +59,8 @@ def add_rms_norm(
         check.check_shape('residual', residual, 'shape of x', x.shape)
         check.check_dtype('residual', residual, x.dtype, compute_dtype(x.dtype), why=why)
         check.check_device('residual', residual, 'x', x.device)
-    if not eps >= 0:
-        raise ValueError(f'eps must be 0 or more, got {eps}')
+    check.check_number('eps', eps, least=0)
+    check.check_flag('residual_in_fp32', residual_in_fp32)
     ops = resolve(backend, 'add_rms_norm', x)
     out, residual_out, _ = ops.add_rms_norm(x, residual, weight, float(eps), residual_in_fp32)
     return out, residual_out

@@ -60,7 +60,7 @@ def bidirectional_scan(
         RuntimeError: If compiled kernels are demanded and there are none.
     """
     for name, inputs in (('forward', forward), ('backward', backward)):
-        check.check_negative(f'A of {name}', ScanInputs(*inputs).A)
+        check.check_negative(f'A of {name}', _inputs(name, inputs).A)
     return bidirectional_scan_unchecked(
         forward,
         backward,
@@ -86,7 +86,7 @@ def bidirectional_scan_unchecked(
 
     See :func:`mmvim.ops.selective_scan.selective_scan_unchecked`.
     """
-    forward, backward = ScanInputs(*forward), ScanInputs(*backward)
+    forward, backward = _inputs('forward', forward), _inputs('backward', backward)
     dtype = autocast_dtype(forward.u)
     if dtype is not None:
         forward, backward = (_autocast(x, dtype) for x in (forward, backward))
@@ -95,8 +95,19 @@ def bidirectional_scan_unchecked(
     for name, x in (('forward', forward), ('backward', backward)):
         u, delta, A, B, C, D, delta_bias = x
         check.check_scan(
-            u, delta, A, B, C, D, None, delta_bias, discretization, suffix=f' of {name}'
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D,
+            None,
+            delta_bias,
+            delta_softplus,
+            discretization,
+            suffix=f' of {name}',
         )
+    check.check_number('scale', scale)
     name, first = 'u of backward', forward.u
     check.check_shape(name, backward.u, 'b l d', first.shape)
     check.check_dtype(name, backward.u, first.dtype, why='as u of forward')
@@ -117,6 +128,18 @@ def bidirectional_scan_unchecked(
         discretization,
         checkpoint_interval(*forward, *backward, z),
     )[0]
+
+
+def _inputs(name: str, values: object) -> ScanInputs:
+    """The inputs of the direction ``name``, which may be a plain tuple."""
+    if isinstance(values, ScanInputs):
+        return values
+    if not isinstance(values, tuple | list) or not 5 <= len(values) <= len(ScanInputs._fields):
+        raise TypeError(
+            f'{name} must be a ScanInputs, or a tuple of {", ".join(ScanInputs._fields)}, '
+            f'got {type(values).__name__}'
+        )
+    return ScanInputs(*values)
 
 
 def _autocast(x: ScanInputs, dtype: torch.dtype) -> ScanInputs:

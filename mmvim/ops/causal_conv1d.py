@@ -55,9 +55,12 @@ def causal_conv1d(
     if dtype is not None:
         (x,) = to_activation(dtype, x)
         weight, bias = to_parameter(dtype, weight, bias)
+        if isinstance(initial_state, Tensor) and initial_state.dtype != torch.float32:
+            (initial_state,) = to_activation(dtype, initial_state)
     silu = _check_activation(activation)
     if mode not in MODES:
         raise ValueError(f'mode must be one of {MODES}, got {mode!r}')
+    check.check_flag('return_last_state', return_last_state)
     check.check_activation('x', x, 'b l d')
     _check_weight(x, weight, bias)
     if mode == 'same' and (initial_state is not None or return_last_state):

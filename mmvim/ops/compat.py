@@ -59,6 +59,7 @@ def selective_scan_fn(
         if value is not None:
             check.check_tensor(name, value)
             check.check_shape(name, value, 'b d l', u.shape)
+    check.check_flag('return_last_state', return_last_state)
     dtype = u.dtype
     if B.dim() == 2 or C.dim() == 2:
         # Constant matrices are parameters; the op takes B and C as activations.
@@ -110,6 +111,18 @@ def _silu(activation: str | None) -> str | None:
     return None if activation is None else 'silu'
 
 
+def _check_conv_state(name: str, state: Tensor | None, x: Tensor, weight: Tensor) -> None:
+    """Refuse initial states that do not fit, under the name that the caller knows."""
+    if state is None:
+        return
+    check.check_tensor(name, state)
+    check.check_tensor('weight', weight)
+    check.check_rank('weight', weight, 'd w')
+    check.check_shape(name, state, 'b d w-1', (*x.shape[:2], weight.shape[1] - 1))
+    check.check_dtype(name, state, x.dtype, compute_dtype(x.dtype), why=f'x is {x.dtype}')
+    check.check_device(name, state, 'x', x.device)
+
+
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -145,6 +158,8 @@ def causal_conv1d_fn(
     if final_states_out is not None and not return_final_states:
         raise ValueError('final_states_out needs return_final_states=True')
     check.check_activation('x', x, 'b d l')
+    check.check_flag('return_final_states', return_final_states)
+    _check_conv_state('initial_states', initial_states, x, weight)
     out = causal_conv1d(
         x.transpose(1, 2),
         weight,
@@ -233,7 +248,10 @@ def causal_conv1d_update(
         state = state.index_select(0, conv_state_indices)
     if cache_seqlens is None:
         history = state[..., size - reach :].clone()
-        updated = torch.cat((state, x.detach().to(state.dtype)), -1)[..., length:]
+        # Copying, unlike cat, knows every dtype under autocast.
+        updated = state.new_empty((b, d, size + length))
+        updated[..., :size], updated[..., size:] = state, x.detach()
+        updated = updated[..., length:]
     else:
         start = cache_seqlens.long().view(b, 1, 1)
         ring = (start + torch.arange(-reach, 0, device=x.device)) % size
@@ -305,9 +323,27 @@ class SelectiveScanCuda(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Scan as :meth:`forward`, and also return the state after the last step (b, d, n)."""
         check.check_activation('u', u, 'b l d')
-        for name, value in (('A', A), ('D_ssm', D_ssm)):
-            check.check_tensor(name, value)
         dtype = compute_dtype(u.dtype)
+        b, length, d = u.shape
+        check.check_tensor('A', A)
+        check.check_rank('A', A, 'd n')
+        n = A.shape[1]
+        for name, value, axes, shape in (
+            ('B_ssm', B_ssm, 'b l n', (b, length, n)),
+            ('C_ssm', C_ssm, 'b l n', (b, length, n)),
+            ('A', A, 'd n', (d, n)),
+            ('D_ssm', D_ssm, 'd', (d,)),
+            ('h_prev', h_prev, 'b d n', (b, d, n)),
+        ):
+            if value is None and name == 'h_prev':
+                continue
+            check.check_tensor(name, value)
+            check.check_shape(name, value, axes, shape)
+            check.check_device(name, value, 'u', u.device)
+            if name in ('B_ssm', 'C_ssm'):
+                check.check_dtype(name, value, u.dtype, why='as u')
+            elif not value.is_floating_point():
+                raise TypeError(f'{name} must have a floating-point dtype, got {value.dtype}')
         return selective_scan(
             u,
             delta,

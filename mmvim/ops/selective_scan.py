@@ -123,7 +123,9 @@ def selective_scan_unchecked(
         u, delta, B, C, z = to_activation(dtype, u, delta, B, C, z)
         A, D, delta_bias, initial_state = to_parameter(dtype, A, D, delta_bias, initial_state)
     B, C = (grouped(x) for x in (B, C))
-    check.check_scan(u, delta, A, B, C, D, z, delta_bias, discretization)
+    check.check_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, discretization)
+    check.check_flag('reverse', reverse)
+    check.check_flag('return_last_state', return_last_state)
     if initial_state is not None:
         _check_initial_state(initial_state, u, A, discretization)
     ops = resolve(backend, 'selective_scan', u)
@@ -148,7 +150,9 @@ def selective_scan_unchecked(
 
 def grouped(x: object) -> object:
     """(b, l, n) to (b, l, 1, n); anything else as it is."""
-    return x.unsqueeze(2) if isinstance(x, Tensor) and x.dim() == 3 else x
+    if isinstance(x, Tensor) and not x.is_nested and x.dim() == 3:
+        return x.unsqueeze(2)
+    return x
 
 
 def checkpoint_interval(*inputs: Tensor | None) -> int:
@@ -157,7 +161,12 @@ def checkpoint_interval(*inputs: Tensor | None) -> int:
         return 0
     if not any(x is not None and x.requires_grad for x in inputs):
         return 0
-    return CHECKPOINT_INTERVAL.get(inputs[0].device.type, _CHECKPOINT_INTERVAL_ELSEWHERE)
+    return default_checkpoint_interval(inputs[0])
+
+
+def default_checkpoint_interval(u: Tensor) -> int:
+    """Steps between checkpoints for an input ``u`` of which a gradient will be asked."""
+    return CHECKPOINT_INTERVAL.get(u.device.type, _CHECKPOINT_INTERVAL_ELSEWHERE)
 
 
 def _check_initial_state(initial_state: Tensor, u: Tensor, A: Tensor, discretization: str) -> None:

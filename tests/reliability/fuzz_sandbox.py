@@ -50,7 +50,7 @@ class Sandbox:
     def __init__(self, module: str, seconds: float = 60, gibibytes: float = 3) -> None:
         self._module, self._seconds, self._gibibytes = module, seconds, gibibytes
         self._process = None
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
 
     def run(self, case: Any) -> Outcome:
         """Run a case."""
