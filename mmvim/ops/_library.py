@@ -29,6 +29,14 @@ def autocast_enabled(device_type: str) -> bool:
     return device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
+def _look_at_each(*inputs: object) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
+# Newer than the oldest torch supported.
+_any_requires_grad = getattr(torch._C, '_any_requires_grad', _look_at_each)
+
+
 def _without_autocast(function: Callable) -> Callable:
     """Run ``function`` with autocast off: it chooses its own precision."""
 
@@ -74,7 +82,7 @@ def _differentiable(
     function = type(f'{op._opname}_autograd', (torch.autograd.Function,), members)
 
     def kernel(*inputs):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        if torch.is_grad_enabled() and _any_requires_grad(*inputs):
             return function.apply(*inputs)
         return below(*inputs)
 
