@@ -1,4 +1,4 @@
-"""What a model costs and how a training run went."""
+"""What a model costs, how a training run went, and what a model looks at."""
 
 import importlib
 
@@ -8,8 +8,26 @@ _EXPORTS = {
     'Run': 'curves',
     'draw_runs': 'curves',
     'read_run': 'curves',
+    'class_activation_map': 'saliency',
+    'effective_receptive_field': 'saliency',
+    'Scan': 'scans',
+    'hidden_attention': 'scans',
+    'record_scans': 'scans',
+    'state_norms': 'scans',
 }
-__all__ = ['Run', 'count', 'count_config', 'draw_runs', 'read_run']
+__all__ = [
+    'Run',
+    'Scan',
+    'class_activation_map',
+    'count',
+    'count_config',
+    'draw_runs',
+    'effective_receptive_field',
+    'hidden_attention',
+    'read_run',
+    'record_scans',
+    'state_norms',
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,96 @@
+"""What the command lines of ``tools/analysis`` that look into a model share."""
+
+import argparse
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
+
+from mmvim.apis.model_zoo import load_config, model_info
+from mmvim.engine.errors import UserError, reported_errors
+
+PICTURES = ('.png', '.jpg', '.svg', '.pdf')
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, frames: bool = True) -> None:
+    """Add the flags that say which model looks at what, and where the picture goes."""
+    parser.add_argument('--out', type=Path, required=True, help='picture: .png, .jpg, .svg, .pdf')
+    parser.add_argument('--overwrite', action='store_true', help='replace an existing picture')
+    parser.add_argument(
+        '--shape',
+        nargs='+',
+        type=int,
+        metavar='SIDE',
+        help="height and width (default: the model's img_size, else 224)",
+    )
+    if frames:
+        parser.add_argument('--frames', type=int, help='frames of a video, for a video model')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check what can be checked before anything is loaded.
+
+    Raises:
+        UserError: An argument is wrong; the message names it.
+    """
+    if args.out.suffix not in PICTURES:
+        raise UserError(f'--out {str(args.out)!r} must end with one of {", ".join(PICTURES)}')
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f'{str(args.out)!r} exists; --overwrite replaces it')
+    if not args.out.parent.is_dir():
+        raise UserError(f'the directory {str(args.out.parent)!r} does not exist')
+    if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
+        raise UserError(f'--shape takes one or two positive sides, not {args.shape}')
+    if getattr(args, 'frames', None) is not None and args.frames < 1:
+        raise UserError(f'--frames must be at least 1, not {args.frames}')
+
+
+def config_of(model: str, args: argparse.Namespace) -> Config:
+    """The config of a name or path, with the changes of the command line."""
+    cfg = load_config(model)
+    cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def weights_of(model: str, weights: str | None) -> str | None:
+    """A checkpoint's path or URL; 'zoo' means the authors' weights of the name.
+
+    Raises:
+        UserError: There are none.
+    """
+    if weights != 'zoo':
+        return weights
+    found = model_info(model).weights
+    if found is None:
+        raise UserError(f'no weights were published for {model!r}')
+    return found
+
+
+@contextlib.contextmanager
+def complete_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which gets its real name when all went well."""
+    temporary = path.with_name(f'.{uuid.uuid4().hex[:8]}{path.suffix}')
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def run(tool: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a tool; an error that the user can mend ends it with one line and exit code 2."""
+    with reported_errors():
+        MMLogger.get_current_instance().setLevel(logging.ERROR)
+        try:
+            check_arguments(args)
+            tool(args)
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(str(error)) from error

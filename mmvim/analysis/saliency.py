@@ -1,0 +1,144 @@
+"""Which pixels a feature or a class depends on, by gradients."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from mmvim.models.backbones import MambaVision
+
+from .layouts import backbone_of, layout_of
+
+
+def effective_receptive_field(backbone: nn.Module, images: Tensor) -> Tensor:
+    """How much each pixel contributes to the features in the middle of the last map.
+
+    The gradient of their sum with respect to the pixels, in absolute value, summed over channels
+    and averaged over the images (Luo et al., https://arxiv.org/abs/1701.04128), divided by its
+    largest value.
+
+    Args:
+        backbone: With ``out_type='featmap'``.
+        images: (batch, channels, height, width), preprocessed.
+
+    Returns:
+        (height, width), 0 to 1.
+
+    Raises:
+        ValueError: The last output is no map, or no pixel contributes.
+    """
+    images = images.detach().requires_grad_()
+    features = backbone(images)[-1]
+    if features.dim() != 4:
+        raise ValueError(
+            f"the backbone's last output must be a map, not {tuple(features.shape)}: "
+            "out_type='featmap'"
+        )
+    rows, columns = features.shape[2:]
+    middle = features[:, :, rows // 2, columns // 2].sum()
+    (gradient,) = torch.autograd.grad(middle, images)
+    field = gradient.abs().sum(1).mean(0)
+    if not field.max() > 0:
+        raise ValueError('no pixel contributes to the middle of the last map')
+    return field / field.max()
+
+
+def high_contribution_area(
+    field: Tensor, shares: tuple[float, ...] = (0.2, 0.3, 0.5, 0.99)
+) -> Mapping[float, float]:
+    """How large the square around the middle is that holds a share of a receptive field.
+
+    Args:
+        field: Of :func:`effective_receptive_field`.
+        shares: Of the field's sum. Defaults to those of Ding et al. (arXiv 2203.06717).
+
+    Returns:
+        For each share the square's area, relative to the image.
+    """
+    height, width = field.shape
+    total = field.sum()
+    sums = []
+    for k in range(1, 101):
+        rows, columns = max(round(height * k / 200), 1), max(round(width * k / 200), 1)
+        top, left = height // 2 - rows, width // 2 - columns
+        part = field[max(top, 0) : height // 2 + rows, max(left, 0) : width // 2 + columns]
+        sums.append(float(part.sum() / total))
+    return MappingProxyType(
+        {
+            share: (next((k for k, x in enumerate(sums, 1) if x >= share), 100) / 100) ** 2
+            for share in shares
+        }
+    )
+
+
+def default_cam_layer(model: nn.Module) -> str:
+    """Where CAM looks: before the last mixer, or, for a MambaVision, after the last stage.
+
+    After the last layer of a classifier that reads a class token, the patches have no influence.
+    """
+    backbone = backbone_of(model)
+    if isinstance(backbone, MambaVision):
+        return f'backbone.levels.{backbone.out_indices[-1]}'
+    return f'backbone.layers.{backbone.out_indices[-1]}.norm'
+
+
+def class_activation_map(
+    model: nn.Module, images: Tensor, target: int | None = None, layer: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grad-CAM (Selvaraju et al., https://arxiv.org/abs/1610.02391) of a classifier.
+
+    Args:
+        model: A classifier with a backbone of mmvim.
+        images: (batch, channels, [frames,] height, width), preprocessed.
+        target: The class. Defaults to None: each image's best one.
+        layer: Name of the module whose first output is looked at. Defaults to None:
+            :func:`default_cam_layer`.
+
+    Returns:
+        Maps (batch, [steps,] rows, columns), 0 to 1, the classes and their probabilities (batch,).
+
+    Raises:
+        ValueError: The model is no classifier, or there is no such layer or class.
+    """
+    if getattr(model, 'head', None) is None:
+        raise ValueError(f'{type(model).__name__} has no head that classifies')
+    layer = layer or default_cam_layer(model)
+    modules = dict(model.named_modules())
+    if layer not in modules:
+        raise ValueError(f'the model has no module {layer!r}; for example {_examples(modules)}')
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
+        kept.append(out[0] if isinstance(out, tuple) else out)
+
+    # Gradients are wanted of what the layer makes, even if its parameters are frozen.
+    images = images.detach().requires_grad_()
+    handle = modules[layer].register_forward_hook(keep)
+    try:
+        logits = model(images, mode='tensor')
+    finally:
+        handle.remove()
+    if target is not None and not 0 <= target < logits.shape[1]:
+        raise ValueError(f'target={target} is no class; the model has {logits.shape[1]}')
+    classes = logits.argmax(1) if target is None else torch.full_like(logits[:, 0], target).long()
+    chosen = logits.gather(1, classes[:, None]).sum()
+    values = kept[0]
+    (gradient,) = torch.autograd.grad(chosen, values)
+    if values.dim() == 4:
+        weights = gradient.mean(dim=(2, 3), keepdim=True)
+        maps = (weights * values).sum(1)
+    else:
+        weights = gradient.mean(dim=1, keepdim=True)
+        backbone = backbone_of(model)
+        maps = layout_of(backbone, images.shape, layer).to_map((weights * values).sum(-1))
+    maps = maps.detach().clamp(min=0)
+    largest = maps.flatten(1).amax(1).clamp(min=torch.finfo(maps.dtype).tiny)
+    maps = maps / largest.view(-1, *(1,) * (maps.dim() - 1))
+    probabilities = logits.detach().float().softmax(1).gather(1, classes[:, None])[:, 0]
+    return maps, classes, probabilities
+
+
+def _examples(modules: Mapping[str, nn.Module]) -> str:
+    norms = [name for name in modules if name.endswith(('.norm', '.norm1'))]
+    return ', '.join(norms[-3:]) or ', '.join(list(modules)[1:4])

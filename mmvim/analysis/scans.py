@@ -1,0 +1,204 @@
+"""What the scans of a model do with its input.
+
+A selective scan is linear in its input u once its step sizes and matrices are known, so each
+channel of it is a matrix over the tokens: its *hidden attention* (Ali, Zimerman and Wolf: The
+Hidden Attention of Mamba Models, https://arxiv.org/abs/2403.01590).
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmvim.layers.mamba import MixerBase
+from mmvim.ops._library import compute_dtype
+from mmvim.ops.discretization import coefficients
+
+# The modules of mmvim.ops that look up the implementation of a scan.
+_CALLERS = ('selective_scan', 'bidirectional')
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The inputs of one direction of a scan; tokens are in the order of memory.
+
+    Attributes:
+        layer: Name of the mixer in the model.
+        reverse: Whether it runs from the last token to the first.
+        u: Input (b, l, d).
+        delta: Step sizes (b, l, d), bias and softplus applied.
+        A: (d, n).
+        B: (b, l, g, n); channel c uses group c // (d / g).
+        C: Like B.
+        D: (d,), or None.
+        discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
+    """
+
+    layer: str
+    reverse: bool
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    discretization: str
+
+    @property
+    def direction(self) -> str:
+        """'forward' or 'backward'."""
+        return 'backward' if self.reverse else 'forward'
+
+    @property
+    def order(self) -> range:
+        """Tokens in the order in which the scan meets them."""
+        length = self.u.shape[1]
+        return range(length - 1, -1, -1) if self.reverse else range(length)
+
+    def _of_channels(self, x: Tensor, token: int) -> Tensor:
+        """(b, d, n) of a token out of (b, l, g, n)."""
+        return x[:, token].repeat_interleave(self.u.shape[2] // x.shape[2], dim=1)
+
+    def steps(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None, Tensor, Tensor]]:
+        """Token, a, w0, w1 and the token's B and C, each (b, d, n), in the order of the scan."""
+        for token in self.order:
+            step = self.delta[:, token].unsqueeze(-1)
+            a, w0, w1 = coefficients(self.discretization, step, step * self.A)
+            yield token, a, w0, w1, *(self._of_channels(x, token) for x in (self.B, self.C))
+
+
+def record_scans(
+    model: nn.Module, *inputs: Any, forward: Callable[..., Any] | None = None
+) -> list[Scan]:
+    """Run a model without gradients and keep what its scans were given, in the order of the calls.
+
+    Args:
+        model: A model with mixers of :mod:`mmvim.layers`.
+        *inputs: Inputs of the forward pass.
+        forward: What is called with them. Defaults to None, the model.
+
+    Raises:
+        ValueError: No scan ran, or one that was given a state (streaming).
+    """
+    scans: list[Scan] = []
+    with torch.no_grad(), _recorded(model, scans):
+        (forward or model)(*inputs)
+    if not scans:
+        raise ValueError(f'no scan ran in {type(model).__name__}')
+    return scans
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module, scans: list[Scan]) -> Iterator[None]:
+    current = ['']
+
+    def keep(reverse: bool, softplus: bool, method: str, *parts: Tensor | None) -> None:
+        u, delta, A, B, C, D, bias = parts
+        dtype = compute_dtype(u.dtype)
+        delta = delta.to(dtype) if bias is None else delta.to(dtype) + bias
+        delta = F.softplus(delta) if softplus else delta
+        u, B, C = (x.to(dtype) for x in (u, B, C))
+        scans.append(Scan(current[0], reverse, u, delta, A, B, C, D, method))
+
+    def selective_scan(real: Callable, *args: Any) -> Any:
+        u, delta, A, B, C, D, _, bias, state, softplus, method, reverse, *_ = args
+        if state is not None:
+            raise ValueError('a scan that continues from a state has no hidden attention')
+        keep(reverse, softplus, method, u, delta, A, B, C, D, bias)
+        return real(*args)
+
+    def bidirectional_scan(real: Callable, *args: Any) -> Any:
+        softplus, method = args[16], args[17]
+        keep(False, softplus, method, *args[:7])
+        keep(True, softplus, method, *args[7:14])
+        return real(*args)
+
+    def wrapped(original: Callable, *args: Any) -> SimpleNamespace:
+        ops = original(*args)
+        return SimpleNamespace(
+            selective_scan=functools.partial(selective_scan, ops.selective_scan),
+            bidirectional_scan=functools.partial(bidirectional_scan, ops.bidirectional_scan),
+        )
+
+    def enter(name: str, *_: Any) -> None:
+        current[0] = name
+
+    def nothing(*_: Any) -> None:
+        """A hook on each part of a mixer keeps it from running as one fused function."""
+
+    with contextlib.ExitStack() as stack:
+        for caller in _CALLERS:
+            module = importlib.import_module(f'mmvim.ops.{caller}')
+            resolve = functools.partial(wrapped, module.resolve)
+            stack.enter_context(mock.patch.object(module, 'resolve', resolve))
+        for name, mixer in model.named_modules():
+            if isinstance(mixer, MixerBase):
+                hook = functools.partial(enter, name)
+                stack.callback(mixer.register_forward_pre_hook(hook).remove)
+                for part in mixer.children():
+                    stack.callback(part.register_forward_pre_hook(nothing).remove)
+        yield
+
+
+def hidden_attention(scan: Scan, *, reduce: str | None = None) -> Tensor:
+    r"""The matrix of each channel: :math:`y_t = \sum_s α_{t,s} u_s + D u_t`.
+
+    .. math::
+        α_{t,s} = C_t \Big(\prod_{k=s+1}^{t} a_k\Big) w_{0,s} B_s, \quad s \le t
+
+    in the order of the scan, and for methods of two taps also what s gives to its successor. Takes
+    b·d·n·l values of memory while it runs.
+
+    Args:
+        scan: Of :func:`record_scans`.
+        reduce: None for every channel, 'abs' for the mean over channels of absolute values,
+            'mean' for the mean. Defaults to None.
+
+    Returns:
+        Rows are outputs, columns inputs, both in the order of memory: (b, d, l, l), or (b, l, l).
+
+    Raises:
+        ValueError: ``reduce`` is unknown.
+    """
+    if reduce not in (None, 'abs', 'mean'):
+        raise ValueError(f"reduce must be None, 'abs' or 'mean', got {reduce!r}")
+    batch, length, channels = scan.u.shape
+    # What of each input is in the state.
+    share = scan.u.new_zeros(batch, channels, scan.A.shape[1], length)
+    rows: list[Tensor | None] = [None] * length
+    previous = None
+    for token, a, w0, w1, B, C in scan.steps():
+        share *= a.unsqueeze(-1)
+        share[..., token] = w0 * B
+        if w1 is not None and previous is not None:
+            share[..., previous[0]] += w1 * previous[1]
+        previous = token, B
+        row = torch.einsum('bdnl,bdn->bdl', share, C)
+        if reduce is not None:
+            row = (row.abs() if reduce == 'abs' else row).mean(1)
+        rows[token] = row
+    return torch.stack(rows, dim=-2)
+
+
+def state_norms(scan: Scan) -> Tensor:
+    """Root mean square of the scan's state over channels and states, after each token: (b, l)."""
+    batch, length, channels = scan.u.shape
+    h = scan.u.new_zeros(batch, channels, scan.A.shape[1])
+    norms = scan.u.new_empty(batch, length)
+    previous = None
+    for token, a, w0, w1, B, _ in scan.steps():
+        drive = scan.u[:, token].unsqueeze(-1) * B
+        h = a * h + w0 * drive
+        if w1 is not None and previous is not None:
+            h = h + w1 * previous
+        previous = drive
+        norms[:, token] = h.square().mean(dim=(1, 2)).sqrt()
+    return norms
