@@ -75,6 +75,8 @@ def draw_maps(
     for number, (line, (label, maps)) in enumerate(zip(axes, panels, strict=True)):
         low = min(float(m.min()) for m in maps.values())
         high = max(float(m.max()) for m in maps.values())
+        # The forward scan of a class token that comes first reads nothing: a map of zeros.
+        high = high if high > low else low + 1
         shown = None
         line[0].set_title(label, fontsize=9, loc='left')
         if not is_clip:
