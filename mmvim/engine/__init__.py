@@ -1,12 +1,17 @@
 """Launcher, hooks and optimizer parts for mmpretrain, mmdet and mmsegmentation alike."""
 
-from .hooks import CheckpointHook, DataCheckHook, MesaHook
+from .hooks import CheckpointHook, CompileHook, DataCheckHook, MesaHook, TerminationHook
+from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .optim import CPUAmpOptimWrapper, LayerDecayOptimizerConstructor
 
 __all__ = [
     'CPUAmpOptimWrapper',
     'CheckpointHook',
+    'CompileHook',
     'DataCheckHook',
+    'EpochBasedTrainLoop',
+    'IterBasedTrainLoop',
     'LayerDecayOptimizerConstructor',
     'MesaHook',
+    'TerminationHook',
 ]

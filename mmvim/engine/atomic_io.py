@@ -1,5 +1,6 @@
 """Local file writes that either happen completely or leave the old file in place."""
 
+import contextlib
 import os
 import uuid
 from pathlib import Path
@@ -34,6 +35,7 @@ class AtomicLocalBackend(LocalBackend):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, filepath)
+            _sync_directory(directory or '.')
         except BaseException as error:
             if os.path.exists(temporary):
                 os.remove(temporary)
@@ -44,6 +46,17 @@ class AtomicLocalBackend(LocalBackend):
     def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
         """Write text to ``filepath`` as :meth:`put` writes bytes."""
         self.put(obj.encode(encoding), filepath)
+
+
+def _sync_directory(directory: str) -> None:
+    """Write a directory's names to the disk, where the file system can."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    with contextlib.suppress(OSError):
+        os.fsync(handle)
+    os.close(handle)
 
 
 def install() -> None:

@@ -171,34 +171,6 @@ def _use_amp(cfg: Config, dtype: str | None) -> None:
     wrapper.setdefault('loss_scale', {'enabled': False} if is_bf16 else 'dynamic')
 
 
-def resume_last(cfg: Config, notes: list[str]) -> None:
-    """Resume the last checkpoint of the work directory, or start as the config says."""
-    last = last_checkpoint(cfg.work_dir)
-    if last is None:
-        notes.append(f'There is no checkpoint in {cfg.work_dir} to resume: starting anew.')
-    else:
-        cfg.resume, cfg.load_from = True, last
-
-
-def last_checkpoint(work_dir: str) -> str | None:
-    """Return the newest checkpoint of a work directory, or None.
-
-    The file ``last_checkpoint`` names it. If that is gone or names a file that is gone, because the
-    directory was moved or the machine stopped, the newest ``epoch_N.pth`` or ``iter_N.pth`` is
-    taken.
-    """
-    directory = Path(work_dir)
-    try:
-        named = Path((directory / 'last_checkpoint').read_text().strip() or os.devnull)
-    except OSError:
-        named = Path(os.devnull)
-    for path in (named, directory / named.name):
-        if path.exists() and named.name != Path(os.devnull).name:
-            return str(path)
-    saved = [*directory.glob('epoch_*.pth'), *directory.glob('iter_*.pth')]
-    return str(max(saved, key=lambda path: path.stat().st_mtime)) if saved else None
-
-
 def fit_to_cpu(cfg: Config, notes: list[str]) -> None:
     """Replace what works on an accelerator alone."""
     wrapper = cfg.get('optim_wrapper')
@@ -207,3 +179,24 @@ def fit_to_cpu(cfg: Config, notes: list[str]) -> None:
         for name in ('loss_scale', 'dtype', 'use_fsdp'):
             wrapper.pop(name, None)
         notes.append('There is no GPU: mixed precision is bfloat16 without loss scaling.')
+
+
+def use_resumable_loops(cfg: Config) -> None:
+    """Put this package's training loops in the place of mmengine's, which they extend."""
+    loop = cfg.get('train_cfg')
+    if not isinstance(loop, dict):
+        return
+    names = {True: 'EpochBasedTrainLoop', False: 'IterBasedTrainLoop'}
+    if 'type' not in loop and isinstance(loop.get('by_epoch'), bool):
+        loop['type'] = f'mmvim.{names[loop.pop("by_epoch")]}'
+    elif loop.get('type') in names.values():
+        loop['type'] = f'mmvim.{loop["type"]}'
+
+
+def use_compile_hook(cfg: Config) -> None:
+    """Turn ``compile`` into a :class:`mmvim.engine.CompileHook`."""
+    options = cfg.pop('compile', None)
+    if options is None or options is False:
+        return
+    hook = {'type': 'mmvim.CompileHook', **({} if options is True else options)}
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), hook]

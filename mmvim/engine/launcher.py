@@ -5,6 +5,7 @@ is comes from the config; what differs between task libraries is in :mod:`mmvim.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from functools import wraps
 from typing import Any
@@ -17,10 +18,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
-from . import checks, distributed, flags, samples
+from . import checks, distributed, flags, resuming, samples
 from .command_line import build_test_parser, build_train_parser
 from .errors import reported_errors
-from .hooks import CheckpointHook, DataCheckHook
+from .hooks import CheckpointHook, DataCheckHook, Terminated, TerminationHook
 from .loading import checked_loading
 from .tasks import task_of
 
@@ -35,7 +36,7 @@ def main_train(argv: Sequence[str] | None = None) -> Any:
         The runner, after training.
 
     Raises:
-        SystemExit: Code 2 after an error that the user can mend.
+        SystemExit: Code 2 after an error that the user can mend, 143 after SIGTERM.
     """
     args = build_train_parser().parse_args(argv)
     with reported_errors() as context:
@@ -43,16 +44,42 @@ def main_train(argv: Sequence[str] | None = None) -> Any:
         context.cfg = cfg
         flags.apply_train_flags(cfg, args)
         flags.apply_options(cfg, args)
-        if args.resume == 'auto':
-            flags.resume_last(cfg, notes)
+        rest, warnings = [], []
+        if args.resume == 'auto' or (cfg.get('resume') is True and not cfg.get('load_from')):
+            rest = resuming.resume_last(cfg, notes, warnings)
+        elif cfg.get('resume') is True:
+            resuming.resume_path(cfg, cfg.load_from)
         checks.check_config(cfg, ('train', 'val'), paths=not args.no_checks)
         checks.check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
         checks.check_pretrained(cfg)
+        flags.use_resumable_loops(cfg)
         runner = _build_runner(cfg, args, ('train', 'val'), notes)
-        with checked_loading(runner, complete=bool(cfg.get('resume'))):
-            runner.train()
+        for warning in warnings:
+            runner.logger.warning(warning)
+        if rest:
+            resuming.leave_out_foreign(runner, rest)
+        _train(runner, complete=bool(cfg.get('resume')))
         distributed.finish()
     return runner
+
+
+def _train(runner: Any, complete: bool) -> None:
+    """Train, until the end or until a signal; in the latter case the process ends here."""
+    hook = next((hook for hook in runner.hooks if isinstance(hook, TerminationHook)), None)
+    if hook is None:
+        hook = TerminationHook()
+        runner.register_hook(hook)
+    try:
+        with checked_loading(runner, complete=complete):
+            runner.train()
+    except Terminated as error:
+        what = f'saved {error.checkpoint}' if error.checkpoint else 'nothing is saved'
+        runner.logger.warning(f'{error}: {what}; --resume continues the run')
+        runner.call_hook('after_run')
+        # Ranks may be at different places: the process group is left to the end of the process.
+        sys.exit(128 + error.signum)
+    finally:
+        hook.close()
 
 
 def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -94,6 +121,7 @@ def _build_runner(
     distributed.prepare(cfg, cfg.launcher, notes)
     if get_device() == 'cpu':
         flags.fit_to_cpu(cfg, notes)
+    flags.use_compile_hook(cfg)
     samples.install()
     HOOKS.register_module(name='CheckpointHook', module=CheckpointHook, force=True)
     runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)

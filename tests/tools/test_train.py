@@ -9,8 +9,8 @@ import torch
 from mmengine.config import Config
 
 from mmvim.engine import CheckpointHook, DataCheckHook
-from mmvim.engine.flags import last_checkpoint
 from mmvim.engine.launcher import main_train
+from mmvim.engine.resuming import candidates
 
 WORK_DIR = Path('work_dirs/config')
 
@@ -141,20 +141,27 @@ def test_crash_while_writing_keeps_the_old_checkpoint(toy, monkeypatch, fails):
     assert 'No space left on device' in line
     assert 'epoch_2.pth' in line
     assert sorted(path.name for path in WORK_DIR.glob('*.pth*')) == ['epoch_1.pth']
-    assert last_checkpoint(str(WORK_DIR)).endswith('epoch_1.pth')
+    assert [Path(path).name for path in candidates(str(WORK_DIR))] == ['epoch_1.pth']
 
 
-def test_last_checkpoint_survives_moves_and_cut_files(tmp_path):
-    assert last_checkpoint(str(tmp_path)) is None
-    for time, name in enumerate(('epoch_1.pth', 'epoch_2.pth')):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (time, time))
+def test_order_of_checkpoints(tmp_path):
+    def tried() -> list[int]:
+        return [int(Path(path).stem.rpartition('_')[2]) for path in candidates(str(tmp_path))]
+
+    assert tried() == []
+    # A former run in the same directory came as far as epoch 9.
+    for time, number in enumerate((8, 9, 1, 2, 3)):
+        (tmp_path / f'epoch_{number}.pth').touch()
+        os.utime(tmp_path / f'epoch_{number}.pth', (time, time))
     pointer = tmp_path / 'last_checkpoint'
-    pointer.write_text('/elsewhere/epoch_1.pth')
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_1.pth')
+    pointer.write_text('/elsewhere/epoch_3.pth')
+    assert tried() == [3, 2, 1, 9, 8]
+    # The run was killed before it could write that file for epoch 3.
+    pointer.write_text(str(tmp_path / 'epoch_2.pth'))
+    assert tried() == [3, 2, 1, 9, 8]
     for broken in ('', '/elsewhere/epoch_7.pth'):
         pointer.write_text(broken)
-        assert last_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_2.pth')
+        assert tried() == [3, 2, 1, 9, 8]
 
 
 BAD_OPTIONS = {

@@ -1,7 +1,16 @@
 """Hooks of the training and test loops."""
 
 from .checkpoint import CheckpointHook
+from .compile import CompileHook
 from .data_check import DataCheckHook
 from .mesa import MesaHook
+from .termination import Terminated, TerminationHook
 
-__all__ = ['CheckpointHook', 'DataCheckHook', 'MesaHook']
+__all__ = [
+    'CheckpointHook',
+    'CompileHook',
+    'DataCheckHook',
+    'MesaHook',
+    'Terminated',
+    'TerminationHook',
+]

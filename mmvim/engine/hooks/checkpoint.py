@@ -3,13 +3,20 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 
-from mmvim.engine import atomic_io
+from mmvim.engine import atomic_io, random_state
 from mmvim.engine.errors import UserError, did_you_mean
+from mmvim.engine.loops import VALIDATED_ITER
 from mmvim.registry import HOOKS
+
+# Key of the checkpoint.
+RANDOM_STATES = 'mmvim_random_states'
+# In the message hub: the checkpoint that an interrupted run left beside the regular ones.
+_INTERRUPTED = 'mmvim_interrupted_ckpt'
 
 
 class _RemoveLater:
@@ -38,6 +45,7 @@ class CheckpointHook(MMEngineCheckpointHook):
     - The checkpoints that it replaces (``max_keep_ckpts``, the previous best) are removed after it
       has been written, so that ``last_checkpoint`` always names a complete file. For that moment
       there is one checkpoint more on the disk.
+    - The states of all random number generators, of every process, are saved and restored.
     - A metric that ``save_best`` names and validation does not report is an error that lists the
       metrics that there are.
 
@@ -46,17 +54,103 @@ class CheckpointHook(MMEngineCheckpointHook):
     writing and removing holds.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.last_iter: int | None = None
+        self._states: list[dict] | None = None
+        self._resumed_states: list[dict] | None = None
+        self._meta: dict = {}
+
     def before_run(self, runner) -> None:
         """Make local writes atomic."""
         super().before_run(runner)
         atomic_io.install()
 
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Take the random states, which are restored when training begins."""
+        if runner._resume:
+            self._resumed_states = checkpoint.get(RANDOM_STATES)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Add the random states, and the place of the checkpoint in the training.
+
+        mmengine's ``FlexibleRunner`` counts one iteration or epoch too many when a checkpoint is
+        saved outside ``after_train_iter`` or ``after_train_epoch``.
+        """
+        checkpoint['meta'].update(self._meta)
+        if self._states is not None:
+            checkpoint[RANDOM_STATES] = self._states
+
     def before_train(self, runner) -> None:
-        """Remove what an interrupted write left behind."""
+        """Remove what an interrupted write left behind; restore the random states."""
         super().before_train(runner)
+        self.last_iter = runner.iter if runner._resume else None
         if is_main_process() and Path(self.out_dir).is_dir():
             for leftover in Path(self.out_dir).glob(f'*.pth.*{atomic_io.TEMPORARY_SUFFIX}'):
                 leftover.unlink(missing_ok=True)
+        states, self._resumed_states = self._resumed_states, None
+        if states is None:
+            return
+        if len(states) != runner.world_size:
+            runner.logger.warning(
+                f'The checkpoint was saved by {len(states)} processes and there are '
+                f'{runner.world_size} now: the run continues with other random numbers.'
+            )
+            return
+        random_state.restore(states[runner.rank])
+
+    def save_now(self, runner, step: int, states: dict | None = None) -> str:
+        """Save between two regular checkpoints, as ``iter_STEP.pth``.
+
+        It is removed after the next regular checkpoint has been written.
+
+        Args:
+            runner: The runner.
+            step: How many iterations are done.
+            states: The random states of this process to save; its present ones by default.
+
+        Returns:
+            The path of the checkpoint.
+        """
+        if self.last_iter == step and self.last_ckpt is not None:
+            return self.last_ckpt
+        meta = {'epoch': runner.epoch, 'iter': step}
+        if not self.by_epoch:
+            with self._saving(meta, states):
+                self._save_checkpoint_with_step(runner, step, meta)
+            return self.last_ckpt
+        name = f'iter_{step}.pth'
+        with self._saving(meta, states), self._removing_afterwards():
+            self._remove_interrupted(runner)
+            self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+            runner.message_hub.update_info(_INTERRUPTED, self.last_ckpt)
+            runner.save_checkpoint(
+                self.out_dir,
+                name,
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=False,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+        if is_main_process():
+            (Path(runner.work_dir) / 'last_checkpoint').write_text(self.last_ckpt)
+        self.last_iter = step
+        return self.last_ckpt
+
+    @contextmanager
+    def _saving(self, meta: dict, states: dict | None = None) -> Iterator[None]:
+        """Collect the random states of all processes, which only the first one writes."""
+        before = self._states, self._meta
+        if states is not None or self._states is None:
+            self._states = all_gather_object(states or random_state.capture())
+        self._meta = dict(meta)
+        try:
+            yield
+        finally:
+            self._states, self._meta = before
 
     @contextmanager
     def _removing_afterwards(self) -> Iterator[None]:
@@ -80,8 +174,23 @@ class CheckpointHook(MMEngineCheckpointHook):
                 backend.rmtree(path)
 
     def _save_checkpoint_with_step(self, runner, step, meta) -> None:
-        with self._removing_afterwards():
+        with self._saving(meta), self._removing_afterwards():
+            self._remove_interrupted(runner)
             super()._save_checkpoint_with_step(runner, step, meta)
+        self.last_iter = meta['iter']
+
+    def _remove_interrupted(self, runner) -> None:
+        path = runner.message_hub.runtime_info.get(_INTERRUPTED)
+        if path is None:
+            return
+        runner.message_hub.pop_info(_INTERRUPTED)
+        if is_main_process():
+            (self.file_backend.rmtree if Path(path).is_dir() else self.file_backend.remove)(path)
+
+    def after_val_epoch(self, runner, metrics) -> None:
+        """Note that validation is done, then save the best checkpoint."""
+        runner.message_hub.update_info(VALIDATED_ITER, runner.iter)
+        super().after_val_epoch(runner, metrics)
 
     def _save_best_checkpoint(self, runner, metrics) -> None:
         for key in self.key_indicators if self.save_best else ():
@@ -90,5 +199,6 @@ class CheckpointHook(MMEngineCheckpointHook):
                     f'default_hooks.checkpoint.save_best is {key!r}, which validation does not '
                     f'report{did_you_mean(key, metrics)}; allowed: {", ".join(sorted(metrics))}'
                 )
-        with self._removing_afterwards():
+        meta = {'epoch': runner.epoch, 'iter': runner.iter}
+        with self._saving(meta), self._removing_afterwards():
             super()._save_best_checkpoint(runner, metrics)

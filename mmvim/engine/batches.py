@@ -1,0 +1,183 @@
+"""Batches of a DataLoader from any position on, the same as if all before had been taken."""
+
+import functools
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from . import random_state
+
+# How long a worker outlives a SIGTERM that the whole job gets, in seconds.
+_GRACE = 25.0
+
+
+class _PlacedIndex(int):
+    """The index of a sample, with the seed of its place in the training."""
+
+    seed: int
+
+    def __new__(cls, index: int, seed: int) -> '_PlacedIndex':
+        placed = super().__new__(cls, index)
+        placed.seed = seed
+        return placed
+
+    def __reduce__(self) -> tuple:
+        return _PlacedIndex, (int(self), self.seed)
+
+
+class _PlacedBatches:
+    """A batch sampler that starts anywhere and numbers its samples.
+
+    Attributes:
+        epoch: Number of the pass over the data that the next iterator is.
+        skip: Batches that iterators leave out.
+    """
+
+    def __init__(self, batch_sampler: Any, seed: tuple[int, ...], placed: bool) -> None:
+        self.batch_sampler = batch_sampler
+        self.epoch = 0
+        self.skip = 0
+        self._seed = seed
+        self._placed = placed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__['batch_sampler'], name)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[list]:
+        # Not in the generator, which starts when the first batch is wanted. A DataLoader with
+        # workers asks for two iterators and uses the second.
+        return self._batches(self.epoch, self.skip)
+
+    def _batches(self, epoch: int, skip: int) -> Iterator[list]:
+        number = 0
+        for i, batch in enumerate(self.batch_sampler):
+            if i >= skip:
+                yield self._place(batch, epoch, number) if self._placed else batch
+            number += len(batch)
+
+    def _place(self, batch: list, epoch: int, number: int) -> list:
+        return [
+            _PlacedIndex(index, random_state.mix(*self._seed, epoch, number + i))
+            if isinstance(index, int)
+            else index
+            for i, index in enumerate(batch)
+        ]
+
+
+class Batches:
+    """The batches of a training DataLoader, from any position on.
+
+    - Batches before the position are not loaded: only the sampler is advanced.
+    - In workers, each sample's random numbers (Python's, NumPy's and torch's) are seeded with the
+      run's seed, the rank, and the place of the sample in the training. So augmentation after a
+      resume is that of the uninterrupted run, whatever the number of workers. Without workers the
+      process's own generators are used.
+    - Starting the iterator draws no number from the process's generator.
+    - Workers outlive a SIGTERM to the whole job for 25 seconds, so that the process that trains can
+      save.
+
+    Args:
+        loader: The DataLoader, which is changed in place. A loader of an ``IterableDataset``, or
+            without batches, starts at the beginning whatever the position.
+        seed: Seed of the run.
+        rank: Rank of the process.
+    """
+
+    def __init__(self, loader: DataLoader, seed: int | None, rank: int) -> None:
+        self.loader = loader
+        self._placed: _PlacedBatches | None = None
+        seeds = (seed or 0, rank)
+        isolate(loader, seeds)
+        if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+            return
+        if loader.num_workers > 0:
+            loader.worker_init_fn = functools.partial(_prepare_worker, inner=loader.worker_init_fn)
+        self._placed = _PlacedBatches(loader.batch_sampler, seeds, loader.num_workers > 0)
+        # A DataLoader refuses to change this attribute, though not for a reason that holds here:
+        # the new sampler gives the same batches.
+        loader.__dict__['batch_sampler'] = self._placed
+        if getattr(loader, '_iterator', None) is not None:
+            loader._iterator = None
+
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Any]:
+        """Iterate over pass ``number``, without its first ``skip`` batches."""
+        if self._placed is not None:
+            self._placed.epoch, self._placed.skip = number, skip
+        return iter(self.loader)
+
+    def endless(self, skip: int = 0) -> Iterator[Any]:
+        """Iterate without end, over as many passes as it takes, without ``skip`` batches."""
+        number = 0
+        sampler = getattr(self.loader, 'sampler', None)
+        if not hasattr(sampler, 'set_epoch'):
+            sampler = getattr(self.loader.batch_sampler, 'sampler', None)
+        if self._placed is not None and _is_finite(sampler):
+            number, skip = divmod(skip, len(self.loader))
+        while True:
+            if hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(number)
+            yield from self.epoch(number, skip)
+            number, skip = number + 1, 0
+
+
+def _is_finite(sampler: Any) -> bool:
+    """Whether a sampler comes to an end after as many samples as it says it has."""
+    return 'Infinite' not in type(sampler).__name__ and type(sampler).__name__ not in (
+        'MultiSourceSampler',
+        'GroupMultiSourceSampler',
+    )
+
+
+def isolate(loader: DataLoader, seeds: tuple[int, ...] = (0,)) -> None:
+    """Give a DataLoader a generator of its own.
+
+    Otherwise each start of its iterator draws from the process's generator, and the numbers that
+    training gets would depend on how often that happened.
+    """
+    if getattr(loader, 'generator', None) is None:
+        seed = random_state.mix(*seeds)
+        loader.generator = torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+
+
+def _prepare_worker(worker_id: int, inner: Callable[[int], None] | None) -> None:
+    """Seed each sample that this worker loads, and let the worker outlive a SIGTERM."""
+    if inner is not None:
+        inner(worker_id)
+    signal.signal(signal.SIGTERM, _leave_later)
+    dataset = get_worker_info().dataset
+    kind = type(dataset)
+    if kind in (list, tuple):
+        return  # Samples that are ready: nothing in them is random.
+
+    def getitem(self: Any, index: Any) -> Any:
+        if isinstance(index, _PlacedIndex):
+            random_state.seed_all(index.seed)
+            index = int(index)
+        return kind.__getitem__(self, index)
+
+    members = {'__module__': kind.__module__, '__getitem__': getitem, '__getitems__': None}
+    try:
+        dataset.__class__ = type(kind.__name__, (kind,), members)
+    except TypeError:
+        print_log(
+            f'The samples of a {kind.__name__} cannot be seeded one by one: after a resume, '
+            'augmentation takes other random numbers',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def _leave_later(signum: int, frame: object) -> None:
+    timer = threading.Timer(_GRACE, os._exit, (128 + signum,))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,82 @@
+"""``torch.compile`` for the part of a model where it pays: the backbone."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from torch import nn
+
+from mmvim.registry import HOOKS
+
+_OPTIONS = tuple(inspect.signature(torch.compile).parameters)[1:]
+
+
+@HOOKS.register_module()
+class CompileHook(Hook):
+    """Compile every backbone of the model with ``torch.compile`` when training or testing begins.
+
+    MMEngine's own ``compile=True`` compiles ``train_step``, of which the optimizer wrapper and the
+    logging of losses cannot be traced. Backbones are the modules called ``backbone``, at any depth.
+    They are compiled in place: parameters, checkpoints and hooks stay as they are, and the copies
+    that ``EMAHook`` and others make are not compiled. ``tools/train.py`` and ``tools/test.py`` add
+    this hook for ``compile=True`` or ``compile=dict(…)`` in a config.
+
+    Args:
+        **options: Those of :func:`torch.compile`: ``mode``, ``dynamic``, ``fullgraph``,
+            ``backend``, ``options`` or ``disable``. ``mode='reduce-overhead'`` records CUDA graphs,
+            one for each shape of the input: it is for inputs of few shapes.
+
+    Raises:
+        TypeError: If there is no such option.
+
+    Example:
+        >>> custom_hooks = [dict(type='mmvim.CompileHook', mode='reduce-overhead')]
+    """
+
+    def __init__(self, **options: Any) -> None:
+        for name in options:
+            if name not in _OPTIONS:
+                raise TypeError(f'CompileHook: unknown {name!r}; allowed: {", ".join(_OPTIONS)}')
+        self.options = options
+
+    def before_train(self, runner: Any) -> None:
+        """Compile, unless that is done."""
+        self._compile(runner)
+
+    def before_test(self, runner: Any) -> None:
+        """Compile, unless that is done."""
+        self._compile(runner)
+
+    def before_val(self, runner: Any) -> None:
+        """Compile, unless that is done."""
+        self._compile(runner)
+
+    def _compile(self, runner: Any) -> None:
+        model = runner.model
+        while is_model_wrapper(model):
+            model = model.module
+        backbones = {
+            name: module
+            for name, module in model.named_modules()
+            if name.rpartition('.')[2] == 'backbone'
+        }
+        if not backbones:
+            raise ValueError(
+                f'compile: {type(model).__name__} has no backbone to compile; compile=False is left'
+            )
+        for name, module in backbones.items():
+            if _is_compiled(module):
+                continue
+            module.compile(**self.options)
+            runner.logger.info(
+                f'{name} ({type(module).__name__}) is compiled: the first iteration, and the first '
+                'with another shape, take minutes'
+            )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None

@@ -1,0 +1,153 @@
+"""mmengine's training loops, which continue an interrupted run where it was.
+
+mmengine 0.10 begins an interrupted epoch anew while its iterations count on, draws data in another
+order when the seed was not fixed, never makes up for the validation that was due when the run
+ended, and takes the random numbers from wherever the new process is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
+
+from mmvim.registry import LOOPS
+
+from .batches import Batches, isolate
+
+# In the message hub, and so in every checkpoint.
+EPOCH_LENGTH = 'mmvim_epoch_length'
+VALIDATED_ITER = 'mmvim_validated_iter'
+
+
+class _Resumable:
+    """What both loops share."""
+
+    runner: Any
+    dataloader: Any
+    _iter: int
+
+    def _prepare(self) -> Batches:
+        runner = self.runner
+        batches = Batches(self.dataloader, runner.seed, runner.rank)
+        if runner.val_loop is not None and hasattr(runner.val_loop, 'dataloader'):
+            isolate(runner.val_loop.dataloader)
+        return batches
+
+    def _validate_if_due(self) -> None:
+        self._decide_current_val_interval()
+        if self.runner.val_loop is not None and self._validation_is_due():
+            self.runner.val_loop.run()
+
+    def _catch_up(self) -> None:
+        """Validate now if the run ended between saving and validating."""
+        hub = self.runner.message_hub
+        # Only checkpoints of these loops say when they were validated last.
+        if self._iter == 0 or EPOCH_LENGTH not in hub.runtime_info or self._within_epoch():
+            return
+        validated = hub.runtime_info.get(VALIDATED_ITER)
+        if validated != self._iter:
+            self._validate_if_due()
+
+    def _within_epoch(self) -> bool:
+        return False
+
+
+@LOOPS.register_module()
+class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
+    """``EpochBasedTrainLoop`` that resumes within an epoch, with the batches that are left of it.
+
+    The launcher uses it for ``train_cfg=dict(by_epoch=True, …)``. Arguments are mmengine's.
+    """
+
+    def run(self) -> Any:
+        """Train."""
+        self._batches = self._prepare()
+        self._skip = 0
+        self.runner.call_hook('before_train')
+        self._skip = self._resumed_batches()
+        self._catch_up()
+        self.runner.message_hub.update_info(EPOCH_LENGTH, len(self.dataloader))
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self.run_epoch()
+            self._validate_if_due()
+        self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def run_epoch(self) -> None:
+        """Train for what is left of an epoch."""
+        self.runner.call_hook('before_train_epoch')
+        self.runner.model.train()
+        skip, self._skip = self._skip, 0
+        for idx, data_batch in enumerate(self._remaining(skip), start=skip):
+            self.run_iter(idx, data_batch)
+        self.runner.call_hook('after_train_epoch')
+        self._epoch += 1
+
+    def _remaining(self, skip: int) -> Iterator[Any]:
+        if skip == len(self.dataloader):
+            return iter(())
+        return self._batches.epoch(self._epoch, skip)
+
+    def _resumed_batches(self) -> int:
+        """Return how many batches of the current epoch the resumed run has done."""
+        length = len(self.dataloader)
+        then = self.runner.message_hub.runtime_info.get(EPOCH_LENGTH, length)
+        done = self._iter - self._epoch * then
+        if done <= 0:
+            return 0
+        if then != length or done > length:
+            self.runner.logger.warning(
+                f'The checkpoint was saved {done} batches into an epoch of {then}, and an epoch '
+                f'has {length} batches now: epoch {self._epoch + 1} begins anew.'
+            )
+            return 0
+        self.runner.logger.info(
+            f'Epoch {self._epoch + 1} continues after {done} of {length} batches.'
+        )
+        return done
+
+    def _within_epoch(self) -> bool:
+        return self._skip > 0
+
+    def _validation_is_due(self) -> bool:
+        return self._epoch >= self.val_begin and (
+            self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
+        )
+
+
+@LOOPS.register_module()
+class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
+    """``IterBasedTrainLoop`` that resumes with the next batch, without loading those before it.
+
+    The launcher uses it for ``train_cfg=dict(by_epoch=False, …)``. Arguments are mmengine's.
+    """
+
+    def run(self) -> Any:
+        """Train."""
+        batches = self._prepare()
+        self.runner.call_hook('before_train')
+        # The whole training is one epoch for hooks.
+        self.runner.call_hook('before_train_epoch')
+        skip = self._iter
+        if skip and getattr(self, 'fast_forward_on_resume', False):
+            skip = 0
+            print_log(
+                'fast_forward_on_resume: the data starts from the beginning', logger='current'
+            )
+        self.dataloader_iterator = batches.endless(skip)
+        self._catch_up()
+        self.runner.message_hub.update_info(EPOCH_LENGTH, len(self.dataloader))
+        while self._iter < self._max_iters and not self.stop_training:
+            self.runner.model.train()
+            self.run_iter(next(self.dataloader_iterator))
+            self._validate_if_due()
+        self.runner.call_hook('after_train_epoch')
+        self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def _validation_is_due(self) -> bool:
+        return self._iter >= self.val_begin and (
+            self._iter % self.val_interval == 0 or self._iter == self._max_iters
+        )
