@@ -1,6 +1,13 @@
 """Launcher, hooks and optimizer parts for mmpretrain, mmdet and mmsegmentation alike."""
 
-from .hooks import CheckpointHook, CompileHook, DataCheckHook, MesaHook, TerminationHook
+from .hooks import (
+    CheckpointHook,
+    CompileHook,
+    DataCheckHook,
+    MesaHook,
+    NonFiniteHook,
+    TerminationHook,
+)
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from .optim import CPUAmpOptimWrapper, LayerDecayOptimizerConstructor
 
@@ -13,5 +20,6 @@ __all__ = [
     'IterBasedTrainLoop',
     'LayerDecayOptimizerConstructor',
     'MesaHook',
+    'NonFiniteHook',
     'TerminationHook',
 ]

@@ -4,13 +4,14 @@ from .checkpoint import CheckpointHook
 from .compile import CompileHook
 from .data_check import DataCheckHook
 from .mesa import MesaHook
+from .non_finite import NonFiniteHook
 from .termination import Terminated, TerminationHook
 
 __all__ = [
     'CheckpointHook',
-    'CompileHook',
     'DataCheckHook',
     'MesaHook',
+    'NonFiniteHook',
     'Terminated',
     'TerminationHook',
 ]
