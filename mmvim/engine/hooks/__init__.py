@@ -9,6 +9,7 @@ from .termination import Terminated, TerminationHook
 
 __all__ = [
     'CheckpointHook',
+    'CompileHook',
     'DataCheckHook',
     'MesaHook',
     'NonFiniteHook',
