@@ -9,6 +9,7 @@ from .model_zoo import ModelInfo, models
 
 BEGIN = re.compile(r'<!-- model zoo: (?P<data>[^>]+?)(?: of (?P<family>[\w]+))? -->\n')
 END = '<!-- end of model zoo -->'
+OVERVIEW = 'overview'
 
 
 def training_data(info: ModelInfo) -> str:
@@ -42,11 +43,39 @@ def table(infos: Iterable[ModelInfo], folder: Path) -> str:
     return ''.join(f'| {" | ".join(row)} |\n' for row in lines)
 
 
+def overview(folder: Path) -> str:
+    """One row for each family and data set, with links that work from ``folder``."""
+    groups: dict[tuple[str, str], list[ModelInfo]] = {}
+    for info in models().values():
+        groups.setdefault((info.collection, training_data(info)), []).append(info)
+    header = ['Family', 'Data', 'Models', 'Params', "Authors' weights", 'Reported by the authors']
+    lines = [header, ['---'] * len(header)]
+    for (family, data), infos in groups.items():
+        weights = sum(info.weights is not None for info in infos)
+        link = Path(os.path.relpath(infos[0].config.parent / 'README.md', folder)).as_posix()
+        sizes = _span([info.parameters / 1e6 for info in infos], '.1f')
+        metrics: dict[str, list[float]] = {}
+        for info in infos:
+            for result in info.results:
+                for metric, value in result['Metrics'].items():
+                    metrics.setdefault(metric, []).append(value)
+        reported = '; '.join(f'{m} {_span(values, ".1f")}' for m, values in metrics.items())
+        row = [f'[{family}]({link})', data, str(len(infos)), f'{sizes} M']
+        lines.append([*row, str(weights or '–'), reported or '–'])
+    return ''.join(f'| {" | ".join(row)} |\n' for row in lines)
+
+
+def _span(values: list[float], style: str) -> str:
+    low, high = f'{min(values):{style}}', f'{max(values):{style}}'
+    return low if low == high else f'{low} to {high}'
+
+
 def fill(text: str, folder: Path) -> str:
     """Bring the tables in a Markdown text up to date.
 
     A table stands between ``<!-- model zoo: DATA -->`` (or ``<!-- model zoo: DATA of FAMILY -->``)
     and ``<!-- end of model zoo -->``. Without a family, those whose configs are in ``folder``.
+    ``<!-- model zoo: overview -->`` is a row for each family and data set.
 
     Raises:
         ValueError: A mark has no end, or no model belongs to it.
@@ -56,6 +85,10 @@ def fill(text: str, folder: Path) -> str:
         end = text.find(END, mark.end())
         if end < 0:
             raise ValueError(f'{mark[0].strip()} has no {END}')
+        if mark['data'] == OVERVIEW:
+            parts += [text[position : mark.end()], '\n', overview(folder), '\n']
+            position = end
+            continue
         chosen = [
             info
             for info in models().values()
@@ -75,5 +108,5 @@ def fill(text: str, folder: Path) -> str:
 
 def files(root: Path) -> list[Path]:
     """The Markdown files that have such tables."""
-    found = [*root.glob('configs/*/README.md'), *root.glob('docs/**/*.md')]
+    found = [root / 'README.md', *root.glob('configs/*/README.md'), *root.glob('docs/**/*.md')]
     return sorted(path for path in found if BEGIN.search(path.read_text()))
