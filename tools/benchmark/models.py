@@ -259,7 +259,7 @@ def measure(
                 logits = network(inputs)
             F.cross_entropy(logits.float(), labels).backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=run != 'graph')
+            optimizer.zero_grad()
 
     if run == 'graph':
         step = captured(step)
