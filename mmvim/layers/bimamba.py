@@ -7,6 +7,7 @@ from mmvim import ops
 from mmvim.ops.bidirectional import bidirectional_scan_unchecked
 
 from ._common import as_param_dtype, check_choice
+from ._fused import Direction, Options, bimamba, is_plain
 from .conv import CausalConv1d
 from .mamba import DeltaProjection, MixerBase
 
@@ -32,6 +33,9 @@ class BiMamba(MixerBase):
             with Δ near 0.69. Defaults to 'proper'.
         reverse (bool): Whether to exchange the roles of the two branches, which equals flipping
             input and output. Defaults to False.
+        recompute (bool, optional): Whether the backward pass of v2 makes most intermediates again
+            instead of keeping them, which takes about a third of the memory. Defaults to None,
+            which means on CUDA devices.
 
     Raises:
         ValueError: If an argument is not among the allowed ones.
@@ -54,12 +58,16 @@ class BiMamba(MixerBase):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         reverse: bool = False,
+        recompute: bool | None = None,
         ops_backend: str = 'auto',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_choice('bimamba', bimamba, ('v1', 'v2'))
         check_choice('merge', merge, (None, 'mean', 'sum'))
+        check_choice('recompute', recompute, (None, True, False))
+        if recompute and bimamba != 'v2':
+            raise ValueError(f"recompute=True needs bimamba='v2', not {bimamba!r}")
         super().__init__(
             d_model,
             d_state=d_state,
@@ -79,6 +87,7 @@ class BiMamba(MixerBase):
             dtype=dtype,
         )
         self.bimamba = bimamba
+        self.recompute = recompute
         self.merge = merge or ('mean' if bimamba == 'v2' else 'sum')
         self.A_b_log = self._initial_a_log()
         if bimamba == 'v1':
@@ -140,6 +149,8 @@ class BiMamba(MixerBase):
             Tensor: (batch, length, d_model).
         """
         self._check_input(x)
+        if torch.is_grad_enabled() and self._is_plain():
+            return self._scaled(self._fused(x))
         u, z = self.in_proj(x).chunk(2, dim=-1)
         forward, backward = self._branches(u)
         if self.reverse:
@@ -154,6 +165,36 @@ class BiMamba(MixerBase):
             backend=self._backend,
         )
         return self._project_out(y)
+
+    def _is_plain(self) -> bool:
+        """Whether this mixer is the v2 of its parameters, without anything put around its parts."""
+        return (
+            self.bimamba == 'v2'
+            and all(is_plain(m, CausalConv1d) for m in (self.conv1d, self.conv1d_b))
+            and all(is_plain(m, DeltaProjection) for m in (self.dt_proj, self.dt_proj_b))
+            and all(
+                is_plain(m, nn.Linear)
+                for m in (self.in_proj, self.x_proj, self.x_proj_b, self.out_proj)
+            )
+        )
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The same as step by step, for training (see :mod:`mmvim.layers._fused`)."""
+        own, other = (
+            Direction(conv.taps, conv.bias, project.weight, dt.weight, dt.bias, a_log, skip)
+            for conv, project, dt, a_log, skip in (
+                (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
+                (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
+            )
+        )
+        forward, backward = (other, own) if self.reverse else (own, other)
+        options = Options(
+            scale=0.5 if self.merge == 'mean' else 1.0,
+            discretization=self.discretization,
+            recompute=x.is_cuda if self.recompute is None else self.recompute,
+            backend=self._backend,
+        )
+        return bimamba(x, self.in_proj, forward, backward, self.out_proj, options)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

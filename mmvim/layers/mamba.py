@@ -187,7 +187,9 @@ class MixerBase(nn.Module):
         )
 
     def _project_out(self, y: Tensor) -> Tensor:
-        out = self.out_proj(y)
+        return self._scaled(self.out_proj(y))
+
+    def _scaled(self, out: Tensor) -> Tensor:
         return out if self.gamma is None else out * self.gamma
 
     def _check_input(self, x: Tensor) -> None:

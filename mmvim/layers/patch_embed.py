@@ -2,9 +2,14 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmvim.ops._autocast import autocast_dtype
 
 from ._common import check_positive
+from ._fused import is_plain
 
 
 def to_2tuple(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -13,6 +18,30 @@ def to_2tuple(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
         raise ValueError(f'{name}={value!r} must be a positive integer or a pair of them')
     return pair
+
+
+def embed_patches(x: Tensor, proj: nn.Conv2d | nn.Conv3d) -> Tensor:
+    """Apply a convolution to (batch, channels, …) as a layer of tokens (batch, …, channels).
+
+    On a CUDA device a convolution whose windows neither overlap nor skip is one matrix product: for
+    patches of 16 pixels cuDNN's choices take several times as long.
+    """
+    if x.is_cuda and proj.kernel_size == proj.stride and is_plain(proj, type(proj)):
+        return _matrix_product(x, proj)
+    return proj(x).movedim(1, -1)
+
+
+def _matrix_product(x: Tensor, proj: nn.Conv2d | nn.Conv3d) -> Tensor:
+    size = proj.kernel_size
+    steps = [side // step for side, step in zip(x.shape[2:], size, strict=True)]
+    for axis, (count, step) in enumerate(zip(steps, size, strict=True), start=2):
+        x = x.narrow(axis, 0, count * step)
+    x = x.reshape(*x.shape[:2], *(n for pair in zip(steps, size, strict=True) for n in pair))
+    axes = range(2, x.dim())
+    x = x.permute(0, *axes[::2], 1, *axes[1::2])
+    # One pass casts and gathers.
+    patches = torch.empty(x.shape, dtype=autocast_dtype(x) or x.dtype, device=x.device).copy_(x)
+    return F.linear(patches.flatten(1 + len(size)), proj.weight.flatten(1), proj.bias)
 
 
 class PatchEmbed(nn.Module):
@@ -85,4 +114,4 @@ class PatchEmbed(nn.Module):
                 f'got {tuple(x.shape)}'
             )
         grid = self.grid(x.shape[2], x.shape[3])
-        return self.proj(x).flatten(2).transpose(1, 2), grid
+        return embed_patches(x, self.proj).flatten(1, 2), grid

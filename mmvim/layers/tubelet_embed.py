@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._common import as_param_dtype, check_positive
-from .patch_embed import PatchEmbed
+from .patch_embed import PatchEmbed, embed_patches
 
 
 class TubeletEmbed(PatchEmbed):
@@ -78,7 +78,7 @@ class TubeletEmbed(PatchEmbed):
             )
         self.steps(x.shape[2])
         grid = self.grid(x.shape[3], x.shape[4])
-        return self.proj(x).flatten(3).permute(0, 2, 3, 1), grid
+        return embed_patches(x, self.proj).flatten(2, 3), grid
 
 
 def resize_temporal_pos_embed(pos_embed: Tensor, length: int) -> Tensor:

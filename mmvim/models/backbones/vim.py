@@ -103,6 +103,9 @@ class Vim(MambaBackbone):
             all). Defaults to -1.
         with_cp (bool): Whether to recompute each layer in the backward pass to save memory.
             Defaults to False.
+        recompute (bool, optional): Whether the mixers make most of their intermediates again in
+            the backward pass (see :class:`mmvim.layers.BiMamba`). Defaults to None, which means on
+            CUDA devices, unless ``with_cp``.
         ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
         init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
 
@@ -153,6 +156,7 @@ class Vim(MambaBackbone):
         dt_init: str = 'proper',
         frozen_stages: int = -1,
         with_cp: bool = False,
+        recompute: bool | None = None,
         ops_backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -225,6 +229,7 @@ class Vim(MambaBackbone):
             residual_in_fp32=residual_in_fp32,
             drop_path_rate=drop_path_rate,
             ops_backend=ops_backend,
+            recompute=recompute,
             reverse_odd=if_bidirectional,
             layer_scale=layer_scale,
             discretization=discretization,

@@ -95,6 +95,7 @@ class MambaBackbone(BaseModule):
         residual_in_fp32: bool,
         drop_path_rate: float,
         ops_backend: str,
+        recompute: bool | None,
         reverse_odd: bool = False,
         **mixer: object,
     ) -> None:
@@ -106,6 +107,10 @@ class MambaBackbone(BaseModule):
         mixer.update({k: v for k, v in self.arch.items() if k not in ('embed_dims', 'depth')})
         if self.bimamba != 'none':
             mixer['merge'] = merge
+            # What with_cp makes again as a whole need not be made again in parts.
+            mixer['recompute'] = False if self.with_cp and recompute is None else recompute
+        elif recompute:
+            raise ValueError("recompute=True needs bimamba='v2', not 'none'")
         self.layers = nn.ModuleList(
             MambaBlock(
                 self.embed_dims,

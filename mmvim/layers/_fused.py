@@ -1,0 +1,256 @@
+"""The bidirectional mixer as one differentiable function that keeps little for its backward pass.
+
+Step by step, autograd keeps every intermediate of a mixer, and adds and joins their gradients in
+passes of their own. Here gradients that meet are accumulated by the matrix products that make them,
+and what is cheap to make again is made again: with ``recompute`` a layer keeps its input, the
+low-rank projections, the sum of the scans and the scans' checkpoints (compare section 3.3.2 of Gu
+and Dao, https://arxiv.org/abs/2312.00752).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmvim.ops import backend as backends
+from mmvim.ops._autocast import autocast_dtype
+from mmvim.ops._library import compute_dtype
+from mmvim.ops.bidirectional import ScanInputs
+from mmvim.ops.selective_scan import default_checkpoint_interval
+
+
+class Direction(NamedTuple):
+    """Parameters of one direction: d channels, n states, rank r, convolution width w.
+
+    ``taps`` (d, w), ``conv_bias`` (d,) or None, ``x_proj`` (r + 2n, d), ``dt_proj`` (d, r),
+    ``dt_bias`` (d,), ``a_log`` (d, n) and ``skip`` (d,).
+    """
+
+    taps: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor
+    a_log: Tensor
+    skip: Tensor
+
+
+class Options(NamedTuple):
+    """What the mixer is told besides tensors."""
+
+    scale: float
+    discretization: str
+    recompute: bool
+    backend: str | None
+
+
+_FIELDS = len(Direction._fields)
+
+
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether a module does what its class does and nothing else: no subclass, no hooks.
+
+    The fused function reads a module's parameters and does not call it, so what an adapter, a
+    quantiser, sharding or a profiler puts around a module would be lost.
+    """
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and not any(hooks)
+
+
+def bimamba(
+    x: Tensor,
+    in_proj: nn.Linear,
+    forward: Direction,
+    backward: Direction,
+    out_proj: nn.Linear,
+    options: Options,
+) -> Tensor:
+    """Mix x (batch, length, channels) along the sequence in both directions."""
+    weights = (in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias)
+    return _BiMamba.apply(x, *weights, *forward, *backward, options)
+
+
+def _prepared(p: Direction, dtype: torch.dtype) -> Direction:
+    """Matrices in the dtype of the activations, the rest in that of parameters, A for its log."""
+    wide = compute_dtype(dtype)
+    taps, conv_bias = (
+        t if t is None or t.dtype == dtype else t.to(wide) for t in (p.taps, p.conv_bias)
+    )
+    return Direction(
+        taps,
+        conv_bias,
+        x_proj=p.x_proj.to(dtype),
+        dt_proj=p.dt_proj.to(dtype),
+        dt_bias=p.dt_bias.to(wide),
+        a_log=-torch.exp(p.a_log.to(wide)),
+        skip=p.skip.to(wide),
+    )
+
+
+def _convolved(ops: object, xz: Tensor, first: Direction, second: Direction) -> tuple:
+    x = xz.chunk(2, dim=-1)[0]
+    return ops.bidirectional_conv1d(
+        x, first.taps, first.conv_bias, second.taps, second.conv_bias, True
+    )
+
+
+def _delta(low_rank: Tensor, p: Direction) -> Tensor:
+    return F.linear(low_rank[..., : p.dt_proj.shape[1]], p.dt_proj)
+
+
+def _scan_inputs(u: Tensor, delta: Tensor, low_rank: Tensor, p: Direction) -> ScanInputs:
+    n = p.a_log.shape[1]
+    b, c = low_rank[..., p.dt_proj.shape[1] :].unsqueeze(2).split((n, n), dim=-1)
+    return ScanInputs(u, delta, p.a_log, b, c, p.skip, p.dt_bias)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(batch, length, channels) as a matrix with a row for each token."""
+    return x.flatten(0, 1)
+
+
+def _outer(grad: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the weight of a linear layer."""
+    return _rows(grad).t() @ _rows(x)
+
+
+class _BiMamba(torch.autograd.Function):
+    """in_proj, both convolutions, low-rank projections and scans, gate, out_proj."""
+
+    @staticmethod
+    def forward(ctx, x, in_weight, in_bias, out_weight, out_bias, *rest):
+        *parameters, options = rest
+        ctx.dtypes = [
+            None if t is None else t.dtype
+            for t in (x, in_weight, in_bias, out_weight, out_bias, *parameters)
+        ]
+        dtype = autocast_dtype(x) or x.dtype
+        x, in_weight, out_weight = (t.to(dtype) for t in (x, in_weight, out_weight))
+        in_bias, out_bias = (t if t is None else t.to(dtype) for t in (in_bias, out_bias))
+        directions = (
+            _prepared(Direction(*parameters[:_FIELDS]), dtype),
+            _prepared(Direction(*parameters[_FIELDS:]), dtype),
+        )
+        ops = backends.resolve(options.backend, 'bidirectional_scan', x)
+        interval = default_checkpoint_interval(x)
+
+        xz = F.linear(x, in_weight, in_bias)
+        u = _convolved(ops, xz, *directions)
+        low_rank = [F.linear(t, p.x_proj) for t, p in zip(u, directions, strict=True)]
+        delta = [_delta(t, p) for t, p in zip(low_rank, directions, strict=True)]
+        forward, backward = map(_scan_inputs, u, delta, low_rank, directions)
+        gated, pregate, *checkpoints = ops.bidirectional_scan(
+            *forward,
+            *backward,
+            xz.chunk(2, dim=-1)[1],
+            options.scale,
+            True,
+            options.discretization,
+            interval,
+        )
+        kept = () if options.recompute else (xz, *u, *delta, gated)
+        ctx.save_for_backward(
+            x,
+            in_weight,
+            in_bias,
+            out_weight,
+            *directions[0],
+            *directions[1],
+            *low_rank,
+            pregate,
+            *checkpoints,
+            *kept,
+        )
+        ctx.options, ctx.interval = options, interval
+        ctx.compiled = ops is torch.ops.mmvim
+        return F.linear(gated, out_weight, out_bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, in_weight, in_bias, out_weight, *rest = ctx.saved_tensors
+        directions = Direction(*rest[:_FIELDS]), Direction(*rest[_FIELDS : 2 * _FIELDS])
+        *low_rank, pregate, checkpoints_f, checkpoints_b = rest[2 * _FIELDS : 2 * _FIELDS + 5]
+        kept = rest[2 * _FIELDS + 5 :]
+        options = ctx.options
+        ops = torch.ops.mmvim if ctx.compiled else torch.ops.mmvim_torch
+        dy = dy.to(x.dtype)
+        if options.recompute:
+            xz = F.linear(x, in_weight, in_bias)
+            u = _convolved(ops, xz, *directions)
+            delta = [_delta(t, p) for t, p in zip(low_rank, directions, strict=True)]
+            gated = F.silu(xz.chunk(2, dim=-1)[1]).mul_(pregate)
+        else:
+            xz, *u, delta_f, delta_b, gated = kept
+            delta = delta_f, delta_b
+        dout_weight = _outer(dy, gated)
+        if options.recompute and options.scale != 1:
+            dout_weight *= options.scale
+        del gated, kept
+
+        inputs, z = xz.chunk(2, dim=-1)
+        forward, backward = map(_scan_inputs, u, delta, low_rank, directions)
+        *dscans, dz = ops.bidirectional_scan_backward(
+            dy @ out_weight,
+            *forward,
+            *backward,
+            z,
+            pregate,
+            checkpoints_f,
+            checkpoints_b,
+            options.scale,
+            True,
+            options.discretization,
+            ctx.interval,
+        )
+        del forward, backward, delta, pregate, checkpoints_f, checkpoints_b
+        du, dparameters = [], []
+        for i, p in enumerate(directions):
+            du_i, ddelta, da, db, dc, dskip, dt_bias = dscans[7 * i : 7 * i + 7]
+            dlow_rank = torch.cat((ddelta @ p.dt_proj, db.squeeze(2), dc.squeeze(2)), dim=-1)
+            dparameters.append(
+                Direction(
+                    None,
+                    None,
+                    x_proj=_outer(dlow_rank, u[i]),
+                    dt_proj=_outer(ddelta, low_rank[i][..., : p.dt_proj.shape[1]]),
+                    dt_bias=dt_bias,
+                    a_log=da * p.a_log,
+                    skip=dskip,
+                )
+            )
+            du.append(_rows(du_i).addmm_(_rows(dlow_rank), p.x_proj).view_as(du_i))
+        del dscans, u
+        first, second = directions
+        dx, dtaps_f, dbias_f, dtaps_b, dbias_b = ops.bidirectional_conv1d_backward(
+            *du, inputs, first.taps, first.conv_bias, second.taps, second.conv_bias, True
+        )
+        d = dx.shape[-1]
+        din_weight = torch.cat((_outer(dx, x), _outer(dz, x)))
+        din_bias = None
+        if in_bias is not None:
+            din_bias = torch.cat((_rows(dx).sum(0), _rows(dz).sum(0)))
+        dx = (_rows(dx) @ in_weight[:d]).addmm_(_rows(dz), in_weight[d:]).view_as(x)
+        grads = (
+            dx,
+            din_weight,
+            din_bias,
+            dout_weight,
+            _rows(dy).sum(0),
+            *dparameters[0]._replace(taps=dtaps_f, conv_bias=dbias_f),
+            *dparameters[1]._replace(taps=dtaps_b, conv_bias=dbias_b),
+        )
+        return (
+            *(
+                grad.to(dtype) if needed else None
+                for grad, dtype, needed in zip(
+                    grads, ctx.dtypes, ctx.needs_input_grad[:-1], strict=True
+                )
+            ),
+            None,
+        )
