@@ -17,6 +17,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +30,7 @@ from mmvim.layers import (
     window_reverse,
 )
 from mmvim.layers._common import check_choice, check_positive
+from mmvim.layers._fused import is_plain
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
 
@@ -95,6 +97,36 @@ class Downsample(nn.Module):
         return self.reduction(x)
 
 
+def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """``norm(conv(x))``; on a CUDA device without the pass that adds the convolution's bias."""
+    # With fixed statistics in training the bias has a gradient, which the mean would not pass on.
+    exact = norm.training or not (torch.is_grad_enabled() and conv.bias.requires_grad)
+    plain = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)
+    if x.is_cuda and plain and exact and norm.track_running_stats:
+        return _without_bias(x, conv, norm)
+    return norm(conv(x))
+
+
+def _without_bias(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(conv(x))`` with the convolution's bias subtracted from the mean instead of added."""
+    x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    bias = conv.bias.detach().to(norm.running_mean.dtype)
+    mean = norm.running_mean - bias
+    if not norm.training:
+        return F.batch_norm(x, mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    # A norm over the batch takes a constant away: the bias has a gradient, and it is zero.
+    beta = norm.bias + 0 * conv.bias
+    before = mean.clone()
+    out = F.batch_norm(x, mean, norm.running_var, norm.weight, beta, True, momentum, norm.eps)
+    norm.running_mean.add_(mean - before)
+    return out
+
+
 class ConvBlock(nn.Module):
     """Residual block of two convolutions."""
 
@@ -110,7 +142,8 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (batch, dim, height, width)."""
-        out = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        out = self.act(_conv_norm(x, self.conv1, self.norm1))
+        out = _conv_norm(out, self.conv2, self.norm2)
         if self.gamma is not None:
             out = out * self.gamma[:, None, None]
         return x + self.drop_path(out)
