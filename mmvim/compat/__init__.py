@@ -16,6 +16,7 @@ from . import (
     mmengine_packages,
     mmpretrain_models,
     mmpretrain_transformers,
+    pycocotools_masks,
 )
 
 __all__ = ['install', 'require']
@@ -29,6 +30,7 @@ _SHIMS = (
     mmengine_packages,
     mmpretrain_models,
     mmpretrain_transformers,
+    pycocotools_masks,
 )
 _INSTALL_COMMAND = "pip install 'mmvim[onedl]'"
 

@@ -2,9 +2,12 @@
 
 import functools
 import traceback
+from types import ModuleType
 from typing import Any
 
 from mmengine.dataset import Compose
+
+from mmvim.compat._import_hook import when_imported
 
 from .errors import SampleError
 
@@ -18,6 +21,7 @@ def install() -> None:
     the pipeline has the sample, so its ``__call__`` is wrapped. Only errors of loading transforms
     (``Load…``) are translated. Workers that are forked, mmengine's default, inherit this.
     """
+    when_imported('mmseg.datasets.transforms.loading', _check_sizes)
     if getattr(Compose.__call__, 'names_files', False):
         return
     original = Compose.__call__
@@ -36,6 +40,26 @@ def install() -> None:
 
     call.names_files = True
     Compose.__call__ = call
+
+
+def _check_sizes(loading: ModuleType) -> None:
+    """Let a label map that is not as large as its image be an error, not a shifted label."""
+    original = loading.LoadAnnotations.transform
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @functools.wraps(original)
+    def transform(self: Any, results: dict) -> dict:
+        results = original(self, results)
+        labels, size = results.get('gt_seg_map'), results.get('ori_shape')
+        if labels is not None and size is not None and labels.shape[:2] != tuple(size[:2]):
+            raise ValueError(
+                f'the label map has {labels.shape[0]} x {labels.shape[1]} pixels and its image '
+                f'{size[0]} x {size[1]}'
+            )
+        return results
+
+    loading.LoadAnnotations.transform = transform
 
 
 def _describe(error: Exception, data: Any) -> str | None:

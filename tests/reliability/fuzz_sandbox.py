@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +43,8 @@ class Sandbox:
     """Runs cases of a module in a child process, which is started again when it dies.
 
     Args:
-        module: A module with ``run(case) -> (kind, detail)``. What it raises is 'failed'.
+        module: A module with ``run(case) -> (kind, detail)``; what that raises is 'failed'. Its
+            ``prepare()``, if it has one, is called once before the memory is limited.
         seconds: How long a case may take.
         gibibytes: How much address space the child may use beyond what it starts with.
     """
@@ -117,12 +119,55 @@ class Sandbox:
             self._process = None
 
 
+def fuzz(
+    strategy: Any, sandbox: Sandbox, count: Any, cases: int, *, always_the_same: bool = False
+) -> None:
+    """Run cases that hypothesis draws, until one is not good, which it then makes smaller.
+
+    Args:
+        strategy: Gives the cases.
+        sandbox: Runs them.
+        count: The fixture of that name.
+        cases: How many.
+        always_the_same: Whether the cases are the same in every run.
+    """
+    from hypothesis import HealthCheck, given, settings
+
+    kinds = Counter()
+
+    @settings(
+        max_examples=cases,
+        derandomize=always_the_same,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def run(case: Any) -> None:
+        outcome = sandbox.run(case)
+        kinds[outcome.kind] += 1
+        assert outcome.good, f'{outcome.kind}: {outcome.detail}'
+
+    try:
+        run()
+    finally:
+        count('cases', kinds.total())
+        for kind in ('refused', 'crashed', 'hung'):
+            count(kind, kinds[kind])
+    # Else it is not the package that is being tested.
+    assert kinds['ok'] * 100 >= cases, kinds
+    assert kinds['refused'] * 10 >= cases, kinds
+
+
 def serve(module: str, descriptor: int, gibibytes: float) -> None:
     """Be the child."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     pipe = Connection(descriptor)
-    run = importlib.import_module(module).run
+    target = importlib.import_module(module)
+    run = target.run
+    # What is imported later would count against the limit.
+    getattr(target, 'prepare', lambda: None)()
     used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     limit = used + int(gibibytes * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -129,7 +129,7 @@ class VideoDataset(BaseDataset):
                 if not line:
                     continue
                 path, _, label = line.rpartition(',' if ',' in line.rsplit(None, 1)[-1] else ' ')
-                if not path or not label.strip().isdigit():
+                if not path or not label.strip().isdecimal():
                     raise ValueError(f'{self.ann_file}:{number} is not "path label": {line!r}')
                 path = os.path.join(folder, path.strip())
                 yield {'img_path': path, 'gt_label': int(label)}

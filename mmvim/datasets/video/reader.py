@@ -64,6 +64,10 @@ class VideoReader:
             if not self._container.streams.video:
                 raise VideoSampleError(f'{self.path!r} has no video stream')
             self._stream = self._container.streams.video[0]
+            if self._stream.codec_context is None:
+                raise VideoSampleError(
+                    f'the video {self.path!r} is damaged, or coded in a way that PyAV does not know'
+                )
             self._stream.codec_context.thread_count = num_threads
             self._index()
         except BaseException:
