@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from mmvim.engine.errors import CheckpointError
+from mmvim.models.utils.checkpoint import unwrap_state_dict
 
 #: Where official files and mmengine keep weights.
 CONTAINERS = ('state_dict', 'model', 'module', 'model_state')
 EMA_CONTAINERS = ('model_ema', 'state_dict_ema')
 #: mmengine's EMAHook exchanges the two when it saves: here are the trained weights.
 EXCHANGED = 'ema_state_dict'
-WRAPPERS = ('module.', '_orig_mod.')
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,7 @@ def find_weights(content: Mapping[str, Any], *, ema: bool | None = None) -> dict
     if any(name.startswith('module.') for name in weights):
         # mmengine counts the steps of an average beside its weights.
         weights.pop('steps', None)
-    for wrapper in WRAPPERS:
-        while all(name.startswith(wrapper) for name in weights):
-            weights = {name[len(wrapper) :]: value for name, value in weights.items()}
+    unwrap_state_dict(weights)
     return weights
 
 

@@ -97,6 +97,16 @@ def build_test_parser() -> argparse.ArgumentParser:
         '--amp', action='store_true', help='automatic mixed precision: float16 (bfloat16 on a CPU)'
     )
     _add_amp_dtype(parser)
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
+        '--ema', action='store_true', help="test the checkpoint's averaged weights"
+    )
+    weights.add_argument(
+        '--no-ema',
+        action='store_true',
+        help='test the trained weights (default: what mmengine loads, which is the averaged ones '
+        'of its EMAHook and the trained ones of official files)',
+    )
     parser.add_argument(
         '--tta',
         action='store_true',

@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 from . import checks, distributed, flags, resuming, samples
 from .command_line import build_test_parser, build_train_parser
 from .errors import reported_errors
-from .hooks import CheckpointHook, DataCheckHook, Terminated, TerminationHook
+from .hooks import CheckpointHook, DataCheckHook, Terminated, TerminationHook, WeightsHook
 from .loading import checked_loading
 from .tasks import task_of
 
@@ -104,6 +104,8 @@ def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
         checks.check_checkpoint(cfg.load_from, 'checkpoint')
         flags.apply_test_outputs(cfg, args)
         runner = _build_runner(cfg, args, ('test',), notes)
+        if args.ema or args.no_ema:
+            runner.register_hook(WeightsHook(args.ema))
         if args.show or args.show_dir:
             _paint_every(runner, args.interval)
         with checked_loading(runner, complete=True):

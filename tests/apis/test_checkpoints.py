@@ -7,8 +7,11 @@ import os
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
 from script_runner import run_script as run
 
+from mmvim.apis import build_model
 from mmvim.apis.checkpoints import (
     find_weights,
     load_weights,
@@ -16,6 +19,7 @@ from mmvim.apis.checkpoints import (
     write_checkpoint,
 )
 from mmvim.engine.errors import CheckpointError
+from mmvim.engine.loading import checked_loading
 from mmvim.models import MambaVision, Vim
 
 ARCH = dict(embed_dims=16, depth=2, d_state=4)
@@ -56,8 +60,9 @@ def official(model, prefix=''):
         lambda w: {'model': {f'module.{k}': v for k, v in w.items()}},
         lambda w: {'module': {f'_orig_mod.{k}': v for k, v in w.items()}},
         lambda w: {'model': {'state_dict': w}},
+        lambda w: {f'model.{k}': v for k, v in w.items()},
     ],
-    ids=['bare', 'model', 'state_dict', 'module', 'compiled', 'nested'],
+    ids=['bare', 'model', 'state_dict', 'module', 'compiled', 'nested', 'prefix'],
 )
 def test_wrapped_files(model, wrap, tmp_path):
     path = tmp_path / 'x.pth'
@@ -71,6 +76,23 @@ def test_wrapped_files(model, wrap, tmp_path):
     assert report.unexpected == ('head.bias', 'head.weight')
     assert not report.renamed
     assert not report.resized
+    # As a config and as a runner loads them.
+    pretrained = dict(type='Pretrained', checkpoint=str(path))
+    initialised = Vim(ARCH, img_size=32, init_cfg=pretrained)
+    initialised.init_weights()
+    runner = Runner(
+        model=build_model(Config.fromstring(CLASSIFIER.format(size=32), '.py')),
+        work_dir=str(tmp_path),
+        load_from=str(path),
+        default_hooks=dict(logger=None),
+        default_scope='mmpretrain',
+        experiment_name=str(tmp_path),
+    )
+    with checked_loading(runner, complete=True):
+        runner.load_or_resume()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(initialised.state_dict()[key], value)
+        torch.testing.assert_close(runner.model.backbone.state_dict()[key], value)
 
 
 def test_averaged_weights_are_selectable(model):
@@ -112,10 +134,6 @@ def test_report(model, tmp_path):
     del weights['norm_f.weight']
     weights['surplus'] = torch.zeros(1)
     torch.save({'model': weights}, path)
-    from mmengine.config import Config
-
-    from mmvim.apis import build_model
-
     classifier = build_model(Config.fromstring(CLASSIFIER.format(size=64), '.py'))
     report = load_weights(classifier, path)
     assert report.renamed['head.weight'] == 'head.fc.weight'

@@ -95,3 +95,45 @@ def test_help_says_what_out_writes():
     text = ' '.join(build_test_parser().format_help().split())
     assert 'mmdet: a pickle of all predictions' in text
     assert 'mmseg: a directory of PNG label maps' in text
+
+
+@pytest.mark.parametrize('with_hook', [False, True])
+def test_averaged_weights(trained, fails, monkeypatch, with_hook):
+    import toy as task
+
+    own = torch.load(CHECKPOINT, weights_only=False)['state_dict']
+
+    def weights(value):
+        return {k: torch.full_like(v, value) if k == 'head.bias' else v for k, v in own.items()}
+
+    trained_weights = {f'module.{k}': v for k, v in weights(1.0).items()}
+    torch.save(
+        {
+            'state_dict': weights(2.0),
+            'ema_state_dict': {'steps': torch.tensor(3), **trained_weights},
+        },
+        'ours.pth',
+    )
+    torch.save({'model': weights(3.0), 'model_ema': weights(4.0)}, 'theirs.pth')
+    seen = set()
+    forward = task.ToyModel.forward
+
+    def spy(self, *args, **kwargs):
+        seen.add(float(self.head.bias[0].detach()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(task.ToyModel, 'forward', spy)
+    hook = ['--cfg-options', "custom_hooks=[dict(type='EMAHook')]"] if with_hook else []
+    for file, flags, value in (
+        ('ours.pth', [], 2),
+        ('ours.pth', ['--ema'], 2),
+        ('ours.pth', ['--no-ema'], 1),
+        ('theirs.pth', [], 3),
+        ('theirs.pth', ['--ema'], 4),
+        ('theirs.pth', ['--no-ema'], 3),
+    ):
+        seen.clear()
+        main_test(['config.py', file, *flags, *hook])
+        assert seen == {value}, (file, flags)
+    line = fails(main_test, 'config.py', CHECKPOINT, '--ema')
+    assert "epoch_1.pth' has no averaged weights" in line

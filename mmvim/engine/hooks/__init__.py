@@ -6,6 +6,7 @@ from .data_check import DataCheckHook
 from .mesa import MesaHook
 from .non_finite import NonFiniteHook
 from .termination import Terminated, TerminationHook
+from .weights import WeightsHook
 
 __all__ = [
     'CheckpointHook',
@@ -15,4 +16,5 @@ __all__ = [
     'NonFiniteHook',
     'Terminated',
     'TerminationHook',
+    'WeightsHook',
 ]

@@ -9,21 +9,28 @@ from typing import Any
 from torch import nn
 
 _WRAPPERS = ('model', 'module', 'state_dict')
+#: What data parallelism, torch.compile and a class around the model put before each key.
+WRAPPING_PREFIXES = ('module.', '_orig_mod.', 'model.')
 
 
 def unwrap_state_dict(state_dict: MutableMapping[str, Any]) -> None:
     """Replace ``{'model': weights, 'optimizer': …}`` by the weights, in place.
 
-    Weights under 'module' or 'state_dict' are unwrapped too, and the ``module.`` that a
-    data-parallel wrapper puts before each key is removed.
+    Weights under 'module' or 'state_dict' are unwrapped too, and the ``module.``, ``_orig_mod.`` or
+    ``model.`` that a wrapper puts before each key is removed.
     """
     for wrapper in _WRAPPERS:
         if isinstance(state_dict.get(wrapper), Mapping):
             inner = dict(state_dict[wrapper])
             state_dict.clear()
             state_dict.update(inner)
-    if state_dict and all(key.startswith('module.') for key in state_dict):
-        rename_keys(state_dict, {key: key[len('module.') :] for key in state_dict})
+    while state_dict:
+        prefix = next(
+            (p for p in WRAPPING_PREFIXES if all(key.startswith(p) for key in state_dict)), None
+        )
+        if prefix is None:
+            break
+        rename_keys(state_dict, {key: key[len(prefix) :] for key in state_dict})
 
 
 def rename_keys(state_dict: MutableMapping[str, Any], names: Mapping[str, str]) -> None:

@@ -1,0 +1,38 @@
+"""Which weights of a checkpoint a test uses."""
+
+from typing import Any
+
+from mmengine.hooks import Hook
+
+from mmvim.registry import HOOKS
+
+
+@HOOKS.register_module()
+class WeightsHook(Hook):
+    """Let a run load the averaged or the trained weights of a checkpoint that has both.
+
+    Averages are ``model_ema`` or ``state_dict_ema`` of official files. mmengine's ``EMAHook``
+    exchanges the two when it saves: there they are ``state_dict``, and ``ema_state_dict`` has the
+    trained weights.
+
+    Args:
+        ema (bool): Whether to take the averages.
+    """
+
+    # Before an EMAHook looks at what was loaded.
+    priority = 'VERY_HIGH'
+
+    def __init__(self, ema: bool) -> None:
+        self.ema = ema
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Put the chosen weights where mmengine takes them from.
+
+        Raises:
+            mmvim.engine.errors.CheckpointError: The checkpoint has no weights of this kind.
+        """
+        from mmvim.apis.checkpoints import EMA_CONTAINERS, EXCHANGED, find_weights
+
+        checkpoint['state_dict'] = find_weights(checkpoint, ema=self.ema)
+        for name in (*EMA_CONTAINERS, EXCHANGED):
+            checkpoint.pop(name, None)
