@@ -10,6 +10,8 @@ from ._library import compute_dtype
 from .discretization import DISCRETIZATIONS
 
 MAX_STATES = 256
+# A tuple, since torch.compile of torch 2.6 cannot trace a union of types.
+_NUMBERS = (int, float, torch.SymFloat)
 ACTIVATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -31,7 +33,7 @@ def check_flag(name: str, value: object) -> None:
 
 def check_number(name: str, value: object, least: float | None = None) -> None:
     """Refuse what is not a finite real number of ``least`` or more."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f'{name} must be a number, got {value!r}')
     if least is not None and not value >= least:
         raise ValueError(f'{name} must be {least} or more, got {value}')

@@ -91,7 +91,7 @@ def bidirectional_scan_unchecked(
     if dtype is not None:
         forward, backward = (_autocast(x, dtype) for x in (forward, backward))
         (z,) = to_activation(dtype, z)
-    forward, backward = (x._replace(B=grouped(x.B), C=grouped(x.C)) for x in (forward, backward))
+    forward, backward = _grouped(forward), _grouped(backward)
     for name, x in (('forward', forward), ('backward', backward)):
         u, delta, A, B, C, D, delta_bias = x
         check.check_scan(
@@ -140,6 +140,11 @@ def _inputs(name: str, values: object) -> ScanInputs:
             f'got {type(values).__name__}'
         )
     return ScanInputs(*values)
+
+
+def _grouped(x: ScanInputs) -> ScanInputs:
+    # torch.compile of torch 2.6 cannot trace _replace of a named tuple.
+    return ScanInputs(x.u, x.delta, x.A, grouped(x.B), grouped(x.C), x.D, x.delta_bias)
 
 
 def _autocast(x: ScanInputs, dtype: torch.dtype) -> ScanInputs:
