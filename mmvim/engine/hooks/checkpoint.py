@@ -17,6 +17,8 @@ from mmvim.registry import HOOKS
 RANDOM_STATES = 'mmvim_random_states'
 # In the message hub: the checkpoint that an interrupted run left beside the regular ones.
 _INTERRUPTED = 'mmvim_interrupted_ckpt'
+# Key of the checkpoint: names of those that are removed once it is written.
+_SUPERSEDED = 'mmvim_superseded'
 
 
 class _RemoveLater:
@@ -59,6 +61,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         self.last_iter: int | None = None
         self._states: list[dict] | None = None
         self._resumed_states: list[dict] | None = None
+        self._superseded: list[str] = []
         self._meta: dict = {}
 
     def before_run(self, runner) -> None:
@@ -70,6 +73,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         """Take the random states, which are restored when training begins."""
         if runner._resume:
             self._resumed_states = checkpoint.get(RANDOM_STATES)
+            self._superseded = checkpoint.get(_SUPERSEDED, [])
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Add the random states, and the place of the checkpoint in the training.
@@ -80,11 +84,19 @@ class CheckpointHook(MMEngineCheckpointHook):
         checkpoint['meta'].update(self._meta)
         if self._states is not None:
             checkpoint[RANDOM_STATES] = self._states
+        if isinstance(self.file_backend, _RemoveLater):
+            later = self.file_backend
+            names = [Path(path).name for path in (*later.files, *later.directories)]
+            checkpoint[_SUPERSEDED] = names
 
     def before_train(self, runner) -> None:
-        """Remove what an interrupted write left behind; restore the random states."""
+        """Finish what an interrupted save left undone; restore the random states."""
         super().before_train(runner)
         self.last_iter = runner.iter if runner._resume else None
+        if runner._resume:
+            self._follow_moves(runner)
+            if is_main_process():
+                self._finish_save(runner)
         if is_main_process() and Path(self.out_dir).is_dir():
             for leftover in Path(self.out_dir).glob(f'*.pth.*{atomic_io.TEMPORARY_SUFFIX}'):
                 leftover.unlink(missing_ok=True)
@@ -98,6 +110,37 @@ class CheckpointHook(MMEngineCheckpointHook):
             )
             return
         random_state.restore(states[runner.rank])
+
+    def _follow_moves(self, runner) -> None:
+        """Have the best checkpoints in this directory, whatever it was called when they were saved.
+
+        Otherwise a run in a copy of a work directory would remove the best checkpoint of the
+        original.
+        """
+
+        def here(path: str | None) -> str | None:
+            return path and self.file_backend.join_path(self.out_dir, Path(path).name)
+
+        if getattr(self, 'best_ckpt_path', None):
+            self.best_ckpt_path = here(self.best_ckpt_path)
+        for key, path in getattr(self, 'best_ckpt_path_dict', {}).items():
+            self.best_ckpt_path_dict[key] = here(path)
+
+    def _finish_save(self, runner) -> None:
+        """Remove what the loaded checkpoint replaced, and let ``last_checkpoint`` name it."""
+        loaded = str(runner._load_from or '')
+        for name in self._superseded:
+            path = self.file_backend.join_path(self.out_dir, name)
+            if name != Path(loaded).name:
+                self._remove(path)
+        if loaded and Path(loaded).resolve().parent == Path(self.out_dir).resolve():
+            (Path(runner.work_dir) / 'last_checkpoint').write_text(loaded)
+
+    def _remove(self, path: str) -> None:
+        if self.file_backend.isdir(path):
+            self.file_backend.rmtree(path)
+        elif self.file_backend.isfile(path):
+            self.file_backend.remove(path)
 
     def save_now(self, runner, step: int, states: dict | None = None) -> str:
         """Save between two regular checkpoints, as ``iter_STEP.pth``.
@@ -123,7 +166,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         with self._saving(meta, states), self._removing_afterwards():
             self._remove_interrupted(runner)
             self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
-            runner.message_hub.update_info(_INTERRUPTED, self.last_ckpt)
+            runner.message_hub.update_info(_INTERRUPTED, name)
             runner.save_checkpoint(
                 self.out_dir,
                 name,
@@ -180,12 +223,11 @@ class CheckpointHook(MMEngineCheckpointHook):
         self.last_iter = meta['iter']
 
     def _remove_interrupted(self, runner) -> None:
-        path = runner.message_hub.runtime_info.get(_INTERRUPTED)
-        if path is None:
-            return
-        runner.message_hub.pop_info(_INTERRUPTED)
-        if is_main_process():
-            (self.file_backend.rmtree if Path(path).is_dir() else self.file_backend.remove)(path)
+        name = runner.message_hub.runtime_info.get(_INTERRUPTED)
+        if name is not None:
+            runner.message_hub.pop_info(_INTERRUPTED)
+            if is_main_process():
+                self._remove(self.file_backend.join_path(self.out_dir, name))
 
     def after_val_epoch(self, runner, metrics) -> None:
         """Note that validation is done, then save the best checkpoint."""
