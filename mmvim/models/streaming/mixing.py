@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mmvim import ops
 from mmvim.layers import BiMamba, MambaState
+from mmvim.ops.selective_scan import selective_scan_unchecked
 
 
 def mix_part(
@@ -75,7 +76,7 @@ def _backward_branch(mixer: BiMamba, u: Tensor) -> Tensor:
 
 
 def _scan(mixer: BiMamba, inputs: ops.ScanInputs, **options: object):
-    return ops.selective_scan(
+    return selective_scan_unchecked(
         *inputs[:6],
         delta_bias=inputs.delta_bias,
         delta_softplus=True,

@@ -172,8 +172,6 @@ class StreamingVideoMamba(VideoMamba):
                 )
         super()._fit_state_dict(state_dict, prefix, local_metadata)
 
-    # ------------------------------------------------------------------------------- the state
-
     @property
     def _signature(self) -> str:
         mixer = self.layers[0].mixer
@@ -219,6 +217,11 @@ class StreamingVideoMamba(VideoMamba):
             )
         if x is None:
             return
+        if self.block_steps is not None and state.steps % self.block_steps:
+            raise ValueError(
+                f'the chunk before ended inside a block, after {state.steps} steps of blocks of '
+                f'{self.block_steps}; only the last chunk of a stream may'
+            )
         conv = state.layers[0].conv
         if x.dim() == 5 and x.shape[0] != state.batch_size:
             raise ValueError(
@@ -228,8 +231,6 @@ class StreamingVideoMamba(VideoMamba):
             raise ValueError(f'the chunk is {x.dtype} and the state {conv.dtype}')
         if x.device != conv.device:
             raise ValueError(f'the chunk is on {x.device} and the state on {conv.device}')
-
-    # ------------------------------------------------------------------------------- embedding
 
     def _temporal(self, start: int, steps: int) -> Tensor:
         """Temporal position embedding (1, steps, channels) of the steps from ``start`` on."""
@@ -254,7 +255,11 @@ class StreamingVideoMamba(VideoMamba):
         return torch.lerp(table[:, low], table[:, high], weight)
 
     def _embed_part(
-        self, x: Tensor, start: int, positions_in_time: bool = True
+        self,
+        x: Tensor,
+        start: int,
+        positions_in_time: bool = True,
+        temporal: Tensor | None = None,
     ) -> tuple[Tensor, tuple[int, int]]:
         """Embed the frames from step ``start`` on; the class token goes before step 0."""
         patches, grid = self.patch_embed(x)
@@ -264,14 +269,14 @@ class StreamingVideoMamba(VideoMamba):
         extra = self.num_extra_tokens
         patches = patches + pos_embed[:, extra:]
         if positions_in_time:
-            patches = patches + self._temporal(start, patches.shape[1]).unsqueeze(2)
+            if temporal is None:
+                temporal = self._temporal(start, patches.shape[1])
+            patches = patches + temporal.unsqueeze(2)
         tokens = patches.flatten(1, 2)
         if extra and start == 0:
             token = (self.cls_token + pos_embed[:, :1]).to(tokens.dtype)
             tokens = torch.cat((token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
         return self.drop_after_pos(tokens.contiguous()), grid
-
-    # ---------------------------------------------------------------------------------- layers
 
     def _run(self, hidden: Tensor, mix: Mix, recompute: bool = False) -> Tensor:
         """Run all layers with ``mix(index, normed)`` in place of their mixers, and the norm."""
@@ -337,14 +342,24 @@ class StreamingVideoMamba(VideoMamba):
         if state is None:
             tokens = self.forward_tokens(x)
             return (tokens.mean((1, 2)) if self.stream_pool == 'avg' else tokens[:, -1].mean(1),)
+        return self._chunk(x, state)
+
+    def _chunk(
+        self,
+        x: Tensor,
+        state: VideoState,
+        temporal: Tensor | None = None,
+        share: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, VideoState]:
+        """Process the next chunk.
+
+        What depends on the number of steps so far can be given, so that nothing else does: the
+        chunk's ``temporal`` embedding (1, steps, channels) and the ``share`` () that the steps that
+        come out have in the running mean.
+        """
         self._check_state(state, x)
-        if self.block_steps is not None and state.steps % self.block_steps:
-            raise ValueError(
-                f'the chunk before ended inside a block, after {state.steps} steps of blocks of '
-                f'{self.block_steps}; only the last chunk of a stream may'
-            )
         waiting = 0 if state.pending is None else self._pending_steps(state)
-        hidden, grid = self._embed_part(x, state.steps + waiting)
+        hidden, grid = self._embed_part(x, state.steps + waiting, temporal=temporal)
         if state.grid not in (None, grid):
             raise ValueError(f'the chunk has {grid} patches and the chunks before had {state.grid}')
         state = replace(state, grid=grid)
@@ -353,10 +368,12 @@ class StreamingVideoMamba(VideoMamba):
             state = replace(state, pending=None)
         steps = waiting + x.shape[2] // self.tubelet_size
         if self.stream_mode == 'causal':
-            return self._advance(hidden, state, steps)
-        if self.stream_mode == 'block':
+            return self._advance(hidden, state, steps, share)
+        if self.stream_mode == 'block' and steps > self.block_steps:
             return self._advance_blocks(hidden, state, steps)
-        return self._advance(hidden, state, steps - self.lookahead_steps)
+        if self.stream_mode == 'block':
+            return self._advance(hidden, state, steps, share)
+        return self._advance(hidden, state, steps - self.lookahead_steps, share)
 
     def flush(self, state: VideoState) -> tuple[Tensor, Tensor, VideoState]:
         """Let out the frames that still wait for their look-ahead, at the end of a stream.
@@ -397,7 +414,7 @@ class StreamingVideoMamba(VideoMamba):
         return torch.cat(outputs, dim=1), pooled, state
 
     def _advance(
-        self, hidden: Tensor, state: VideoState, steps: int
+        self, hidden: Tensor, state: VideoState, steps: int, share: Tensor | None = None
     ) -> tuple[Tensor, Tensor, VideoState]:
         """Let ``steps`` steps of ``hidden`` out; what follows them waits."""
         if steps <= 0:
@@ -418,9 +435,8 @@ class StreamingVideoMamba(VideoMamba):
 
         tokens = self._run(hidden, mix)[:, start:keep].unflatten(1, (steps, per_step))
         count = state.count + steps
-        mean = state.mean + (tokens.to(state.mean.dtype).mean((1, 2)) - state.mean) * (
-            steps / count
-        )
+        news = tokens.to(state.mean.dtype).mean((1, 2)) - state.mean
+        mean = state.mean + news * (steps / count if share is None else share)
         pending = hidden[:, keep:] if keep < hidden.shape[1] else None
         new = replace(
             state,
