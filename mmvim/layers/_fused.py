@@ -93,6 +93,18 @@ def _prepared(p: Direction, dtype: torch.dtype) -> Direction:
     )
 
 
+def _cast(given: tuple, dtype: torch.dtype) -> tuple:
+    """The parameters that are kept as they are given, as the arithmetic wants them."""
+    in_weight, in_bias, out_weight, *rest = given
+    return (
+        in_weight.to(dtype),
+        None if in_bias is None else in_bias.to(dtype),
+        out_weight.to(dtype),
+        _prepared(Direction(*rest[:_FIELDS]), dtype),
+        _prepared(Direction(*rest[_FIELDS:]), dtype),
+    )
+
+
 def _convolved(ops: object, xz: Tensor, first: Direction, second: Direction) -> tuple:
     x = xz.chunk(2, dim=-1)[0]
     return ops.bidirectional_conv1d(
@@ -131,12 +143,9 @@ class _BiMamba(torch.autograd.Function):
             for t in (x, in_weight, in_bias, out_weight, out_bias, *parameters)
         ]
         dtype = autocast_dtype(x) or x.dtype
-        x, in_weight, out_weight = (t.to(dtype) for t in (x, in_weight, out_weight))
-        in_bias, out_bias = (t if t is None else t.to(dtype) for t in (in_bias, out_bias))
-        directions = (
-            _prepared(Direction(*parameters[:_FIELDS]), dtype),
-            _prepared(Direction(*parameters[_FIELDS:]), dtype),
-        )
+        given = in_weight, in_bias, out_weight, *parameters
+        x = x.to(dtype)
+        in_weight, in_bias, out_weight, *directions = _cast(given, dtype)
         ops = backends.resolve(options.backend, 'bidirectional_scan', x)
         interval = default_checkpoint_interval(x)
 
@@ -155,29 +164,18 @@ class _BiMamba(torch.autograd.Function):
             interval,
         )
         kept = () if options.recompute else (xz, *u, *delta, gated)
-        ctx.save_for_backward(
-            x,
-            in_weight,
-            in_bias,
-            out_weight,
-            *directions[0],
-            *directions[1],
-            *low_rank,
-            pregate,
-            *checkpoints,
-            *kept,
-        )
+        ctx.save_for_backward(*given, x, *low_rank, pregate, *checkpoints, *kept)
         ctx.options, ctx.interval = options, interval
         ctx.compiled = ops is torch.ops.mmvim
-        return F.linear(gated, out_weight, out_bias)
+        return F.linear(gated, out_weight, None if out_bias is None else out_bias.to(dtype))
 
     @staticmethod
     def backward(ctx, dy):
-        x, in_weight, in_bias, out_weight, *rest = ctx.saved_tensors
-        directions = Direction(*rest[:_FIELDS]), Direction(*rest[_FIELDS : 2 * _FIELDS])
-        *low_rank, pregate, checkpoints_f, checkpoints_b = rest[2 * _FIELDS : 2 * _FIELDS + 5]
-        kept = rest[2 * _FIELDS + 5 :]
-        options = ctx.options
+        given, rest = ctx.saved_tensors[: 3 + 2 * _FIELDS], ctx.saved_tensors[3 + 2 * _FIELDS :]
+        x, *low_rank, pregate, checkpoints_f, checkpoints_b = rest[:6]
+        kept = rest[6:]
+        in_weight, in_bias, out_weight, *directions = _cast(given, x.dtype)
+        options, needed = ctx.options, ctx.needs_input_grad
         ops = torch.ops.mmvim if ctx.compiled else torch.ops.mmvim_torch
         dy = dy.to(x.dtype)
         if options.recompute:
@@ -188,9 +186,13 @@ class _BiMamba(torch.autograd.Function):
         else:
             xz, *u, delta_f, delta_b, gated = kept
             delta = delta_f, delta_b
-        dout_weight = _outer(dy, gated)
-        if options.recompute and options.scale != 1:
-            dout_weight *= options.scale
+        dout_weight = dout_bias = din_weight = din_bias = None
+        if needed[3]:
+            dout_weight = _outer(dy, gated)
+            if options.recompute and options.scale != 1:
+                dout_weight *= options.scale
+        if needed[4]:
+            dout_bias = _rows(dy).sum(0)
         del gated, kept
 
         inputs, z = xz.chunk(2, dim=-1)
@@ -231,9 +233,9 @@ class _BiMamba(torch.autograd.Function):
             *du, inputs, first.taps, first.conv_bias, second.taps, second.conv_bias, True
         )
         d = dx.shape[-1]
-        din_weight = torch.cat((_outer(dx, x), _outer(dz, x)))
-        din_bias = None
-        if in_bias is not None:
+        if needed[1]:
+            din_weight = torch.cat((_outer(dx, x), _outer(dz, x)))
+        if needed[2]:
             din_bias = torch.cat((_rows(dx).sum(0), _rows(dz).sum(0)))
         dx = (_rows(dx) @ in_weight[:d]).addmm_(_rows(dz), in_weight[d:]).view_as(x)
         grads = (
@@ -241,16 +243,14 @@ class _BiMamba(torch.autograd.Function):
             din_weight,
             din_bias,
             dout_weight,
-            _rows(dy).sum(0),
+            dout_bias,
             *dparameters[0]._replace(taps=dtaps_f, conv_bias=dbias_f),
             *dparameters[1]._replace(taps=dtaps_b, conv_bias=dbias_b),
         )
         return (
             *(
-                grad.to(dtype) if needed else None
-                for grad, dtype, needed in zip(
-                    grads, ctx.dtypes, ctx.needs_input_grad[:-1], strict=True
-                )
+                grad.to(dtype) if wanted else None
+                for grad, dtype, wanted in zip(grads, ctx.dtypes, needed[:-1], strict=True)
             ),
             None,
         )
