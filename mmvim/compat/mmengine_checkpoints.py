@@ -14,7 +14,9 @@ restricted to what they need it for; a file that needs more is refused with a me
 type. Nothing else in the process is affected. ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``, torch's own
 switch for files that one trusts, keeps working.
 
-A local file called ``*.safetensors`` is read with safetensors.
+A local file called ``*.safetensors`` is read with safetensors. A server that does not answer for
+:data:`TIMEOUT` seconds ends a download, which otherwise waits for ever, and what was downloaded and
+is no checkpoint does not stay in torch's cache, where it would be found again.
 
 Obsolete with: an mmengine that does this itself.
 """
@@ -26,11 +28,16 @@ import functools
 import os
 import pickle
 import re
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ._import_hook import when_imported
+
+#: Seconds without a byte from a server after which a download fails.
+TIMEOUT = 30.0
 
 
 def install() -> None:
@@ -132,8 +139,11 @@ def _explain(error: Exception, file: Any) -> str | None:
     # A truncated file makes torch seek to a place that is not there.
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         return None
-    detail = re.search(r'WeightsUnpickler error: (.+)', text)
+    detail = re.search(r'WeightsUnpickler error:\s*(.+)', text)
     reason = detail[1] if detail else (text.strip().splitlines() or [type(error).__name__])[0]
+    if reason.startswith('Weights only load failed'):
+        # torch goes on to recommend loading the file unsafely.
+        reason = 'it does not begin as one'
     return f'{name} cannot be read: it is damaged or not a PyTorch checkpoint ({reason})'
 
 
@@ -171,6 +181,27 @@ def _history_method(owner: type, name: str) -> Any:
     return getattr(owner, name)
 
 
+def _download(load_url: Callable[..., Any], url: str, *args: Any, **kwargs: Any) -> Any:
+    """``torch.hub.load_state_dict_from_url`` that neither waits for ever nor keeps rubbish."""
+    from torch import hub
+
+    folder = kwargs.get('model_dir') or os.path.join(hub.get_dir(), 'checkpoints')
+    cached = Path(folder, kwargs.get('file_name') or os.path.basename(url.partition('?')[0]))
+    was_there = cached.exists()
+    # torch.hub asks for weights_only=False unless told otherwise; None is torch.load's default.
+    kwargs.setdefault('weights_only', None)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT if before is None else before)
+    try:
+        return load_url(url, *args, **kwargs)
+    except Exception:
+        if not was_there:
+            cached.unlink(missing_ok=True)
+        raise
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def _patch(checkpoint: ModuleType) -> None:
     loader = checkpoint.CheckpointLoader
     original = loader.load_checkpoint.__func__
@@ -189,5 +220,4 @@ def _patch(checkpoint: ModuleType) -> None:
     loader.load_checkpoint = classmethod(load_checkpoint)
     if hasattr(checkpoint, '_safe_torch_load'):
         checkpoint._safe_torch_load = load
-    # torch.hub asks for weights_only=False unless told otherwise; None is torch.load's default.
-    checkpoint.load_url = functools.partial(checkpoint.load_url, weights_only=None)
+    checkpoint.load_url = functools.partial(_download, checkpoint.load_url)

@@ -4,7 +4,9 @@ import argparse
 import functools
 import http.server
 import pickle
+import socket
 import threading
+import time
 import types
 import zipfile
 
@@ -230,6 +232,35 @@ def test_downloads_are_no_exception(tmp_path, server, never_unsafe):
     with pytest.raises(pickle.UnpicklingError, match=r'bad\.pth. refused: it contains'):
         CheckpointLoader.load_checkpoint(f'{address}/bad.pth')
     assert not (tmp_path / 'marker').exists()
+
+
+def test_rubbish_does_not_stay_in_the_cache(tmp_path, server):
+    folder, address = server
+    (folder / 'page.pth').write_text('<html>not here</html>')
+    for _ in range(2):
+        with pytest.raises(pickle.UnpicklingError, match='damaged or not a PyTorch checkpoint'):
+            CheckpointLoader.load_checkpoint(f'{address}/page.pth')
+    assert not list((tmp_path / 'cache').rglob('page*'))
+    with pytest.raises(OSError, match='404'):
+        CheckpointLoader.load_checkpoint(f'{address}/missing.pth')
+    saved(folder, {'w': torch.ones(2)}, 'page.pth')
+    assert CheckpointLoader.load_checkpoint(f'{address}/page.pth')['w'].tolist() == [1, 1]
+
+
+def test_a_server_that_does_not_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(compat.mmengine_checkpoints, 'TIMEOUT', 0.3)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    for name in ('http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'):
+        monkeypatch.delenv(name, raising=False)
+    before = socket.getdefaulttimeout()
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        port = silent.getsockname()[1]
+        start = time.perf_counter()
+        with pytest.raises(OSError, match='timed out'):
+            CheckpointLoader.load_checkpoint(f'http://127.0.0.1:{port}/x.pth')
+    assert time.perf_counter() - start < 20
+    assert socket.getdefaulttimeout() == before
+    assert not list(tmp_path.rglob('*.pth'))
 
 
 def test_mmengine_without_a_loader_of_its_own(tmp_path):
