@@ -68,6 +68,11 @@ def test_tool(tmp_path):
     assert result.returncode == 0, result.stderr
     assert 'highest 90 at 40, last 80' in result.stdout
     assert (tmp_path / 'x.png').is_file()
+    again = run(work_dir, '--out', tmp_path / 'x.png')
+    assert "x.png' exists; --overwrite replaces it" in again.stderr
+    assert run(work_dir, '--out', tmp_path / 'x.png', '--overwrite').returncode == 0
+    assert run(work_dir, '--out', tmp_path / 'y.png', '--keys', 'top9').returncode == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['run', 'x.png']
     assert json.loads(run(work_dir, '--json').stdout)[0]['iterations'] == 60
 
 

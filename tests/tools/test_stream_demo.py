@@ -108,3 +108,29 @@ def test_damaged_file(tmp_path, capfd):
     done = demo(tmp_path, capfd, tmp_path / 'bad.mp4')
     assert done.status == 2
     assert 'bad.mp4' in done.err
+
+
+def test_no_part_of_an_output_is_left(clip, tmp_path, capfd):
+    """A file that ends in the middle of its frames; and a file that is there already."""
+    content = clip.read_bytes()
+    (tmp_path / 'cut.mkv').write_bytes(content)
+    with av.open(str(clip)) as source, av.open(str(tmp_path / 'cut.mkv'), 'w') as target:
+        video = source.streams.video[0]
+        copy = target.add_stream_from_template(video)
+        for packet in source.demux(video):
+            if packet.dts is not None:
+                packet.stream = copy
+                target.mux(packet)
+    whole = (tmp_path / 'cut.mkv').read_bytes()
+    middle = len(whole) // 2
+    noise = bytes((7 * i) % 251 for i in range(len(whole) - middle))
+    (tmp_path / 'cut.mkv').write_bytes(whole[:middle] + noise)
+    out = tmp_path / 'out.mp4'
+    done = demo(tmp_path, capfd, tmp_path / 'cut.mkv', '--out', out)
+    assert out.exists() == (done.status == 0)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
+    out.write_text('mine')
+    done = demo(tmp_path, capfd, clip, '--out', out)
+    assert done.status == 2
+    assert "out.mp4' exists; --overwrite replaces it" in done.err
+    assert out.read_text() == 'mine'

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis import draw_runs, read_run
+from mmvim.analysis.command_line import complete_file
 from mmvim.engine.errors import UserError, reported_errors
 
 
@@ -22,6 +23,7 @@ def parse_args() -> argparse.Namespace:
         'runs', nargs='+', help='work directories of tools/train.py, or scalars.json files'
     )
     parser.add_argument('--out', type=Path, metavar='PICTURE', help='draw the curves (png, pdf …)')
+    parser.add_argument('--overwrite', action='store_true', help='replace an existing picture')
     parser.add_argument(
         '--keys', nargs='+', metavar='KEY', help='what to draw (default: loss and all metrics)'
     )
@@ -36,10 +38,13 @@ def main() -> None:
     with reported_errors():
         if args.smooth < 1:
             raise UserError(f'--smooth must be at least 1, not {args.smooth}')
+        if args.out and args.out.exists() and not args.overwrite:
+            raise UserError(f'{str(args.out)!r} exists; --overwrite replaces it')
         try:
             runs = [read_run(path) for path in args.runs]
             if args.out:
-                draw_runs(runs, args.out, args.keys, args.smooth)
+                with complete_file(args.out) as path:
+                    draw_runs(runs, path, args.keys, args.smooth)
         except (KeyError, ValueError, FileNotFoundError) as error:
             raise UserError(error.args[0]) from error
         summaries = [run.summary() for run in runs]

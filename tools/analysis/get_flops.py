@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--frames', type=int, help='frames of a video')
     parser.add_argument('--json', type=Path, metavar='FILE', help="write JSON ('-': print)")
+    parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
     )
@@ -75,6 +76,8 @@ def main() -> None:
         shapes = [parse_shape(text) for text in args.shape]
         if args.frames is not None and args.frames < 1:
             raise UserError(f'--frames must be at least 1, not {args.frames}')
+        if args.json and args.json.exists() and not args.overwrite:
+            raise UserError(f'{str(args.json)!r} exists; --overwrite replaces it')
         MMLogger.get_current_instance().setLevel(logging.ERROR)
         rows = []
         for model in args.model:

@@ -6,8 +6,10 @@ state of constant size, and says after each chunk what it takes the video for so
 """
 
 import argparse
+import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--topk', type=int, default=3, help='classes shown (default: 3)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--out', help='write the video with the predictions drawn, as .mp4')
+    parser.add_argument('--overwrite', action='store_true', help='replace an existing --out')
     parser.add_argument('--show', action='store_true', help='show it in a window (q ends)')
     return parser.parse_args(argv)
 
@@ -162,6 +165,9 @@ class Output:
 
     def __init__(self, path: str | None, show: bool) -> None:
         self.path, self.show, self.container = path, show, None
+        # The file gets its name when it is complete.
+        if path is not None:
+            self.partial = str(Path(path).with_name(f'.{uuid.uuid4().hex[:8]}{Path(path).suffix}'))
 
     def __call__(self, frame: np.ndarray, lines: list[str]) -> bool:
         """Draw one frame; returns whether to go on."""
@@ -188,7 +194,7 @@ class Output:
     def _write(self, picture: np.ndarray) -> None:
         av = require_av()
         if self.container is None:
-            self.container = av.open(self.path, 'w')
+            self.container = av.open(self.partial, 'w')
             self.stream = self.container.add_stream('mpeg4', rate=25)
             height, width = (side // 2 * 2 for side in picture.shape[:2])
             self.stream.height, self.stream.width = height, width
@@ -197,11 +203,17 @@ class Output:
         frame = av.VideoFrame.from_ndarray(cut, format='rgb24')
         self.container.mux(self.stream.encode(frame))
 
-    def close(self) -> None:
-        """Finish the file."""
-        if self.container is not None:
+    def close(self, complete: bool) -> None:
+        """Finish the file, or remove what there is of it."""
+        if self.container is None:
+            return
+        if complete:
             self.container.mux(self.stream.encode())
-            self.container.close()
+        self.container.close()
+        if complete:
+            os.replace(self.partial, self.path)
+        else:
+            os.remove(self.partial)
 
 
 def describe(scores: Tensor, names: list[str] | None, topk: int) -> list[str]:
@@ -219,6 +231,8 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1, got {value}')
+    if args.out and Path(args.out).exists() and not args.overwrite:
+        raise UserError(f'{args.out!r} exists; --overwrite replaces it')
     names = Path(args.classes).read_text().splitlines() if args.classes else None
     model = build(args)
     tubelet = model.backbone.tubelet_size
@@ -227,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
     frames = read_camera(int(args.source)) if args.source.isdigit() else read_file(args.source)
     output, state = Output(args.out, args.show), model.backbone.init_state(1, args.device)
     waiting: list[np.ndarray] = []
-    lines, used, start = ['…'], 0, time.perf_counter()
+    lines, used, start, complete = ['…'], 0, time.perf_counter(), False
 
     def say(pooled: Tensor) -> None:
         nonlocal lines
@@ -257,8 +271,13 @@ def run(args: argparse.Namespace) -> int:
             if used:
                 _, pooled, state = model.backbone.flush(state)
                 say(pooled)
+        complete = True
+    except KeyboardInterrupt:
+        # How one ends a camera: what was recorded is wanted.
+        complete = True
+        raise
     finally:
-        output.close()
+        output.close(complete)
     if not used:
         raise UserError(f'{args.source!r} has no frames')
     return used
