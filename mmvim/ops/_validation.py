@@ -158,7 +158,8 @@ def check_negative(name: str, A: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or not isinstance(A, Tensor):
         return
-    if A.is_nested or A.is_meta or not A.is_floating_point():
+    # What is no matrix of parameters is refused, by name, when all arguments are checked.
+    if A.is_nested or A.layout != torch.strided or A.is_meta or A.dtype not in ACTIVATION_DTYPES:
         return
     version = None if A.is_inference() else A._version
     if version is not None and getattr(A, '_mmvim_negative', None) == version:

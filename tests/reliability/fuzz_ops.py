@@ -232,6 +232,8 @@ def _damaged(x: Any, change: tuple) -> Any:
         return x.unsqueeze(rest[0] % (x.dim() + 1))
     if x.dim() == 0:
         return x
+    if x.numel() > 10**6:
+        return x  # enlarged already, without memory of its own
     axis = rest[0] % x.dim()
     if kind == 'squeeze':
         return x.select(axis, 0) if x.shape[axis] else x
