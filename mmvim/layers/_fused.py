@@ -171,7 +171,9 @@ class _BiMamba(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        given, rest = ctx.saved_tensors[: 3 + 2 * _FIELDS], ctx.saved_tensors[3 + 2 * _FIELDS :]
+        # Activation checkpointing computes them again, once: they cannot be asked for twice.
+        saved = ctx.saved_tensors
+        given, rest = saved[: 3 + 2 * _FIELDS], saved[3 + 2 * _FIELDS :]
         x, *low_rank, pregate, checkpoints_f, checkpoints_b = rest[:6]
         kept = rest[6:]
         in_weight, in_bias, out_weight, *directions = _cast(given, x.dtype)
