@@ -70,6 +70,7 @@ def prepare(cfg: Config, launcher: str, notes: list[str]) -> None:
         wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
         wrapper['device_ids'] = None
     cfg.model_wrapper_cfg = wrapper
+    _fit_strategy(cfg)
     if _replace_sync_bn(cfg.model):
         notes.append('There is no GPU: SyncBN becomes BN.')
     _set_rendezvous(launcher, settings)
@@ -84,6 +85,25 @@ def finish() -> None:
     """Leave the process group, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _fit_strategy(cfg: Config) -> None:
+    """Give the model wrapper of a ``FlexibleRunner``'s strategy no GPU."""
+    strategy = cfg.get('strategy')
+    if not isinstance(strategy, dict):
+        return
+    wrapper = strategy.get('model_wrapper') or ConfigDict()
+    if strategy.get('type') == 'DDPStrategy':
+        wrapper.setdefault('type', 'MMDistributedDataParallel')
+        wrapper.setdefault('broadcast_buffers', False)
+        wrapper['device_ids'] = None
+    elif strategy.get('type') == 'FSDPStrategy':
+        wrapper.setdefault('type', 'MMFullyShardedDataParallel')
+        # A number would mean a GPU.
+        wrapper['device_id'] = torch.device('cpu')
+    else:
+        return
+    strategy['model_wrapper'] = wrapper
 
 
 def _set_rendezvous(launcher: str, settings: dict) -> None:

@@ -1,0 +1,59 @@
+"""Hooks for configs of the distributed tests, which import this module by ``custom_imports``."""
+
+import os
+import time
+
+import torch
+from mmengine.dist import get_rank, is_distributed
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module(force=True)
+class RecordWeights(Hook):
+    """Write the weights after each iteration, of each process, to ``weights_RANK.pth``."""
+
+    priority = 'LOWEST'
+
+    def before_train(self, runner):
+        self.seen = [self._weights(runner)]
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.seen.append(self._weights(runner))
+
+    def after_train(self, runner):
+        torch.save(self.seen, f'weights_{get_rank()}.pth')
+
+    @staticmethod
+    def _weights(runner):
+        model = runner.model
+        if 'FullySharded' in type(model).__name__:
+            with type(model).summon_full_params(model):
+                return {
+                    name.replace('_fsdp_wrapped_module.', ''): value.detach().cpu().clone()
+                    for name, value in model.module.named_parameters()
+                }
+        model = getattr(model, 'module', model)
+        return {k: v.detach().float().cpu().clone() for k, v in model.named_parameters()}
+
+
+@HOOKS.register_module(force=True)
+class Die(Hook):
+    """Let one process die in the middle of training.
+
+    Args:
+        rank: Which one.
+        how: ``'kill'`` (no cleaning up) or ``'raise'``.
+        at: Iteration.
+    """
+
+    def __init__(self, rank: int = 1, how: str = 'kill', at: int = 2):
+        self.rank, self.how, self.at = rank, how, at
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if is_distributed() and get_rank() == self.rank and runner.iter == self.at:
+            with open('died', 'w') as file:
+                file.write(str(time.time()))
+            if self.how == 'kill':
+                os.kill(os.getpid(), 9)
+            raise RuntimeError('this process was told to fail')

@@ -1,0 +1,344 @@
+"""Two processes do what one does with the joint batch, and none waits for one that is dead."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip('mmpretrain')
+
+from runs import Runs, write_images
+
+HERE = Path(__file__).parent
+TOOLS = HERE.parents[1] / 'tools'
+SAMPLES = 22  # Not a multiple of 2 x 4: the last batches are smaller.
+
+DEVICES = [
+    pytest.param('gloo', marks=pytest.mark.skipif(torch.cuda.is_available(), reason='CPU')),
+    pytest.param(
+        'nccl',
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason='needs two GPUs'),
+        ],
+    ),
+]
+
+CONFIG = """
+default_scope = 'mmpretrain'
+custom_imports = dict(imports=['distributed_hooks'], allow_failed_imports=False)
+classes = ('a', 'b', 'c')
+model = dict(
+    type='ImageClassifier',
+    data_preprocessor=dict(num_classes=3, mean=[127.5] * 3, std=[127.5] * 3, to_rgb=True),
+    backbone=dict(
+        type='mmvim.Vim', arch=dict(embed_dims=16, depth=3, d_state=4), img_size=16, patch_size=8),
+    head=dict(type='LinearClsHead', num_classes=3, in_channels=16,
+              loss=dict(type='CrossEntropyLoss')))
+dataset = dict(type='CustomDataset', data_root={data!r}, metainfo=dict(classes=classes),
+               data_prefix='train',
+               pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')])
+train_dataloader = dict(
+    batch_size={batch}, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dataset)
+val_dataloader = dict(
+    batch_size=3, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dataset)
+val_evaluator = [dict(type='Accuracy', topk=(1,)), dict(type='SingleLabelMetric')]
+test_dataloader, test_evaluator = val_dataloader, val_evaluator
+train_cfg = dict(by_epoch=True, max_epochs=2, val_interval=2)
+val_cfg, test_cfg = dict(), dict()
+# The change of the weights is the gradient.
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))
+default_hooks = dict(
+    logger=dict(type='LoggerHook', interval=1),
+    checkpoint=dict(type='CheckpointHook', interval=1),
+    visualization=dict(type='VisualizationHook', enable=False))
+custom_hooks = [dict(type='RecordWeights')]
+env_cfg = dict(dist_cfg=dict(backend='nccl'))
+visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
+randomness = dict(seed=0)
+"""
+
+
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        return str(sock.getsockname()[1])
+
+
+@pytest.fixture(scope='module')
+def runs():
+    runs = Runs()
+    yield runs
+    runs.close()
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('images')
+    write_images(root, SAMPLES)
+    return root
+
+
+def write_config(path: Path, images: Path, batch: int, extra: str = '') -> Path:
+    path.mkdir(exist_ok=True)
+    text = CONFIG.format(data=str(images), batch=batch) + extra
+    (path / 'config.py').write_text(text)
+    return path
+
+
+def train(runs: Runs, path: Path, processes: int) -> list[list[dict]]:
+    """Train with some processes; return the weights that each had after each iteration."""
+    argv = ('config.py', '--work-dir', 'work')
+    env = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(), 'WORLD_SIZE': str(processes)}
+    if processes == 1:
+        pids = [runs.start(path, *argv)]
+    else:
+        pids = [
+            runs.start(
+                path,
+                *argv,
+                '--launcher',
+                'pytorch',
+                env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)},
+            )
+            for rank in range(processes)
+        ]
+    codes = [runs.wait(pid) for pid in pids]
+    assert codes == [0] * processes, (path / 'log').read_text()[-4000:]
+    return [torch.load(path / f'weights_{rank}.pth') for rank in range(processes)]
+
+
+def metrics(path: Path) -> dict[str, float]:
+    """The metrics of the validation, as logged."""
+    file = next((path / 'work').glob('*/vis_data/scalars.json'))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    found = [line for line in lines if 'accuracy/top1' in line]
+    return {k: v for k, v in found[-1].items() if 'time' not in k}
+
+
+VARIANTS = {
+    'plain': '',
+    'with_cp': 'model["backbone"]["with_cp"] = True\n',
+    'compile with_cp': 'model["backbone"]["with_cp"] = True\n'
+    "compile = dict(backend='aot_eager')\n",
+    'flexible runner': "runner_type = 'FlexibleRunner'\nstrategy = dict(type='DDPStrategy')\n",
+    'accumulation': "optim_wrapper['accumulative_counts'] = 2\n",
+}
+FAST = ('plain',)
+
+
+@pytest.mark.parametrize('backend', DEVICES)
+@pytest.mark.parametrize(
+    'variant',
+    [
+        pytest.param(name, marks=() if name in FAST else pytest.mark.slow, id=name)
+        for name in VARIANTS
+    ],
+)
+def test_two_processes_are_one_with_the_joint_batch(
+    runs, images, tmp_path, variant, backend, count
+):
+    """The same weights after every iteration, hence gradients, and the same metrics.
+
+    22 samples are 11 for each of two processes, in batches of 4, 4 and 3; one process has the same
+    samples in batches of 8, 8 and 6.
+    """
+    extra = VARIANTS[variant]
+    one = write_config(tmp_path / 'one', images, 8, extra)
+    two = write_config(tmp_path / 'two', images, 4, extra)
+    if variant == 'flexible runner':
+        # One process has no wrapper to choose a strategy for.
+        one = write_config(tmp_path / 'one', images, 8)
+    joint = train(runs, one, 1)[0]
+    each = train(runs, two, 2)
+    assert len(joint) == len(each[0]) == 7
+    for step, (wanted, ours, theirs) in enumerate(zip(joint, *each, strict=True)):
+        assert wanted.keys() == ours.keys() == theirs.keys()
+        for name, value in wanted.items():
+            assert torch.equal(ours[name], theirs[name]), (step, name)
+            assert_close(ours[name], value, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f'{n}: {m}')
+    moved = max(float((joint[-1][n] - joint[0][n]).abs().max()) for n in joint[0])
+    assert moved > 1e-2
+    assert metrics(one) == pytest.approx(metrics(two), rel=1e-4)
+    count('cases')
+
+
+@pytest.mark.parametrize('backend', DEVICES)
+@pytest.mark.parametrize(
+    'samples',
+    [21, pytest.param(17, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow)],
+)
+def test_metrics_of_sample_counts_that_do_not_divide(
+    runs, images, tmp_path, samples, backend, count
+):
+    """The sample that is added to make the processes even is not counted."""
+    extra = "train_cfg['val_interval'] = 1\n"
+    extra += f"val_dataloader['dataset'] = dict(dataset, indices={samples})\n"
+    found = []
+    for processes in (1, 2):
+        path = write_config(tmp_path / str(processes), images, 8 // processes, extra)
+        train(runs, path, processes)
+        found.append(metrics(path))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    share = found[0]['accuracy/top1'] / 100 * samples
+    assert share == pytest.approx(round(share), abs=1e-3)
+    count('cases')
+
+
+@pytest.mark.slow
+def test_sharded_training(runs, images, tmp_path, count):
+    """FSDP through FlexibleRunner: the same weights, and a run that resumes."""
+    extra = (
+        "runner_type = 'FlexibleRunner'\n"
+        "strategy = dict(type='FSDPStrategy', state_dict_cfg='full', model_wrapper=dict(\n"
+        "    type='MMFullyShardedDataParallel', use_orig_params=True))\n"
+    )
+    joint = train(runs, write_config(tmp_path / 'one', images, 8), 1)[0]
+    path = write_config(tmp_path / 'two', images, 4, extra)
+    each = train(runs, path, 2)
+    for wanted, ours, theirs in zip(joint, *each, strict=True):
+        assert wanted.keys() == ours.keys()
+        for name, value in wanted.items():
+            assert torch.equal(ours[name], theirs[name])
+            assert_close(ours[name], value, rtol=1e-4, atol=2e-6)
+    saved = torch.load(path / 'work' / 'epoch_2.pth', weights_only=False)
+    assert saved['state_dict'].keys() >= joint[0].keys()
+
+
+@pytest.mark.slow
+def test_distributed_resume_is_exact(runs, images, tmp_path, count):
+    """Random states of both processes, and the data of an epoch that was half done."""
+    extra = (
+        "model['backbone']['drop_path_rate'] = 0.3\n"
+        "default_hooks['checkpoint'].update(by_epoch=False, interval=2)\n"
+        "optim_wrapper['optimizer'] = dict(type='AdamW', lr=1e-2)\n"
+    )
+    whole = write_config(tmp_path / 'whole', images, 4, extra)
+    wanted = train(runs, whole, 2)[0]
+    half = write_config(tmp_path / 'half', images, 4, extra)
+    (half / 'work').mkdir()
+    os.link(whole / 'work' / 'iter_2.pth', half / 'work' / 'iter_2.pth')
+    with (half / 'config.py').open('a') as file:
+        file.write('resume = True\n')
+    ours = train(runs, half, 2)[0]
+    assert len(ours) == 5
+    for a, b in zip(wanted[2:], ours, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    count('cases')
+
+
+def script(name: str, *args: str, cwd: Path, **env: str) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        'PYTHONPATH': str(HERE),
+        'OMP_NUM_THREADS': '1',
+        'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+        **env,
+    }
+    return subprocess.Popen(
+        ['bash', str(TOOLS / name), *args],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> str:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', DEVICES)
+def test_shell_scripts_on_two_nodes(runs, images, tmp_path, backend, count):
+    """``dist_train.sh`` with one process on each of two nodes, and ``dist_test.sh``."""
+    joint = train(runs, write_config(tmp_path / 'one', images, 8), 1)[0]
+    path = write_config(tmp_path / 'two', images, 4)
+    port = free_port()
+    env = {}
+    nodes = []
+    for rank in range(2):
+        if backend == 'nccl':
+            env['CUDA_VISIBLE_DEVICES'] = str(rank)
+        nodes.append(
+            script(
+                'dist_train.sh', 'config.py', '1', '--work-dir', 'work',
+                cwd=path, NNODES='2', NODE_RANK=str(rank), PORT=port, **env,
+            )
+        )  # fmt: skip
+    outputs = [finish(node) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    ours = torch.load(path / 'weights_0.pth')
+    for a, b in zip(joint, ours, strict=True):
+        for name in a:
+            assert_close(a[name], b[name], rtol=1e-4, atol=2e-6)
+    trained = metrics(path)
+    tested = script(
+        'dist_test.sh', 'config.py', 'work/epoch_2.pth', '2', '--out', 'metrics.json',
+        '--out-item', 'metrics', cwd=path, PORT=free_port(),
+    )  # fmt: skip
+    output = finish(tested)
+    assert tested.returncode == 0, output[-3000:]
+    again = json.loads((path / 'metrics.json').read_text())
+    for name, value in again.items():
+        assert value == pytest.approx(trained[name], rel=1e-5), name
+    count('cases', 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backend', DEVICES)
+@pytest.mark.parametrize('how', ['kill', 'raise'])
+def test_a_dead_process_ends_the_job(images, tmp_path, how, backend, count):
+    """Within a minute, with an error, and with what was saved before."""
+    extra = (
+        f"custom_hooks = [dict(type='Die', how={how!r}, at=4)]\n"
+        "default_hooks['checkpoint'].update(by_epoch=False, interval=2)\n"
+    )
+    path = write_config(tmp_path / 'run', images, 4, extra)
+    process = script(
+        'dist_train.sh', 'config.py', '2', '--work-dir', 'work', cwd=path, PORT=free_port()
+    )
+    output = finish(process, timeout=200)
+    taken = time.time() - float((path / 'died').read_text())
+    assert process.returncode != 0
+    assert taken < 60
+    assert ('SIGKILL' if how == 'kill' else 'told to fail') in output
+    assert (path / 'work' / 'iter_4.pth').exists()
+    count('faults')
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec('deepspeed') is None, reason='needs deepspeed')
+@pytest.mark.parametrize('backend', DEVICES)
+def test_deepspeed(images, tmp_path, backend, count):
+    extra = (
+        "runner_type = 'FlexibleRunner'\n"
+        "strategy = dict(type='DeepSpeedStrategy', zero_optimization=dict(stage=1),\n"
+        '    gradient_clipping=1.0)\n'
+        "optim_wrapper = dict(type='DeepSpeedOptimWrapper',\n"
+        "    optimizer=dict(type='AdamW', lr=1e-3))\n"
+        'custom_hooks = []\n'
+    )
+    path = write_config(tmp_path / 'run', images, 4, extra)
+    process = script(
+        'dist_train.sh', 'config.py', '2', '--work-dir', 'work', cwd=path, PORT=free_port()
+    )
+    output = finish(process)
+    assert process.returncode == 0, output[-4000:]
+    assert (path / 'work' / 'epoch_2.pth').is_dir()
