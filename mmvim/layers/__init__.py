@@ -5,6 +5,7 @@ from .conv import CausalConv1d
 from .drop import DropPath
 from .mamba import Mamba, MambaState
 from .mambavision import Attention, MambaVisionMixer, window_partition, window_reverse
+from .mlp import Mlp
 from .norm import LayerNorm, LayerNorm2d, RMSNorm, build_norm
 from .patch_embed import PatchEmbed
 from .position import (
@@ -32,6 +33,7 @@ __all__ = [
     'MambaStack',
     'MambaState',
     'MambaVisionMixer',
+    'Mlp',
     'PatchEmbed',
     'RMSNorm',
     'TubeletEmbed',

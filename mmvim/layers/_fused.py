@@ -1,4 +1,4 @@
-"""The bidirectional mixer as one differentiable function that keeps little for its backward pass.
+"""Mixers as one differentiable function each that keeps little for its backward pass.
 
 Step by step, autograd keeps every intermediate of a mixer, and adds and joins their gradients in
 passes of their own. Here gradients that meet are accumulated by the matrix products that make them,
@@ -100,8 +100,10 @@ def _cast(given: tuple, dtype: torch.dtype) -> tuple:
         in_weight.to(dtype),
         None if in_bias is None else in_bias.to(dtype),
         out_weight.to(dtype),
-        _prepared(Direction(*rest[:_FIELDS]), dtype),
-        _prepared(Direction(*rest[_FIELDS:]), dtype),
+        *(
+            _prepared(Direction(*rest[i : i + _FIELDS]), dtype)
+            for i in range(0, len(rest), _FIELDS)
+        ),
     )
 
 
@@ -256,3 +258,112 @@ class _BiMamba(torch.autograd.Function):
             ),
             None,
         )
+
+
+def half_scan(
+    x: Tensor, in_proj: nn.Linear, direction: Direction, out_proj: nn.Linear, options: Options
+) -> Tensor:
+    """Mix x (batch, length, channels) as MambaVision does: half of the channels are scanned.
+
+    ``direction.taps`` are those of both halves, (2d, w); no layer has a bias but Δ's.
+    """
+    return _HalfScan.apply(x, in_proj.weight, out_proj.weight, *direction, options)
+
+
+class _HalfScan(torch.autograd.Function):
+    """in_proj, one convolution, low-rank projections, the scan of a half, out_proj."""
+
+    @staticmethod
+    def forward(ctx, x, in_weight, out_weight, *rest):
+        *parameters, options = rest
+        given = in_weight, None, out_weight, *parameters
+        ctx.dtypes = [t if t is None else t.dtype for t in (x, in_weight, out_weight, *parameters)]
+        dtype = autocast_dtype(x) or x.dtype
+        x = x.to(dtype)
+        in_weight, _, out_weight, p = _cast(given, dtype)
+        ops = backends.resolve(options.backend, 'selective_scan', x)
+        interval = default_checkpoint_interval(x)
+
+        projected = F.linear(x, in_weight)
+        xz = _centred(ops, projected, p)
+        u, z = xz.chunk(2, dim=-1)
+        low_rank = F.linear(u, p.x_proj)
+        delta = _delta(low_rank, p)
+        y, _, checkpoints = ops.selective_scan(
+            *_plain_scan(u, delta, low_rank, p),
+            True,
+            options.discretization,
+            False,
+            False,
+            interval,
+        )
+        kept = () if options.recompute else (projected, xz, delta)
+        ctx.save_for_backward(*given, x, low_rank, y, checkpoints, *kept)
+        ctx.options, ctx.interval = options, interval
+        ctx.compiled = ops is torch.ops.mmvim
+        return F.linear(torch.cat((y, z), dim=-1), out_weight)
+
+    @staticmethod
+    def backward(ctx, dy):
+        saved = ctx.saved_tensors
+        given, rest = saved[: 3 + _FIELDS], saved[3 + _FIELDS :]
+        x, low_rank, y, checkpoints, *kept = rest
+        in_weight, _, out_weight, p = _cast(given, x.dtype)
+        options, needed = ctx.options, ctx.needs_input_grad
+        ops = torch.ops.mmvim if ctx.compiled else torch.ops.mmvim_torch
+        dy = dy.to(x.dtype)
+        if options.recompute:
+            projected = F.linear(x, in_weight)
+            xz = _centred(ops, projected, p)
+            delta = _delta(low_rank, p)
+        else:
+            projected, xz, delta = kept
+        u, z = xz.chunk(2, dim=-1)
+        dout_weight = din_weight = None
+        if needed[2]:
+            dout_weight = _outer(dy, torch.cat((y, z), dim=-1))
+        dscanned, dz = (dy @ out_weight).chunk(2, dim=-1)
+        du, ddelta, da, db, dc, dskip, _, dt_bias, _ = ops.selective_scan_backward(
+            dscanned,
+            None,
+            *_plain_scan(u, delta, low_rank, p),
+            checkpoints,
+            True,
+            options.discretization,
+            False,
+            ctx.interval,
+        )
+        dlow_rank = torch.cat((ddelta @ p.dt_proj, db.squeeze(2), dc.squeeze(2)), dim=-1)
+        _rows(du).addmm_(_rows(dlow_rank), p.x_proj)
+        dprojected, dtaps, *_ = ops.causal_conv1d_backward(
+            torch.cat((du, dz), dim=-1), None, projected, p.taps, None, None, 'same', True
+        )
+        if needed[1]:
+            din_weight = _outer(dprojected, x)
+        dparameters = Direction(
+            taps=dtaps,
+            conv_bias=None,
+            x_proj=_outer(dlow_rank, u),
+            dt_proj=_outer(ddelta, low_rank[..., : p.dt_proj.shape[1]]),
+            dt_bias=dt_bias,
+            a_log=da * p.a_log,
+            skip=dskip,
+        )
+        grads = dprojected @ in_weight, din_weight, dout_weight, *dparameters
+        return (
+            *(
+                grad.to(dtype) if wanted else None
+                for grad, dtype, wanted in zip(grads, ctx.dtypes, needed[:-1], strict=True)
+            ),
+            None,
+        )
+
+
+def _centred(ops: object, x: Tensor, p: Direction) -> Tensor:
+    return ops.causal_conv1d(x, p.taps, None, None, 'same', True, False)[0]
+
+
+def _plain_scan(u: Tensor, delta: Tensor, low_rank: Tensor, p: Direction) -> tuple:
+    """Inputs of a scan without gate and state, in the op's order."""
+    inputs = _scan_inputs(u, delta, low_rank, p)
+    return *inputs[:6], None, inputs.delta_bias, None

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from mmvim import ops
 from mmvim.ops.selective_scan import selective_scan_unchecked
 
-from ._common import check_positive
+from ._common import as_param_dtype, check_choice, check_positive
+from ._fused import Direction, Options, half_scan, is_plain
 from .conv import CausalConv1d
-from .mamba import MixerBase
+from .mamba import DeltaProjection, MixerBase
 
 
 class MambaVisionMixer(MixerBase):
@@ -40,6 +41,8 @@ class MambaVisionMixer(MixerBase):
             'official'.
         dt_min (float): Smallest initial Δ of 'proper'. Defaults to 1e-3.
         dt_max (float): Largest initial Δ of 'proper'. Defaults to 0.1.
+        recompute (bool, optional): As in :class:`mmvim.layers.BiMamba`. Defaults to None, which
+            means on CUDA devices.
         ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
 
     Raises:
@@ -58,11 +61,13 @@ class MambaVisionMixer(MixerBase):
         dt_init: str = 'official',
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
+        recompute: bool | None = None,
         ops_backend: str = 'auto',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(d_model=d_model)
+        check_choice('recompute', recompute, (None, True, False))
         if int(expand * d_model) % 2:
             raise ValueError(
                 f'd_model={d_model} and expand={expand}: expand * d_model must be even'
@@ -83,6 +88,7 @@ class MambaVisionMixer(MixerBase):
             dtype=dtype,
         )
         self.expand = expand
+        self.recompute = recompute
         self.double_dt_bias = double_dt_bias
         del self.conv1d
         self.conv1d_x, self.conv1d_z = (
@@ -116,16 +122,18 @@ class MambaVisionMixer(MixerBase):
         """
         self._check_input(x)
         # Depthwise: one convolution of all channels is the two of the halves.
+        taps = torch.cat((self.conv1d_x.taps, self.conv1d_z.taps))
+        if torch.is_grad_enabled() and self._is_plain():
+            return self._fused(x, taps)
         xz = ops.causal_conv1d(
             self.in_proj(x),
-            torch.cat((self.conv1d_x.taps, self.conv1d_z.taps)),
+            taps,
             activation='silu',
             mode='same',
             backend=self._backend,
         )
         u, z = xz.chunk(2, dim=-1)
         inputs = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
-        bias = inputs.delta_bias
         y = selective_scan_unchecked(
             inputs.u,
             inputs.delta,
@@ -133,12 +141,39 @@ class MambaVisionMixer(MixerBase):
             inputs.B,
             inputs.C,
             inputs.D,
-            delta_bias=2 * bias if self.double_dt_bias else bias,
+            delta_bias=self._delta_bias(),
             delta_softplus=True,
             discretization=self.discretization,
             backend=self._backend,
         )
         return self.out_proj(torch.cat((y, z), dim=-1))
+
+    def _delta_bias(self) -> Tensor:
+        bias = as_param_dtype(self.dt_proj.bias)
+        return 2 * bias if self.double_dt_bias else bias
+
+    def _is_plain(self) -> bool:
+        """Whether this mixer is what its parameters say, without anything put around its parts."""
+        return (
+            all(is_plain(m, CausalConv1d) for m in (self.conv1d_x, self.conv1d_z))
+            and all(is_plain(m, nn.Linear) for m in (self.in_proj, self.x_proj, self.out_proj))
+            and is_plain(self.dt_proj, DeltaProjection)
+        )
+
+    def _fused(self, x: Tensor, taps: Tensor) -> Tensor:
+        """The same as step by step, for training (see :mod:`mmvim.layers._fused`)."""
+        direction = Direction(
+            taps,
+            None,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self._delta_bias(),
+            self.A_log,
+            self.D,
+        )
+        recompute = x.is_cuda if self.recompute is None else self.recompute
+        options = Options(1.0, self.discretization, recompute, self._backend)
+        return half_scan(x, self.in_proj, direction, self.out_proj, options)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

@@ -6,13 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from mmvim.layers import BiMamba
+from mmvim.layers import BiMamba, MambaVisionMixer, Mlp
 from mmvim.layers.patch_embed import _matrix_product
 
 
-def make(dtype=torch.float64, **options):
+def make(dtype=torch.float64, kind=BiMamba, **options):
     torch.manual_seed(0)
-    mixer = BiMamba(12, d_state=3, dt_rank=2, **options).to(dtype)
+    mixer = kind(12, d_state=3, dt_rank=2, **options).to(dtype)
+    return moved(mixer)
+
+
+def moved(mixer):
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -49,6 +53,8 @@ def step_by_step(mixer):
         {'merge': 'sum', 'bias': True, 'conv_bias': False},
         {'reverse': True, 'layer_scale': 0.3},
         {'discretization': 'foh_hold', 'd_conv': 2},
+        {'kind': MambaVisionMixer},
+        {'kind': MambaVisionMixer, 'double_dt_bias': False, 'dt_init': 'proper'},
     ],
 )
 def test_equals_step_by_step(options, recompute, backend):
@@ -66,11 +72,12 @@ def test_equals_step_by_step(options, recompute, backend):
 
 @pytest.mark.parametrize('recompute', [True, False])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_error_in_low_precision(dtype, recompute):
+@pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer])
+def test_error_in_low_precision(kind, dtype, recompute):
     """At most twice the error of the steps, against float64."""
     x = torch.randn(2, 50, 12)
-    _, *exact = run(make(), x.double())
-    mixer = make(torch.float32, recompute=recompute)
+    _, *exact = run(make(kind=kind), x.double())
+    mixer = make(torch.float32, kind, recompute=recompute)
     _, *fused = run(mixer, x, dtype)
     with step_by_step(mixer):
         _, *steps = run(mixer, x, dtype)
@@ -115,10 +122,11 @@ def kept_bytes(mixer, x):
     return sum(kept.values())
 
 
-def test_recomputation_keeps_less():
+@pytest.mark.parametrize(('kind', 'share'), [(BiMamba, 0.5), (MambaVisionMixer, 0.7)])
+def test_recomputation_keeps_less(kind, share):
     x = torch.randn(2, 256, 64)
-    lean, full = (kept_bytes(BiMamba(64, recompute=flag), x) for flag in (True, False))
-    assert lean < 0.5 * full
+    lean, full = (kept_bytes(kind(64, recompute=flag), x) for flag in (True, False))
+    assert lean < share * full
 
 
 def test_what_is_put_around_a_part_is_called():
@@ -154,6 +162,21 @@ def test_compiles_in_one_graph():
 def test_recompute_of_v1_is_refused():
     with pytest.raises(ValueError, match="recompute=True needs bimamba='v2', not 'v1'"):
         BiMamba(12, bimamba='v1', recompute=True)
+
+
+def test_mlp():
+    torch.manual_seed(0)
+    mlp, x = Mlp(6, 20).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    y, dx, grads = run(mlp, x)
+    handle = mlp.act.register_forward_hook(lambda *_: None)
+    expected_y, expected_dx, expected = run(mlp, x)
+    handle.remove()
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(dx, expected_dx)
+    for name in expected:
+        torch.testing.assert_close(grads[name], expected[name])
+    # Its input and the input of the GELU.
+    assert kept_bytes(mlp, x.clone()) == 8 * 2 * 3 * (6 + 20)
 
 
 @pytest.mark.parametrize('dims', [2, 3])

@@ -26,6 +26,7 @@ from mmvim.layers import (
     DropPath,
     LayerNorm2d,
     MambaVisionMixer,
+    Mlp,
     window_partition,
     window_reverse,
 )
@@ -147,20 +148,6 @@ class ConvBlock(nn.Module):
         if self.gamma is not None:
             out = out * self.gamma[:, None, None]
         return x + self.drop_path(out)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform (..., dim)."""
-        return self.fc2(self.act(self.fc1(x)))
 
 
 class TokenBlock(nn.Module):

@@ -1,0 +1,73 @@
+"""The two linear layers of a transformer block."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmvim.ops._autocast import autocast_dtype
+
+from ._common import check_positive
+from ._fused import is_plain
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them.
+
+    In training the GELU is computed again in the backward pass instead of being kept: of what a
+    block keeps, a quarter.
+
+    Args:
+        dim (int): Channels of input and output.
+        hidden (int): Channels between the layers.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        check_positive(dim=dim, hidden=hidden)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform (..., dim)."""
+        linears = self.fc1, self.fc2
+        plain = is_plain(self.act, nn.GELU) and all(is_plain(m, nn.Linear) for m in linears)
+        if torch.is_grad_enabled() and plain:
+            return _Mlp.apply(x, *(p for m in linears for p in (m.weight, m.bias)))
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2):
+        ctx.dtypes = [t.dtype for t in (x, weight1, bias1, weight2, bias2)]
+        dtype = autocast_dtype(x) or x.dtype
+        x, bias1, bias2 = (t.to(dtype) for t in (x, bias1, bias2))
+        hidden = F.linear(x, weight1.to(dtype), bias1)
+        ctx.save_for_backward(x, hidden, weight1, weight2)
+        return F.linear(F.gelu(hidden), weight2.to(dtype), bias2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, hidden, weight1, weight2 = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        dy = dy.to(x.dtype)
+        rows = dy.flatten(0, -2)
+        dweight1 = dbias1 = dweight2 = dbias2 = dx = None
+        if needed[3]:
+            dweight2 = rows.t() @ F.gelu(hidden).flatten(0, -2)
+        if needed[4]:
+            dbias2 = rows.sum(0)
+        dhidden = torch.ops.aten.gelu_backward(dy @ weight2.to(dy.dtype), hidden)
+        rows = dhidden.flatten(0, -2)
+        if needed[1]:
+            dweight1 = rows.t() @ x.flatten(0, -2)
+        if needed[2]:
+            dbias1 = rows.sum(0)
+        if needed[0]:
+            dx = dhidden @ weight1.to(dy.dtype)
+        grads = dx, dweight1, dbias1, dweight2, dbias2
+        return tuple(
+            None if grad is None else grad.to(dtype)
+            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+        )
