@@ -4,12 +4,15 @@
     python tools/benchmark/models.py                                    # every built-in model
     python tools/benchmark/models.py --models vim-t mambavision-t --modes inference
     python tools/benchmark/models.py --models mambavision-t --peers mambavision --csv models.csv
+    python tools/benchmark/models.py --models vim-t --sizes 224 512 1024 --plot sizes.svg
+    python tools/benchmark/models.py --models vim-t --profile parts.svg   # where the time goes
 
 Weights and inputs are random and stay on the device, so neither a data pipeline nor a checkpoint is
 timed. Inference is one forward pass under autocast without gradients; a training step is forward,
 cross-entropy, backward and AdamW. `graph` captures either in a CUDA graph, `compile` passes the
 model through `torch.compile`. Times are medians over single passes, measured with CUDA events (with
-the clock on a CPU). `GiB` is the peak of what PyTorch had allocated, weights included.
+the clock on a CPU). `GiB` is the peak of what PyTorch had allocated after warm-up, weights
+included. With --sizes the batch shrinks as the image grows: the pixels of a batch stay the same.
 
 Peers are other packages' models, measured in the same run when they can be imported:
 `mambavision` (the official package, which needs `mamba_ssm`; `--peer-path` adds folders to the
@@ -21,7 +24,9 @@ import contextlib
 import csv
 import gc
 import importlib
+import itertools
 import platform
+import re
 import statistics
 import sys
 import time
@@ -44,11 +49,14 @@ MODES = ('inference', 'training')
 RUNS = ('eager', 'compile', 'graph')
 
 
+Builder = Callable[[int], nn.Module]
+
+
 @dataclass(frozen=True)
 class Case:
-    """A model with its usual batch: `build` makes it, `shape` is one sample's."""
+    """A model with its usual batch: `build(side)` makes it, `shape` is one sample's."""
 
-    build: Callable[[], nn.Module]
+    build: Builder
     batch: int
     shape: tuple[int, ...]
     channels_last: bool = False
@@ -67,25 +75,27 @@ class Classifier(nn.Module):
         return self.head(self.backbone(x)[-1])
 
 
-def _vim(arch: str, features: int, **options) -> Callable[[], nn.Module]:
-    return lambda: Classifier(mmvim.Vim(arch=arch, **options), features)
+def _vim(arch: str, features: int) -> Builder:
+    return lambda side: Classifier(mmvim.Vim(arch=arch, img_size=side), features)
 
 
-def _videomamba(arch: str, features: int, **options) -> Callable[[], nn.Module]:
-    return lambda: Classifier(mmvim.VideoMamba(arch=arch, **options), features)
+def _videomamba(arch: str, features: int, **options) -> Builder:
+    return lambda side: Classifier(mmvim.VideoMamba(arch=arch, img_size=side, **options), features)
 
 
-def _mambavision(arch: str, features: int) -> Callable[[], nn.Module]:
+def _mambavision(arch: str, features: int) -> Builder:
     # Without drop path: the official code takes the rate and then ignores it.
-    return lambda: Classifier(mmvim.MambaVision(arch=arch, drop_path_rate=0.0), features)
+    return lambda _: Classifier(mmvim.MambaVision(arch=arch, drop_path_rate=0.0), features)
 
 
-def _official_mambavision(name: str) -> Callable[[], nn.Module]:
-    return lambda: importlib.import_module('mambavision').create_model(name, pretrained=False)
+def _official_mambavision(name: str) -> Builder:
+    return lambda _: importlib.import_module('mambavision').create_model(name, pretrained=False)
 
 
-def _timm(name: str) -> Callable[[], nn.Module]:
-    return lambda: importlib.import_module('timm').create_model(name, pretrained=False)
+def _timm(name: str) -> Builder:
+    return lambda side: importlib.import_module('timm').create_model(
+        name, pretrained=False, img_size=side
+    )
 
 
 IMAGE = (3, 224, 224)
@@ -93,7 +103,7 @@ MODELS = {
     'vim-t': Case(_vim('tiny', 192), 128, IMAGE),
     'vim-s': Case(_vim('small', 384), 128, IMAGE),
     'vim-b': Case(_vim('base', 768), 64, IMAGE),
-    'vim-t-1024': Case(_vim('tiny', 192, img_size=1024), 2, (3, 1024, 1024)),
+    'vim-t-1024': Case(_vim('tiny', 192), 2, (3, 1024, 1024)),
     'videomamba-t': Case(_videomamba('tiny', 192), 128, IMAGE),
     'videomamba-t-8x224': Case(_videomamba('tiny', 192, num_frames=8), 32, (3, 8, 224, 224)),
     'videomamba-m-16x224': Case(_videomamba('middle', 576, num_frames=16), 8, (3, 16, 224, 224)),
@@ -110,6 +120,8 @@ PEERS = {
     'timm': {
         'vim-t': _timm('deit_tiny_patch16_224'),
         'vim-s': _timm('deit_small_patch16_224'),
+        'vim-b': _timm('deit_base_patch16_224'),
+        'vim-t-1024': _timm('deit_tiny_patch16_224'),
         'mambavision-t': _timm('swin_tiny_patch4_window7_224'),
     },
 }
@@ -139,6 +151,11 @@ def main() -> int:
         sys.path.insert(0, folder)
     device = torch.device(args.device)
     print(describe(device), flush=True)
+    if args.profile:
+        parts = profile_all(args, device)
+        print_parts(parts)
+        draw_parts(args.profile, parts, describe(device))
+        return 0
     rows = []
     for row in measure_all(args, device):
         rows.append(row)
@@ -146,6 +163,9 @@ def main() -> int:
     if args.csv:
         write_csv(args.csv, rows, device)
         print(f'written: {args.csv}')
+    if args.plot:
+        draw_sizes(args.plot, rows, describe(device))
+        print(f'written: {args.plot}')
     return int(any(row.note for row in rows))
 
 
@@ -160,15 +180,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--runs', nargs='+', choices=RUNS, default=['eager'])
     parser.add_argument('--dtype', choices=DTYPES, default='bfloat16', help='of autocast')
     parser.add_argument('--batch', type=positive, help='instead of each model’s usual batch')
-    parser.add_argument('--size', type=positive, help='of an image side, instead of the usual one')
+    parser.add_argument('--sizes', nargs='+', type=positive, metavar='N', default=[None],
+                        help='pixels of an image side, instead of the usual one')  # fmt: skip
     parser.add_argument('--peers', nargs='*', choices=PEERS, default=[])
     parser.add_argument('--peer-path', nargs='*', default=[], metavar='FOLDER')
     parser.add_argument('--repeats', type=positive, default=20)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--csv', type=Path)
+    parser.add_argument('--plot', type=Path, help='draw rate and memory against --sizes')
+    parser.add_argument('--profile', type=Path, help='time the kernels by part and draw that')
     args = parser.parse_args()
     if 'graph' in args.runs and not args.device.startswith('cuda'):
         parser.error(f'--runs graph needs a CUDA device, got --device {args.device}')
+    if args.profile and not args.device.startswith('cuda'):
+        parser.error(f'--profile needs a CUDA device, got --device {args.device}')
     return args
 
 
@@ -192,34 +217,41 @@ def describe(device: torch.device) -> str:
 
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
-    """Every wanted model, mmvim's first, then its peers."""
-    for name in args.models:
+    """Every wanted model at every size, mmvim's first, then its peers."""
+    for name, side in itertools.product(args.models, args.sizes):
         case = MODELS[name]
         builders = {'mmvim': case.build}
         builders |= {peer: PEERS[peer][name] for peer in args.peers if name in PEERS[peer]}
-        shape = case.shape if args.size is None else (*case.shape[:-2], args.size, args.size)
-        batch = args.batch or case.batch
+        shape, batch = sized(case, side, args.batch)
         for package, build in builders.items():
-            for run in args.runs:
-                for mode in args.modes:
-                    labels = (name, package, mode, run, args.dtype, batch)
-                    size = 'x'.join(map(str, shape[1:]))
-                    try:
-                        seconds, gib = measure(
-                            build, (batch, *shape), mode, run, case.channels_last, args, device
-                        )
-                    except (ImportError, RuntimeError, ValueError) as error:
-                        reason = str(error).splitlines()[0] if str(error) else repr(error)
-                        nothing = float('nan')
-                        yield Row(*labels, size, nothing, nothing, nothing, reason[:160])
-                        continue
-                    finally:
-                        release(device)
-                    yield Row(*labels, size, batch / seconds, 1e3 * seconds, gib)
+            for run, mode in itertools.product(args.runs, args.modes):
+                labels = (name, package, mode, run, args.dtype, batch)
+                size = 'x'.join(map(str, shape[1:]))
+                try:
+                    seconds, gib = measure(
+                        build, (batch, *shape), mode, run, case.channels_last, args, device
+                    )
+                except (ImportError, RuntimeError, TypeError, ValueError) as error:
+                    reason = str(error).splitlines()[0] if str(error) else repr(error)
+                    nothing = float('nan')
+                    yield Row(*labels, size, nothing, nothing, nothing, reason[:160])
+                    continue
+                finally:
+                    release(device)
+                yield Row(*labels, size, batch / seconds, 1e3 * seconds, gib)
+
+
+def sized(case: Case, side: int | None, batch: int | None) -> tuple[tuple[int, ...], int]:
+    """Shape of a sample with that side, and a batch of as many pixels as the usual one."""
+    if side is None:
+        return case.shape, batch or case.batch
+    shape = (*case.shape[:-2], side, side)
+    pixels = case.batch * case.shape[-1] * case.shape[-2]
+    return shape, batch or max(1, round(pixels / side**2))
 
 
 def measure(
-    build: Callable[[], nn.Module],
+    build: Builder,
     shape: tuple[int, ...],
     mode: str,
     run: str,
@@ -228,15 +260,30 @@ def measure(
     device: torch.device,
 ) -> tuple[float, float]:
     """Median seconds of a pass and peak GiB."""
+    step = make_step(build, shape, mode, run, channels_last, DTYPES[args.dtype], device)
+    for _ in range(min(5, args.repeats)):
+        step()
+    if device.type == 'cuda' and run != 'graph':
+        torch.cuda.reset_peak_memory_stats(device)
+    return timed(step, args.repeats, device), peak(device)
+
+
+def make_step(
+    build: Builder,
+    shape: tuple[int, ...],
+    mode: str,
+    run: str,
+    channels_last: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[[], None]:
+    """One pass of a new model."""
     torch.manual_seed(0)
-    model = build().to(device).train(mode == 'training')
+    model = build(shape[-1]).to(device).train(mode == 'training')
     inputs = torch.randn(shape, device=device)
     if channels_last and inputs.dim() == 4 and device.type == 'cuda':
         model, inputs = (x.to(memory_format=torch.channels_last) for x in (model, inputs))
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
     network = torch.compile(model) if run == 'compile' else model
-    dtype = DTYPES[args.dtype]
     autocast = (
         (lambda: torch.autocast(device.type, dtype))
         if dtype != torch.float32
@@ -261,11 +308,7 @@ def measure(
             optimizer.step()
             optimizer.zero_grad()
 
-    if run == 'graph':
-        step = captured(step)
-    for _ in range(min(5, args.repeats)):
-        step()
-    return timed(step, args.repeats, device), peak(device)
+    return captured(step) if run == 'graph' else step
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
@@ -276,6 +319,8 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
         for _ in range(3):
             step()
     torch.cuda.current_stream().wait_stream(stream)
+    # What a graph needs is allocated while it is captured.
+    torch.cuda.reset_peak_memory_stats()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -333,6 +378,107 @@ def write_csv(path: Path, rows: list[Row], device: torch.device) -> None:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
+
+
+# Parts of a step by names of kernels; the first that matches counts.
+PARTS = {
+    'scan': r'mmvim::scan|selective_scan',
+    'convolution': r'mmvim::conv|conv|implicit_gemm|wgrad|dgrad',
+    'attention': r'sdpa|flash|fmha',
+    'norm': r'norm',
+    'optimizer': r'FusedOptimizer|multi_tensor_apply',
+    'matrix products': r'gemm|nvjet|cutlass|cublas|splitK',
+}
+REST = 'elementwise'
+
+
+def profile_all(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds that the kernels of each part take in a step of each model."""
+    parts = {}
+    for name, mode in itertools.product(args.models, args.modes):
+        case = MODELS[name]
+        shape, batch = sized(case, args.sizes[0], args.batch)
+        step = make_step(
+            case.build, (batch, *shape), mode, 'eager', case.channels_last, DTYPES[args.dtype],
+            device,
+        )  # fmt: skip
+        for _ in range(5):
+            step()
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            for _ in range(args.repeats):
+                step()
+            torch.cuda.synchronize(device)
+        times = dict.fromkeys((*PARTS, REST), 0.0)
+        for event in profiler.key_averages():
+            times[part_of(event.key)] += event.self_device_time_total / args.repeats / 1e3
+        parts[f'{name}, {mode}'] = times
+        del step
+        release(device)
+    return parts
+
+
+def part_of(kernel: str) -> str:
+    """The part that a kernel belongs to."""
+    found = (part for part, pattern in PARTS.items() if re.search(pattern, kernel))
+    return next(found, REST)
+
+
+def print_parts(parts: dict[str, dict[str, float]]) -> None:
+    """Print milliseconds by part."""
+    for name, times in parts.items():
+        total = sum(times.values())
+        shares = ', '.join(f'{part} {time:.2f}' for part, time in times.items() if time > 0)
+        print(f'{name:32} {total:8.2f} ms of kernels: {shares}')
+
+
+def draw_parts(path: Path, parts: dict[str, dict[str, float]], title: str) -> None:
+    """Draw the share of each part."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.4 * len(parts)), layout='constrained')
+    names, left = list(parts)[::-1], [0.0] * len(parts)
+    totals = [sum(parts[name].values()) for name in names]
+    for part in (*PARTS, REST):
+        widths = [
+            100 * parts[name][part] / total for name, total in zip(names, totals, strict=True)
+        ]
+        axes.barh(names, widths, left=left, label=part)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for i, total in enumerate(totals):
+        axes.text(101, i, f'{total:.1f} ms', va='center')
+    axes.set(xlim=(0, 112), xlabel="share of the kernels' time, %")
+    axes.set_title(title, fontsize=8)
+    figure.legend(loc='outside lower center', ncols=4)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def draw_sizes(path: Path, rows: list[Row], title: str) -> None:
+    """Draw rate and memory against the side of the image."""
+    from matplotlib import pyplot as plt
+
+    lines: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if not row.note:
+            lines.setdefault((row.mode, row.model, row.package, row.run), []).append(row)
+    modes = list(dict.fromkeys(mode for mode, *_ in lines))
+    figure, grid = plt.subplots(
+        2, len(modes), figsize=(5 * len(modes), 7), sharex=True, squeeze=False, layout='constrained'
+    )
+    for (mode, model, package, run), group in lines.items():
+        column = grid[:, modes.index(mode)]
+        sides = [int(row.size.rpartition('x')[2]) for row in group]
+        label = f'{model}, {package}, {run}'
+        column[0].plot(sides, [row.rate for row in group], marker='o', label=label)
+        column[1].plot(sides, [row.gib / row.batch for row in group], marker='o', label=label)
+    for mode, column in zip(modes, grid.T, strict=True):
+        column[0].set(title=mode, yscale='log', ylabel='samples a second')
+        column[1].set(ylabel='GiB a sample', xlabel='pixels of a side')
+        column[0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=8)
+    figure.savefig(path)
+    plt.close(figure)
 
 
 if __name__ == '__main__':
