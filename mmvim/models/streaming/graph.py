@@ -55,9 +55,7 @@ class GraphedStream:
             raise TypeError(f'model must be a StreamingVideoMamba, got {type(model).__name__}')
         device = model.pos_embed.device
         if device.type != 'cuda':
-            raise ValueError(
-                f'a CUDA graph needs the model on a CUDA device, and it is on {device}'
-            )
+            raise ValueError(f'a CUDA graph needs a model on a CUDA device; this is on {device}')
         if model.training:
             raise ValueError('the model is in training mode; call model.eval() first')
         self.model = model
