@@ -126,6 +126,10 @@ def _check_dataloader(loader: dict | None, key: str, paths: bool) -> None:
         return
     if not isinstance(loader.get('dataset'), dict):
         raise UserError(f'{key}.dataset must be a dict, not {loader.get("dataset")!r}')
+    for name, least in (('batch_size', 1), ('num_workers', 0)):
+        value = loader.get(name, least)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UserError(f'{key}.{name} must be an integer of {least} or more, not {value!r}')
     collate = loader.get('collate_fn')
     kind = collate.get('type') if isinstance(collate, dict) else None
     if isinstance(kind, str) and FUNCTIONS.get(kind) is None:
@@ -174,6 +178,8 @@ def _check_dataset(dataset: dict, path: str) -> None:
             )
     prefix = dataset.get('data_prefix')
     prefixes = {'': prefix} if isinstance(prefix, str) else prefix or {}
+    if not isinstance(prefixes, dict):
+        raise UserError(f'{path}.data_prefix must be str or dict, not {prefix!r}')
     has_labels = any('Annotations' in str(step) for step in dataset.get('pipeline') or ())
     for name, value in prefixes.items():
         if 'seg' in name and not has_labels:

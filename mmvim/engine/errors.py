@@ -65,6 +65,7 @@ def reported_errors() -> Iterator[SimpleNamespace]:
     except Exception as error:
         message = explain(error, context.cfg)
         if message is None:
+            _note(error, context.cfg)
             raise
         if os.environ.get('MMVIM_DEBUG') == '1':
             traceback.print_exc()
@@ -92,6 +93,77 @@ def explain(error: BaseException, cfg: dict | None = None) -> str | None:
     return None
 
 
+def whereabouts(error: BaseException, cfg: dict | None) -> str | None:
+    """Say which part of the config was in use when an error arose that may be a bug.
+
+    Args:
+        error: The exception, with its traceback.
+        cfg: The config of the run.
+
+    Returns:
+        A line with the key path, or None where no part of the config is in sight.
+    """
+    if cfg is None:
+        return None
+    # Configs have variables too, which nobody reads.
+    nodes = [
+        (path, node) for path, node in walk_dicts(cfg) if path.split('.')[0] in RUNNER_KEYS and node
+    ]
+    part = _part_of(list(traceback.walk_tb(error.__traceback__)), cfg, nodes)
+    if part is None:
+        return None
+    return f'this happened with {part} of the config; if its values are right, it is a bug'
+
+
+def _parts(cfg: dict) -> list[tuple[str, dict]]:
+    """All dicts of a config but its variables, which nobody reads."""
+    return [
+        (path, node) for path, node in walk_dicts(cfg) if path.split('.')[0] in RUNNER_KEYS and node
+    ]
+
+
+def _part_of(steps: list, cfg: dict, nodes: list[tuple[str, dict]]) -> str | None:
+    """The part of the config that the innermost function in sight works for.
+
+    That is what a component is being built from, or the config of the object whose method runs;
+    else a part that one of mmengine's functions was given.
+    """
+    frames = [frame for frame, _ in reversed(steps)]
+    for frame in frames:
+        values = frame.f_locals
+        if frame.f_code.co_name in ('build_from_cfg', 'build_scheduler_from_cfg'):
+            fragment = values.get('cfg')
+            path = locate(cfg, fragment) if isinstance(fragment, dict) and fragment else None
+            if path in dict(nodes):
+                return path
+        part = _made_from(values.get('self'), nodes)
+        if part:
+            return part
+    for frame in frames:
+        if _module(frame).startswith('mmengine.'):
+            dicts = [v for v in frame.f_locals.values() if isinstance(v, dict) and v]
+            for path, node in nodes:
+                if any(_equal(node, value) for value in dicts):
+                    return path
+    return None
+
+
+def _made_from(component: Any, nodes: list[tuple[str, dict]]) -> str | None:
+    kind = type(component).__name__
+    paths = [path for path, node in nodes if _name(node.get('type')).rpartition('.')[2] == kind]
+    return f'{" or ".join(paths[:8])} ({kind})' if paths else None
+
+
+def _note(error: BaseException, cfg: dict | None) -> None:
+    line = whereabouts(error, cfg)
+    if line is None:
+        return
+    if hasattr(error, 'add_note'):
+        error.add_note(line)
+    else:  # Python 3.10
+        print(line, file=sys.stderr, flush=True)
+
+
 def locate(cfg: Any, fragment: dict) -> str:
     """Find the key path of a component's config in the config of the run.
 
@@ -103,13 +175,14 @@ def locate(cfg: Any, fragment: dict) -> str:
     Returns:
         For example ``model.backbone``; the type's name if there is no such dict.
     """
-    best, best_score = None, (-1, False)
+    best, best_score = None, (-1, False, 0)
     for path, candidate in walk_dicts(cfg):
         if candidate.get('type') != fragment.get('type'):
             continue
         same = sum(_equal(value, candidate.get(key)) for key, value in fragment.items())
         # Configs have variables too (`dataset = …`), which the runner does not read.
-        score = (same, path.split('.')[0] in RUNNER_KEYS)
+        others = sum(key not in fragment for key in candidate)
+        score = (same, path.split('.')[0] in RUNNER_KEYS, -others)
         if score > best_score:
             best, best_score = path, score
     return best or _name(fragment.get('type'))
@@ -229,6 +302,10 @@ def _failed_build(error, frames, cfg):
     fragment, registry = frame.f_locals['cfg'], frame.f_locals.get('registry')
     component = frame.f_locals.get('obj_cls')
     name, path = _name(fragment.get('type')), locate(cfg, fragment)
+    if cfg is not None and path == name:
+        # Made by the library itself, for a part of the config.
+        steps = [(f, 0) for f in frames[: frames.index(frame)]]
+        path = _part_of(steps, cfg, _parts(cfg)) or path
     if 'type' not in fragment:
         return f'{path or "config"}: {_text(error)}'
     if component is None:
@@ -374,7 +451,8 @@ def _lazy_dataset(error, frames, cfg):
         ):
             if isinstance(error, OSError) and error.filename:
                 return None
-            return _bad_annotations(error, type(owner).__name__, str(owner.ann_file))
+            part = _made_from(owner, _parts(cfg or {})) or type(owner).__name__
+            return _bad_annotations(error, part, str(owner.ann_file))
     return None
 
 
@@ -393,7 +471,17 @@ def _library_check(error, frames, cfg):
     if not frames or not isinstance(error, ValueError | TypeError | AssertionError | KeyError):
         return None
     module = _module(frames[-1])
+    if frames[-1].f_code.co_name == 'build_from_cfg' and isinstance(error, TypeError):
+        given = frames[-1].f_locals.get('cfg')
+        if not isinstance(given, dict):
+            part = _part_of([(f, 0) for f in frames], cfg or {}, _parts(cfg or {}))
+            where = f'{part}: ' if part else ''
+            return f'{where}a component must be a dict with a type, got {given!r}'
     if module.startswith(('mmengine.', 'mmvim.')) and _is_explicit(error) and str(error):
+        if frames[-1].f_code.co_name == 'call_hook':
+            # The runner's own words name the hook by its address.
+            part = _made_from(frames[-1].f_locals.get('hook'), _parts(cfg or {}))
+            return f'{part}: {_readable(error)}' if part else None
         return _readable(error)
     return None
 

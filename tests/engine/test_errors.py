@@ -9,7 +9,14 @@ from mmengine.registry import Registry
 from torch.utils.data import DataLoader, Dataset
 
 from mmvim.engine import errors, samples
-from mmvim.engine.errors import CheckpointError, SampleError, UserError, explain, locate
+from mmvim.engine.errors import (
+    CheckpointError,
+    SampleError,
+    UserError,
+    explain,
+    locate,
+    reported_errors,
+)
 
 PARTS = Registry('part')
 
@@ -66,6 +73,23 @@ def test_bugs_stay_bugs():
         with pytest.raises(type(error)) as info:
             raise error
         assert explain(info.value) is None
+
+
+def test_bugs_say_where_in_the_config_they_arose(capsys):
+    cfg = {'model': {'part': {'type': 'Part', 'kind': 'bug'}}, 'part': {'type': 'Part'}}
+
+    def build():
+        with reported_errors() as context:
+            context.cfg = cfg
+            PARTS.build(cfg['model']['part'])
+
+    with pytest.raises(AttributeError) as info:
+        build()
+    shown = ''.join(getattr(info.value, '__notes__', [])) + capsys.readouterr().err
+    assert shown.startswith('this happened with model.part')
+    with pytest.raises(TypeError) as info:
+        PARTS.build('Part')
+    assert explain(info.value, cfg) == "a component must be a dict with a type, got 'Part'"
 
 
 def test_locate_takes_the_most_similar():

@@ -94,7 +94,11 @@ class Sandbox:
         )
         there.close()
         self._pipe = here
-        if not here.poll(START_SECONDS) or here.recv() != 'ready':
+        try:
+            ready = here.poll(START_SECONDS) and here.recv()
+        except EOFError:
+            ready = None
+        if not ready:
             raise RuntimeError(f'the sandbox does not start:\n{self._tail()}')
 
     def _stacks(self) -> str:
