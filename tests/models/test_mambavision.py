@@ -14,6 +14,7 @@ from mmvim.layers import (
     window_reverse,
 )
 from mmvim.models import MambaVision
+from mmvim.models.backbones.mambavision import ConvBlock, _without_bias
 
 HEADS = (2, 4)
 WINDOWS = (3, 2)
@@ -72,6 +73,32 @@ def test_windows(windows):
     expected = naive(model, images, windows[-2:])
     for out, reference in zip(model(images), expected, strict=True):
         torch.testing.assert_close(out, reference)
+
+
+@pytest.mark.parametrize('momentum', [0.1, 0.0, None])
+@pytest.mark.parametrize('training', [True, False])
+def test_the_bias_before_a_norm_may_go_into_the_mean(training, momentum):
+    torch.manual_seed(0)
+    block = ConvBlock(6, 0.0, None).double().train(training)
+    block.norm1.momentum = momentum
+    with torch.no_grad():
+        for tensor in (*block.conv1.parameters(), *block.norm1.parameters()):
+            tensor.normal_()
+        block.norm1.running_mean.normal_()
+    other = copy.deepcopy(block)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    with torch.set_grad_enabled(training):
+        expected = block.norm1(block.conv1(x))
+        found = _without_bias(x, other.conv1, other.norm1)
+    torch.testing.assert_close(found, expected)
+    for name, buffer in block.norm1.named_buffers():
+        torch.testing.assert_close(other.norm1.get_buffer(name), buffer, msg=name)
+    if training:
+        expected.pow(3).sum().backward()
+        found.pow(3).sum().backward()
+        for a, b in zip(other.parameters(), block.parameters(), strict=True):
+            if b.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize('scale', [None, 0.3])

@@ -385,3 +385,52 @@ def test_workers_options_without_workers(toy):
     )
     assert not runner.train_dataloader.persistent_workers
     assert not runner.train_dataloader.pin_memory
+
+
+def compiled(runner):
+    return runner.model.backbone._compiled_call_impl is not None
+
+
+def test_compile_leaves_the_results_as_they_are(toy):
+    changes = (
+        'train_cfg.max_epochs=2',
+        "custom_hooks=[dict(type='EMAHook',momentum=0.1)]",
+        'optim_wrapper.accumulative_counts=2',
+        'randomness.seed=0',
+    )
+    plain = main_train(['config.py', *option(*changes)])
+    runner = main_train(
+        ['config.py', '--work-dir', 'compiled', *option(*changes, "compile=dict(backend='eager')")]
+    )
+    assert compiled(runner)
+    assert not compiled(plain)
+    average = hook(runner, 'EMAHook').ema_model.module
+    assert average.backbone._compiled_call_impl is None
+    expected = hook(plain, 'EMAHook').ema_model.module.state_dict()
+    for name, value in average.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    assert list(runner.model.state_dict()) == list(plain.model.state_dict())
+
+
+def test_compile_is_what_a_resumed_run_does_too(toy):
+    first = option('train_cfg.max_epochs=1', "compile=dict(backend='eager')")
+    main_train(['config.py', *first])
+    config = Config.fromfile(WORK_DIR / 'config.py')
+    assert config.custom_hooks[-1] == dict(type='mmvim.CompileHook', backend='eager')
+    more = option('train_cfg.max_epochs=2', "compile=dict(backend='eager')")
+    assert compiled(main_train(['config.py', '--resume', *more]))
+
+
+@pytest.mark.parametrize(
+    ('value', 'message'),
+    [
+        ("dict(mod='x')", "CompileHook: unknown 'mod'; allowed: fullgraph, dynamic"),
+        ("dict(mode='fast')", 'fast'),
+        ('3', 'compile'),
+    ],
+)
+def test_bad_compile_options(toy, capsys, value, message):
+    with pytest.raises(SystemExit) as exit_:
+        main_train(['config.py', *option(f'compile={value}')])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err

@@ -10,6 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import nn
 
+from mmvim.engine.errors import UserError
 from mmvim.registry import HOOKS
 
 _OPTIONS = tuple(inspect.signature(torch.compile).parameters)[1:]
@@ -65,13 +66,14 @@ class CompileHook(Hook):
             if name.rpartition('.')[2] == 'backbone'
         }
         if not backbones:
-            raise ValueError(
-                f'compile: {type(model).__name__} has no backbone to compile; compile=False is left'
-            )
+            raise UserError(f'compile: {type(model).__name__} has no backbone, which it is for')
         for name, module in backbones.items():
             if _is_compiled(module):
                 continue
-            module.compile(**self.options)
+            try:
+                module.compile(**self.options)
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise UserError(f'compile={self.options!r}: {error}') from error
             runner.logger.info(
                 f'{name} ({type(module).__name__}) is compiled: the first iteration, and the first '
                 'with another shape, take minutes'
