@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import onnx_scan
 from .operations import UnsupportedExport, portable_ops
 
 #: format: (suffix, what runs it)
@@ -217,7 +218,7 @@ def compare(
 
 
 def _exported_program(
-    module: nn.Module, example: Tensor, dynamic: str
+    module: nn.Module, example: Tensor, dynamic: str, kind: str = 'graph'
 ) -> torch.export.ExportedProgram:
     dims: dict[int, Any] = {}
     if dynamic != 'none':
@@ -228,7 +229,7 @@ def _exported_program(
     if dynamic == 'size':
         # "Is this the native size?" becomes a check in the program instead of an error here.
         options['prefer_deferred_runtime_asserts_over_guards'] = True
-    with portable_ops('graph'):
+    with portable_ops(kind):
         return torch.export.export(
             module, (example,), dynamic_shapes=(dims,) if dims else None, strict=False, **options
         )
@@ -249,10 +250,12 @@ def _write_onnx(
 ) -> None:
     _require('onnxscript', 'the ONNX exporter')
     _require('onnxruntime', 'checking the exported ONNX file')
-    program = _exported_program(module, example, dynamic)
+    quick = onnx_scan.is_available()
+    program = _exported_program(module, example, dynamic, 'onnx' if quick else 'graph')
+    options = {'custom_translation_table': onnx_scan.translations()} if quick else {}
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         exported = torch.onnx.export(
-            program, (example,), dynamo=True, input_names=['images'], verbose=False
+            program, (example,), dynamo=True, input_names=['images'], verbose=False, **options
         )
     model = exported.model_proto
     del model.metadata_props[:]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mmvim.ops._library import compute_dtype
 from mmvim.ops.discretization import coefficients
 
-KINDS = ('graph', 'script')
+KINDS = ('graph', 'onnx', 'script')
 # The modules of mmvim.ops that look up the implementation that their functions call.
 _CALLERS = ('selective_scan', 'bidirectional', 'causal_conv1d', 'add_norm')
 
@@ -93,6 +93,10 @@ def _script_general(a: Tensor, drive: Tensor, C: Tensor, reverse: bool) -> Tenso
 def _loops(kind: str) -> tuple[Loop, Loop]:
     if kind == 'graph':
         return _graph_zoh, _graph_general
+    if kind == 'onnx':
+        from . import onnx_scan
+
+        return onnx_scan.loop_zoh, onnx_scan.loop_general
     return torch.jit.script(_script_zoh), torch.jit.script(_script_general)
 
 
@@ -219,7 +223,8 @@ def portable_ops(kind: str = 'graph') -> Iterator[None]:
     """Have the functions of :mod:`mmvim.ops` call what exporters understand.
 
     Args:
-        kind: 'graph' for ``torch.export`` and what starts from it, 'script' for TorchScript.
+        kind: 'graph' for ``torch.export`` and what starts from it, 'onnx' where that becomes ONNX
+            (:mod:`mmvim.export.onnx_scan`), 'script' for TorchScript.
 
     Raises:
         ValueError: For another kind.

@@ -42,7 +42,7 @@ def scan_inputs(groups=1, dtype=torch.float64):
     return u, delta, A, B, C, D, z, bias
 
 
-@pytest.mark.parametrize('kind', ['graph', 'script'])
+@pytest.mark.parametrize('kind', ['graph', 'onnx', 'script'])
 @pytest.mark.parametrize('method', ops.DISCRETIZATIONS)
 def test_portable_scan(kind, method):
     *inputs, z, bias = scan_inputs(groups=2)
@@ -165,6 +165,31 @@ def test_onnx(family, tmp_path):
     scans = [node for node in model.graph.node if node.op_type == 'Scan']
     assert len(scans) == {'vim': 2, 'videomamba': 2, 'mambavision': 2}[family]
     assert json.loads({p.key: p.value for p in model.metadata_props}[METADATA]) == {'mean': [1.0]}
+
+
+@pytest.mark.parametrize('method', ['zoh', 'tustin'])
+@pytest.mark.parametrize('reverse', [False, True])
+def test_scan_in_onnx(method, reverse, tmp_path):
+    """The loop's own form: any batch and length, groups, and a Scan whatever the exporter."""
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+
+    class Scanned(torch.nn.Module):
+        def forward(self, x):
+            u, delta, b, c = x.flatten(2).transpose(1, 2).split((6, 6, 4, 4), dim=-1)
+            b, c = b.unflatten(-1, (2, 2)), c.unflatten(-1, (2, 2))
+            A = -torch.arange(1.0, 13.0).reshape(6, 2)
+            return ops.selective_scan(
+                u, delta, A, b, c, delta_softplus=True, discretization=method, reverse=reverse
+            )
+
+    path = tmp_path / 'm.onnx'
+    report = export_model(Scanned(), path, 'onnx', (2, 20, 3, 5), dynamic='batch')
+    assert max(report.differences.values()) < 1e-5
+    nodes = [node.op_type for node in onnx.load(path).graph.node]
+    assert nodes.count('Scan') == 1
+    assert 'Loop' not in nodes
 
 
 @pytest.mark.slow
