@@ -333,6 +333,23 @@ def test_compiles_without_graph_break():
         torch.testing.assert_close(out, expected)
 
 
+def test_compiles_with_checkpointing():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    arch = {**ARCH, 'depths': (1, 1, 2, 1), 'window_sizes': (2, 1)}
+    plain = MambaVision(arch=arch).double().train()
+    model = MambaVision(arch=arch, with_cp=True).double().train()
+    model.load_state_dict(plain.state_dict())
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for network in (plain, compiled):
+        network(images)[0].square().sum().backward()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    for b, c in zip(plain.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(b, c)
+
+
 def test_bf16():
     torch.manual_seed(0)
     model = MambaVision(arch=ARCH, layer_scale=1.0).eval()

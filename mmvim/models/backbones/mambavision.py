@@ -224,7 +224,8 @@ class Stage(nn.Module):
 
 def _run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
+    # Compiled, a recomputation repeats no update of a buffer (and takes no context_fn).
+    if not norms or torch.compiler.is_compiling():
         return checkpoint(block, x, use_reentrant=False)
     return checkpoint(
         block,
