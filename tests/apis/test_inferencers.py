@@ -10,8 +10,8 @@ from PIL import Image
 from script_runner import run_script
 
 from mmvim.apis.inferencers import make_inferencer
-from mmvim.apis.inferencers.common import find_images
-from mmvim.apis.model_zoo import build_model
+from mmvim.apis.inferencers.common import _config_meta, find_images
+from mmvim.apis.model_zoo import build_model, load_config
 from mmvim.engine.errors import SampleError
 
 CONFIGS = {task: f'configs/quickstart/vim_digits_{task}.py' for task in ('cls', 'det', 'seg')}
@@ -77,6 +77,19 @@ def test_the_library_inferencers_are_the_base(root):
     assert isinstance(inferencer, ImageClassificationInferencer)
     (result,) = inferencer(np.zeros((32, 32, 3), np.uint8))
     assert result['pred_class'] in '0123456789'
+
+
+@pytest.mark.parametrize(
+    ('name', 'count', 'first'),
+    [
+        ('vim-tiny_3rdparty_in1k', 1000, 'tench, Tinca tinca'),
+        ('mask-rcnn_vim-tiny_simplefpn_1x_coco', 80, 'person'),
+        ('vim-tiny_upernet_8xb2-160k_ade20k-512x512', 150, 'wall'),
+    ],
+)
+def test_names_of_the_classes_are_those_of_the_data(name, count, first):
+    classes = _config_meta(load_config(name))['classes']
+    assert (len(classes), classes[0]) == (count, first)
 
 
 def test_find_images(photos):

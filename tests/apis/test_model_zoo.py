@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -106,6 +107,9 @@ def test_mmpretrain():
     assert 'resnet50_8xb32_in1k' in mmpretrain.list_models('resnet50*')
     model = mmpretrain.get_model(NAME, **copy.deepcopy(SHALLOW))
     assert type(model.backbone) is mmvim.Vim
+    result = mmpretrain.inference_model(model, np.zeros((32, 32, 3), np.uint8))
+    assert 0 <= result['pred_score'] <= 1
+    assert result['pred_label'] < 1000
 
 
 def test_hub(official):

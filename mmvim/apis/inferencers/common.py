@@ -123,8 +123,11 @@ def _config_meta(cfg: Config) -> dict[str, Any]:
         dataset = dataset['dataset']
     meta: dict[str, Any] = {}
     if isinstance(dataset.get('type'), str):
-        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            kind = DATASETS.get(dataset['type'])
+        with (
+            DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
+            DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry,
+        ):
+            kind = registry.get(dataset['type'])
         meta.update(getattr(kind, 'METAINFO', {}))
     meta.update(dataset.get('metainfo') or {})
     if cfg.get('classes') and 'classes' not in meta:
