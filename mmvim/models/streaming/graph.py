@@ -134,11 +134,11 @@ def _tensors(state: VideoState) -> list[Tensor]:
 
 
 def _key(x: Tensor, state: VideoState) -> tuple:
-    """What a recording holds for: shapes, dtypes and autocast."""
+    """What a recording holds for: shapes, dtypes, autocast and inference mode."""
     tensors = [x, *_tensors(state)]
     shapes = tuple((tuple(t.shape), t.dtype) for t in tensors)
     autocast = torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda')
-    return shapes, state.grid, autocast
+    return shapes, state.grid, autocast, torch.is_inference_mode_enabled()
 
 
 def _copied(
