@@ -4,6 +4,7 @@ import importlib.util
 
 # The quickstart data need neither mmengine nor torch.
 if importlib.util.find_spec('mmengine') is not None:
+    from .skip_failures import SkipFailures
     from .video import VideoDataset
 
-    __all__ = ['VideoDataset']
+    __all__ = ['SkipFailures', 'VideoDataset']

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -91,10 +92,18 @@ class Batches:
             without batches, starts at the beginning whatever the position.
         seed: Seed of the run.
         rank: Rank of the process.
+        max_restarts: How often all workers may be started again after one has died.
+
+    Attributes:
+        restarts: How often that has happened.
     """
 
-    def __init__(self, loader: DataLoader, seed: int | None, rank: int) -> None:
+    def __init__(
+        self, loader: DataLoader, seed: int | None, rank: int, max_restarts: int = 0
+    ) -> None:
         self.loader = loader
+        self.max_restarts = max_restarts
+        self.restarts = 0
         self._placed: _PlacedBatches | None = None
         seeds = (seed or 0, rank)
         isolate(loader, seeds)
@@ -110,10 +119,41 @@ class Batches:
             loader._iterator = None
 
     def epoch(self, number: int, skip: int = 0) -> Iterator[Any]:
-        """Iterate over pass ``number``, without its first ``skip`` batches."""
+        """Iterate over pass ``number``, without its first ``skip`` batches.
+
+        Raises:
+            RuntimeError: A worker has died, once more than ``max_restarts`` allows.
+        """
+        while True:
+            try:
+                for batch in self._start(number, skip):
+                    yield batch
+                    skip += 1
+                return
+            except RuntimeError as error:
+                # Not what a dataset raised in a worker, which is passed on under its own type.
+                if not re.search(r'DataLoader worker \(pid', str(error)):
+                    raise
+                if self.restarts >= self.max_restarts or self._placed is None:
+                    raise
+                self.restarts += 1
+                print_log(
+                    f'{" ".join(str(error).split())}: the workers are started again, without loss '
+                    f'of data ({self.restarts} of at most {self.max_restarts} times)',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+                self.loader._iterator = None
+
+    def _start(self, number: int, skip: int) -> Iterator[Any]:
         if self._placed is not None:
             self._placed.epoch, self._placed.skip = number, skip
-        return iter(self.loader)
+        iterator = iter(self.loader)
+        if self.max_restarts and self.loader.num_workers > 0:
+            # torch would raise at any moment, in the middle of a step as well. Without its handler
+            # a death is found when the next batch is waited for.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return iterator
 
     def endless(self, skip: int = 0) -> Iterator[Any]:
         """Iterate without end, over as many passes as it takes, without ``skip`` batches."""

@@ -66,6 +66,7 @@ def check_config(cfg: Config, loops: tuple[str, ...], paths: bool = True) -> Non
                 f'no {" and no ".join(missing)}: validation needs all three, or none of them '
                 '(--no-validate)'
             )
+    _check_checkpoint_names(cfg)
     _check_libraries(cfg)
     # Names without a scope are looked up in that of the config.
     init_default_scope(cfg.get('default_scope') or 'mmengine')
@@ -73,6 +74,17 @@ def check_config(cfg: Config, loops: tuple[str, ...], paths: bool = True) -> Non
         _check_dataloader(cfg.get(f'{loop}_dataloader'), f'{loop}_dataloader', paths)
         if paths:
             _check_evaluator(cfg.get(f'{loop}_evaluator'), f'{loop}_evaluator')
+
+
+def _check_checkpoint_names(cfg: Config) -> None:
+    """A name of checkpoints is no path: they stay in the directory that is meant for them."""
+    for path, node in walk_dicts(cfg.get('default_hooks') or {}, 'default_hooks'):
+        name = node.get('filename_tmpl')
+        if isinstance(name, str) and name != re.split(r'[\\/]', name)[-1]:
+            raise UserError(
+                f'{path}.filename_tmpl must be a file name, not a path: {name!r}; out_dir says '
+                'where checkpoints go'
+            )
 
 
 def _check_libraries(cfg: Config) -> None:

@@ -228,6 +228,18 @@ def _from_worker(error, frames, cfg):
     return None
 
 
+def _dead_worker(error, frames, cfg):
+    """A DataLoader worker that is gone, which torch says in two ways."""
+    found = re.search(r'DataLoader worker \(pid\(?s?\)? ?[\d, ]+\) (.*)', str(error))
+    if not isinstance(error, RuntimeError) or not found:
+        return None
+    return (
+        f'a data loader worker {found[1].rstrip(".")}: often the machine has run out of memory. '
+        'Lower num_workers, or let training replace workers with '
+        'train_cfg.max_worker_restarts=N; --resume continues the run'
+    )
+
+
 def _user_error(error, frames, cfg):
     if not isinstance(error, UserError):
         return None
@@ -554,6 +566,7 @@ def _out_of_memory(error, frames, cfg):
 # The first rule that knows the error wins.
 _RULES = (
     _from_worker,
+    _dead_worker,
     _user_error,
     _unreadable_checkpoint,
     _failed_resume,

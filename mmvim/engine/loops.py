@@ -15,6 +15,7 @@ from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from mmvim.registry import LOOPS
 
 from .batches import Batches, isolate
+from .errors import UserError
 
 # In the message hub, and so in every checkpoint.
 EPOCH_LENGTH = 'mmvim_epoch_length'
@@ -28,9 +29,17 @@ class _Resumable:
     dataloader: Any
     _iter: int
 
+    def __init__(self, *args: Any, max_worker_restarts: int = 0, **kwargs: Any) -> None:
+        if not isinstance(max_worker_restarts, int) or max_worker_restarts < 0:
+            raise UserError(
+                f'train_cfg.max_worker_restarts must be 0 or more, not {max_worker_restarts!r}'
+            )
+        self._max_worker_restarts = max_worker_restarts
+        super().__init__(*args, **kwargs)
+
     def _prepare(self) -> Batches:
         runner = self.runner
-        batches = Batches(self.dataloader, runner.seed, runner.rank)
+        batches = Batches(self.dataloader, runner.seed, runner.rank, self._max_worker_restarts)
         if runner.val_loop is not None and hasattr(runner.val_loop, 'dataloader'):
             isolate(runner.val_loop.dataloader)
         return batches
@@ -58,7 +67,9 @@ class _Resumable:
 class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
     """``EpochBasedTrainLoop`` that resumes within an epoch, with the batches that are left of it.
 
-    The launcher uses it for ``train_cfg=dict(by_epoch=True, …)``. Arguments are mmengine's.
+    The launcher uses it for ``train_cfg=dict(by_epoch=True, …)``. Arguments are mmengine's, and
+    ``max_worker_restarts``: how often the run may replace data loader workers that have died, for
+    instance because the machine ran out of memory, instead of ending. Defaults to 0.
     """
 
     def run(self) -> Any:
@@ -121,7 +132,8 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
 class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
     """``IterBasedTrainLoop`` that resumes with the next batch, without loading those before it.
 
-    The launcher uses it for ``train_cfg=dict(by_epoch=False, …)``. Arguments are mmengine's.
+    The launcher uses it for ``train_cfg=dict(by_epoch=False, …)``. Arguments are mmengine's, and
+    ``max_worker_restarts`` as for :class:`EpochBasedTrainLoop`.
     """
 
     def run(self) -> Any:

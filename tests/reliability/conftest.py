@@ -5,6 +5,16 @@ from collections.abc import Callable
 import pytest
 
 
+@pytest.fixture(scope='session')
+def runs():
+    """A process that starts trainings quickly."""
+    from runs import Runs
+
+    runs = Runs()
+    yield runs
+    runs.close()
+
+
 @pytest.fixture
 def count(record_property) -> Callable[..., None]:
     """``count(kind, n=1)``: add to the counts of the summary, such as kills or injected faults.

@@ -8,6 +8,7 @@
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -273,6 +274,18 @@ def serve() -> None:
             with open('validations', 'a') as file:
                 file.write(f'{runner.iter}\n')
             time.sleep(self.pause)
+
+    @HOOKS.register_module()
+    class KillWorker(Hook):
+        """Kill a worker of the DataLoader in some iterations."""
+
+        def __init__(self, at: tuple = (8,)):
+            self.at = at
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if runner.iter in self.at:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(0.2)
 
     for line in sys.stdin:
         command = json.loads(line)

@@ -76,13 +76,6 @@ def free_port() -> str:
 
 
 @pytest.fixture(scope='module')
-def runs():
-    runs = Runs()
-    yield runs
-    runs.close()
-
-
-@pytest.fixture(scope='module')
 def images(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('images')
     write_images(root, SAMPLES)

@@ -27,13 +27,6 @@ LASTS = 4.0
 
 
 @pytest.fixture(scope='module')
-def runs():
-    runs = Runs()
-    yield runs
-    runs.close()
-
-
-@pytest.fixture(scope='module')
 def images(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('images')
     write_images(root)
