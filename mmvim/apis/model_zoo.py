@@ -8,6 +8,7 @@ import copy
 import difflib
 import fnmatch
 import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.fileio import load
+from mmengine.logging import print_log
 from torch import nn
 
 from mmvim.compat import mmengine_configs
@@ -197,7 +199,14 @@ def get_model(
     if weights is not None:
         from .checkpoints import load_weights
 
-        load_weights(model, str(weights))
+        report = load_weights(model, str(weights))
+        if report.missing:
+            print_log(
+                f'{str(weights)!r} lacks {len(report.missing)} of the parameters and buffers of the '
+                f'model, which stay as they were initialised: {", ".join(report.missing[:3])}',
+                logger='current',
+                level=logging.WARNING,
+            )
     model._config = cfg
     if device is not None:
         model.to(device)

@@ -12,7 +12,7 @@ from script_runner import run_script
 from mmvim.apis.inferencers import make_inferencer
 from mmvim.apis.inferencers.common import _config_meta, find_images
 from mmvim.apis.model_zoo import build_model, load_config
-from mmvim.engine.errors import SampleError
+from mmvim.engine.errors import CheckpointError, SampleError
 
 CONFIGS = {task: f'configs/quickstart/vim_digits_{task}.py' for task in ('cls', 'det', 'seg')}
 KEYS = {'cls': 'classes', 'det': 'objects', 'seg': 'areas'}
@@ -77,6 +77,26 @@ def test_the_library_inferencers_are_the_base(root):
     assert isinstance(inferencer, ImageClassificationInferencer)
     (result,) = inferencer(np.zeros((32, 32, 3), np.uint8))
     assert result['pred_class'] in '0123456789'
+
+
+def test_a_part_of_a_model_is_refused(root, tmp_path):
+    """A classifier's checkpoint has a segmentor's backbone, and its head would be random."""
+    classifier = build_model(Config.fromfile(root / CONFIGS['cls']))
+    weights = tmp_path / 'x.pth'
+    torch.save({'state_dict': classifier.backbone.state_dict(prefix='backbone.')}, weights)
+    with pytest.raises(CheckpointError, match=r'it lacks 2 of its parameters: head\.fc\.bias'):
+        make_inferencer(root / CONFIGS['cls'], weights, 'cpu')
+
+
+def test_colours_of_classes_that_nobody_gave_any(root, tmp_path):
+    cfg = Config.fromfile(root / CONFIGS['seg'])
+    weights = tmp_path / 'x.pth'
+    meta = {'dataset_meta': {'classes': tuple('abcdefghijk'), 'palette': [[0, 0, 0]]}}
+    torch.save({'state_dict': build_model(cfg).state_dict(), 'meta': meta}, weights)
+    inferencer = make_inferencer(cfg, weights, 'cpu')
+    assert len(inferencer.model.dataset_meta['palette']) == 11
+    result = next(inferencer.predict(np.zeros((64, 64, 3), np.uint8)))
+    assert inferencer.draw(result).shape == (64, 64, 3)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import nn
 
-from mmvim.engine.errors import SampleError
+from mmvim.engine.errors import CheckpointError, SampleError
 
 from ..checkpoints import load_weights, read_checkpoint
 from ..model_zoo import build_model, model_info
@@ -104,7 +104,13 @@ def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
     meta: dict[str, Any] = {}
     if weights:
         content = read_checkpoint(weights)
-        load_weights(model, content)
+        report = load_weights(model, content)
+        lacking = sorted(set(report.missing) & {name for name, _ in model.named_parameters()})
+        if lacking:
+            raise CheckpointError(
+                f'checkpoint {str(weights)!r} is of another model: it lacks {len(lacking)} of its '
+                f'parameters: {", ".join(lacking[:3])}'
+            )
         meta = dict((content.get('meta') or {}).get('dataset_meta') or {})
     else:
         print_log('no weights were given: the model is random', logger='current', level=30)

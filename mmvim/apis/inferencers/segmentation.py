@@ -23,7 +23,13 @@ class SegmentationInferencer(OneSizeBatches, EngineInference, MMSegInferencer):
     ) -> None:
         self.opacity = opacity
         self._start(model, weights, device)
-        self.visualizer.set_dataset_meta(**self.model.dataset_meta)
+        meta = self.model.dataset_meta
+        classes, palette = meta.get('classes'), meta.get('palette')
+        if classes and (not palette or len(palette) != len(classes)):
+            # mmseg has colours for its own data sets only.
+            colours = np.random.default_rng(0).integers(0, 256, (len(classes), 3))
+            meta['palette'] = colours.tolist()
+        self.visualizer.set_dataset_meta(**meta)
         self.visualizer.alpha = opacity
 
     def _samples(self, images: list[np.ndarray]) -> list:
