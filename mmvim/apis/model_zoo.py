@@ -202,7 +202,7 @@ def get_model(
         report = load_weights(model, str(weights))
         if report.missing:
             print_log(
-                f'{str(weights)!r} lacks {len(report.missing)} of the parameters and buffers of the '
+                f'{str(weights)!r} lacks {len(report.missing)} parameters and buffers of the '
                 f'model, which stay as they were initialised: {", ".join(report.missing[:3])}',
                 logger='current',
                 level=logging.WARNING,
