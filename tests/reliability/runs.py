@@ -122,7 +122,8 @@ class Runs:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            # Asking CUDA itself whether there is a GPU would keep the children from using it.
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTORCH_NVML_BASED_CUDA_CHECK': '1'},
         )
 
     def start(
