@@ -199,7 +199,7 @@ struct OwnedTapGradients {
 };
 
 void run_backward(Backward& p, DType dtype, const Tensor& x) {
-  p.slots = backward_slots(p.in, multiprocessor_count());
+  p.slots = backward_slots(p.in, p.both, multiprocessor_count());
   Tensor partial = at::empty({p.both ? 2 : 1, p.slots, p.in.width + 1, x.size(2)},
                              x.options().dtype(at::kFloat));
   p.partial = partial.mutable_data_ptr<float>();

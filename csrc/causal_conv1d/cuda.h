@@ -73,11 +73,44 @@ struct Backward {
   int64_t slots = 0;
 };
 
-// Number of blocks that share the sums over batch and time; the size of `partial`.
-inline int64_t backward_slots(const Input& in, int multiprocessors) {
-  const int64_t work = in.batch * ((in.length + 7) / 8);
-  const int64_t most = 2 * static_cast<int64_t>(multiprocessors);
-  return work < 1 ? 1 : (work < most ? work : most);
+// Backward, windows and sums take so many registers that two channels a thread, and more threads,
+// keep more loads in flight.
+constexpr int kBackwardVector = 2;
+struct BackwardShape {
+  int threads;       // of a block
+  int residents;     // blocks that share a multiprocessor
+  int batch;         // rows that a thread loads at a time
+  int most_vectors;  // of a block
+  bool prefetches;   // brings the rows of the next batch closer
+};
+// For one direction and for both.
+constexpr BackwardShape kBackwardShape[2] = {{128, 5, 6, 32, true}, {128, 4, 6, 32, true}};
+
+// Blocks of the backward kernel: x vectors of channels, y work items; `groups` blocks side by side
+// cover the channels.
+struct BackwardBlocks {
+  int64_t groups;
+  int x, y;
+
+  BackwardBlocks(const Input& in, bool both) {
+    const BackwardShape& shape = kBackwardShape[both];
+    const int64_t vectors = in.channels / (in.vectorized ? kBackwardVector : 1);
+    groups = (vectors + shape.most_vectors - 1) / shape.most_vectors;
+    x = static_cast<int>((vectors + groups - 1) / groups);
+    y = shape.threads / x;
+  }
+};
+
+// Number of blocks that share the sums over batch and time, such that all blocks run at a time; the
+// size of `partial`.
+inline int64_t backward_slots(const Input& in, bool both, int multiprocessors) {
+  if (in.channels == 0) return 1;
+  const BackwardBlocks blocks(in, both);
+  const int64_t work = (in.batch * ((in.length + 7) / 8) + blocks.y - 1) / blocks.y;
+  const int64_t most =
+      kBackwardShape[both].residents * static_cast<int64_t>(multiprocessors) / blocks.groups;
+  const int64_t slots = work < most ? work : most;
+  return slots < 1 ? 1 : slots;
 }
 
 // Each returns a CUDA error code (0: success).

@@ -24,22 +24,14 @@ struct Constant {
 
 constexpr int kForwardThreads = 128;
 constexpr int kForwardBatch = 8;
-constexpr int kBackwardThreads = 256;
-constexpr int kBackwardBatch = 4;
 // So many threads of the forward kernel fill a large GPU.
 constexpr int64_t kManyThreads = 100000;
 
-// Channels of a vector: bytes of an access over those of an element. With both directions window
-// and sums need twice the registers.
+// Channels of a vector.
 template <class T, bool kVectorized>
 constexpr int forward_vector() {
   return !kVectorized ? 1 : 8 / static_cast<int>(sizeof(T));
 }
-template <class T, bool kVectorized, bool kBoth>
-constexpr int backward_vector() {
-  return !kVectorized ? 1 : (kBoth ? 4 : 8) / static_cast<int>(sizeof(T));
-}
-
 // Elements c .. c + kCount of the virtual input at position p < 0 (causal) or p >= length
 // (reverse), which lies in the state and may be finer than T.
 template <class T, int kCount>
@@ -66,6 +58,7 @@ struct Column {
   int64_t stride;
   int length;
 
+  __device__ __forceinline__ const T* at(int p) const { return base + p * stride; }
   __device__ __forceinline__ Packed<T, kCount> load(int p) const {
     Packed<T, kCount> v = Packed<T, kCount>::zero();
     if (static_cast<unsigned>(p) < static_cast<unsigned>(length)) {
@@ -318,12 +311,26 @@ __device__ __noinline__ void store_gradient(const Backward& p, int64_t b, int64_
   }
 }
 
+template <class T, int kCount, int kRows>
+__device__ __forceinline__ void load_rows(Packed<T, kCount> (&rows)[kRows], const T* from,
+                                          int64_t stride) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r, from += stride) rows[r] = Packed<T, kCount>::load(from);
+}
+template <int kRows, class T>
+__device__ __forceinline__ void prefetch_rows(const T* from, int64_t stride) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r, from += stride) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+  }
+}
+
 // Block: (vectors of channels, work items); grid: (groups of vectors, slots).
 template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
-__global__ void __launch_bounds__(kBackwardThreads, 2)
+__global__ void __launch_bounds__(kBackwardShape[kBoth].threads, kBackwardShape[kBoth].residents)
     backward_kernel(Backward p, int tile_rows, int tiles) {
   constexpr int kReach = kWidth - 1;
-  constexpr int kBatch = kBackwardBatch;
+  constexpr int kBatch = kBackwardShape[kBoth].batch;
   const int64_t vector = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   const bool active = vector < p.in.channels / kCount;
   const int64_t c = active ? vector * kCount : 0;
@@ -361,6 +368,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     const auto load = [&](int at) {
       return load_input<kStates>(column, p.in, p.initial, p.taps[0].reverse, b, at, c);
     };
+    T* to = static_cast<T*>(p.dx) + (b * length + begin) * p.in.channels + c;
     const auto store = [&](int at, const float (&dx)[kCount]) {
       if (kStates && (p.grad_last.data != nullptr || at < 0 || at >= length)) {
         for (int i = 0; i < kCount; ++i) store_gradient<T>(p, b, at, c + i, dx[i]);
@@ -369,7 +377,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       Packed<T, kCount> result;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) result.set(i, dx[i]);
-      result.store(static_cast<T*>(p.dx) + (b * length + at) * p.in.channels + c);
+      result.store(to);
     };
 
     // The window's start: rows that another tile answers for, or none.
@@ -404,14 +412,32 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     for (int at = begin; at < end; at += kBatch) {
       InputRow<T, kCount, kStates> rows[kBatch];
       Packed<T, kCount> grads[kBatch], grads_b[kBatch];
+      if (at + kBatch + kReach <= length) {
+        if constexpr (kStates) {
 #pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
-        rows[r] = load(at + r + kReach);
-        grads[r] = grad_column.load(at + r + left);
-        if constexpr (kBoth) grads_b[r] = grad_column_b.load(at + r);
+          for (int r = 0; r < kBatch; ++r) rows[r] = load(at + r + kReach);
+        } else {
+          load_rows(rows, column.at(at + kReach), column.stride);
+        }
+        load_rows(grads, grad_column.at(at + left), grad_column.stride);
+        if constexpr (kBoth) load_rows(grads_b, grad_column_b.at(at), grad_column_b.stride);
+      } else {
+#pragma unroll
+        for (int r = 0; r < kBatch; ++r) {
+          rows[r] = load(at + r + kReach);
+          grads[r] = grad_column.load(at + r + left);
+          if constexpr (kBoth) grads_b[r] = grad_column_b.load(at + r);
+        }
+      }
+      if (kBackwardShape[kBoth].prefetches && at + 2 * kBatch + kReach <= length) {
+        prefetch_rows<kBatch>(column.at(at + kBatch + kReach), column.stride);
+        prefetch_rows<kBatch>(grad_column.at(at + kBatch + left), grad_column.stride);
+        if constexpr (kBoth) {
+          prefetch_rows<kBatch>(grad_column_b.at(at + kBatch), grad_column_b.stride);
+        }
       }
 #pragma unroll
-      for (int r = 0; r < kBatch; ++r) {
+      for (int r = 0; r < kBatch; ++r, to += p.in.channels) {
         if (at + r >= end) break;
         float dx[kCount] = {};
         shift(x);
@@ -428,7 +454,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
   }
 
   // Sums over the block's rows of threads.
-  __shared__ float shared[(kWidth + 1) * kCount][kBackwardThreads];
+  __shared__ float shared[(kWidth + 1) * kCount][kBackwardShape[kBoth].threads];
   const int thread = threadIdx.y * blockDim.x + threadIdx.x;
   for (int which = 0; which < (kBoth ? 2 : 1); ++which) {
     if (which > 0) __syncthreads();
@@ -505,7 +531,7 @@ template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
 void forward_typed(const Forward& p, cudaStream_t stream) {
   // Long tiles waste less on the window's start and the taps, short ones give more threads.
   const int64_t vectors = p.in.channels / kCount;
-  int64_t tile_rows = 4 * kForwardBatch;
+  int64_t tile_rows = 2 * kForwardBatch;
   while (tile_rows > kForwardBatch &&
          p.in.batch * vectors * ((p.in.length + tile_rows - 1) / tile_rows) < kManyThreads) {
     tile_rows /= 2;
@@ -519,16 +545,14 @@ void forward_typed(const Forward& p, cudaStream_t stream) {
 
 template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
 void backward_typed(const Backward& p, cudaStream_t stream) {
-  const int64_t vectors = p.in.channels / kCount;
-  const int64_t groups = (vectors + kBackwardThreads - 1) / kBackwardThreads;
-  const int block_x = static_cast<int>((vectors + groups - 1) / groups);
-  const int block_y = kBackwardThreads / block_x;
+  const BackwardBlocks shape(p.in, kBoth);
   // Rows of a tile such that the last round of tiles is a full one, and the start of the window
   // costs little.
-  int64_t best_rows = kBackwardBatch, best = INT64_MAX;
-  for (int64_t rows = kBackwardBatch; rows <= 64; rows += kBackwardBatch) {
+  constexpr int kBatch = kBackwardShape[kBoth].batch;
+  const int64_t lanes = p.slots * shape.y;
+  int64_t best_rows = kBatch, best = INT64_MAX;
+  for (int64_t rows = kBatch; rows <= 32 * kBatch; rows += kBatch) {
     const int64_t items = p.in.batch * ((p.in.length + rows - 1) / rows);
-    const int64_t lanes = p.slots * block_y;
     const int64_t cost = (items + lanes - 1) / lanes * (rows + kWidth + 2);
     if (cost < best) {
       best = cost;
@@ -537,8 +561,8 @@ void backward_typed(const Backward& p, cudaStream_t stream) {
   }
   const int64_t tiles = p.in.length == 0 ? 1 : (p.in.length + best_rows - 1) / best_rows;
   backward_kernel<T, kCount, kWidth, kBoth, kStates>
-      <<<dim3(static_cast<unsigned>(groups), static_cast<unsigned>(p.slots)),
-         dim3(block_x, block_y), 0, stream>>>(p, static_cast<int>(best_rows),
+      <<<dim3(static_cast<unsigned>(shape.groups), static_cast<unsigned>(p.slots)),
+         dim3(shape.x, shape.y), 0, stream>>>(p, static_cast<int>(best_rows),
                                               static_cast<int>(tiles));
   const int64_t columns = (kWidth + 1) * p.in.channels;
   sum_kernel<kWidth>
@@ -590,7 +614,7 @@ struct RunBackward {
   cudaStream_t stream;
   template <int kWidth, bool kBoth, bool kVectorized, bool kStates>
   void run() const {
-    backward_typed<T, backward_vector<T, kVectorized, kBoth>(), kWidth, kBoth, kStates>(p, stream);
+    backward_typed<T, kVectorized ? kBackwardVector : 1, kWidth, kBoth, kStates>(p, stream);
   }
 };
 

@@ -25,16 +25,26 @@ struct GpuMath {
   static MMVIM_DEVICE bool any(Mask m) { return m; }
 };
 
-// log(1 + e^x), x itself above 20 as in torch. Small results come from a series, since 1 + e^x
-// drops the low bits of e^x; a short one will do for results that are compared with 16-bit values.
+// log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|. The logarithm of the special function unit
+// drops the low bits of e: exact results come from the series of artanh, others from a short one
+// where e is small.
 template <bool kExact>
 MMVIM_DEVICE float softplus(float x) {
-  const float e = gpu::exp2(x * kLog2e);
-  float series = kExact ? gpu::fused(e, gpu::fused(e, -0.25f, 0.33333333f), -0.5f) : -0.5f;
-  series = gpu::fused(e * e, series, e);
-  const float general = kLn2 * gpu::log2(1.f + e);
-  const float y = e < (kExact ? 0.03125f : 0.00390625f) ? series : general;
-  return x > 20.f ? x : y;
+  const float e = gpu::exp2(-kLog2e * fabsf(x));
+  const float upper = fmaxf(x, 0.f);
+  if (kExact) {
+    const float s = e * gpu::reciprocal(2.f + e);
+    const float square = s * s;
+    float p = gpu::fused(square, 0.15384616f, 0.18181819f);
+    p = gpu::fused(square, p, 0.22222222f);
+    p = gpu::fused(square, p, 0.2857143f);
+    p = gpu::fused(square, p, 0.4f);
+    p = gpu::fused(square, p, 0.6666667f);
+    p = gpu::fused(square, p, 2.f);
+    return gpu::fused(s, p, upper);
+  }
+  const float small = gpu::fused(e * e, -0.5f, e);
+  return upper + (e < 0.00390625f ? small : kLn2 * gpu::log2(1.f + e));
 }
 
 // d softplus(x) / dx = 1 - e^(-softplus(x)). Exact enough for gradients of float parameters, which

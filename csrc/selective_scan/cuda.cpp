@@ -212,21 +212,30 @@ struct Launcher {
   }
 };
 
-// Workspace of chunks; the tensor keeps it alive.
-Tensor allocate_chunks(Chunks& chunks, const Plan& plan, const Sizes& s, int directions,
-                       bool drives, const Tensor& like) {
-  if (plan.chunks == 1) return Tensor();
-  const int64_t size = s.batch * s.channels * s.pitch * plan.chunks * directions;
-  Tensor memory = at::empty({(drives ? 4 : 2) * size}, like.options().dtype(at::kFloat));
-  float* data = memory.mutable_data_ptr<float>();
-  chunks.state = data;
-  chunks.decay = data + size;
-  if (drives) {
-    chunks.drive = data + 2 * size;
-    chunks.drive_decay = data + 3 * size;
+// Workspace of chunks.
+struct ChunkMemory {
+  Tensor state, decay, drive, drive_decay;
+
+  // What only the launches before the last one read lies in `results`, two tensors that the last
+  // one fills, if they are large enough.
+  ChunkMemory(Chunks& chunks, const Plan& plan, const Sizes& s, int directions, bool drives,
+              const Tensor& like, const Tensor* results[2]) {
+    if (plan.chunks == 1) return;
+    const int64_t size = s.batch * s.channels * s.pitch * plan.chunks * directions;
+    const auto allocate = [&](Tensor& memory, const Tensor* result) {
+      if (result != nullptr && static_cast<int64_t>(result->nbytes()) >= 4 * size) {
+        return static_cast<float*>(result->mutable_data_ptr());
+      }
+      memory = at::empty({size}, like.options().dtype(at::kFloat));
+      return memory.mutable_data_ptr<float>();
+    };
+    chunks.state = allocate(state, nullptr);
+    chunks.decay = allocate(decay, results[0]);
+    if (!drives) return;
+    chunks.drive = allocate(drive, nullptr);
+    chunks.drive_decay = allocate(drive_decay, results[1]);
   }
-  return memory;
-}
+};
 
 // Everything that does not depend on the part of the states that a launch handles.
 struct ForwardCall {
@@ -256,7 +265,8 @@ struct ForwardCall {
     const Plan plan = plan_forward(p.size, directions, multiprocessor_count());
     p.directions = plan.joint ? 2 : 1;
     const int64_t limit = kMaxStates;
-    const Tensor workspace = allocate_chunks(p.chunks, plan, p.size, p.directions, false, like);
+    const Tensor* results[2] = {out.defined() ? &out : nullptr, nullptr};
+    const ChunkMemory workspace(p.chunks, plan, p.size, p.directions, false, like, results);
     const auto scratch = [&] { return at::empty(like.sizes(), like.options().dtype(at::kFloat)); };
     const int64_t parts = (states + limit - 1) / limit;
     const int64_t flags =
@@ -466,8 +476,9 @@ struct BackwardCall {
     const int64_t limit = kMaxStates;
     p.size.states = static_cast<int>(std::min(states, limit));
     const Plan plan = plan_backward(p.size, directions, multiprocessor_count());
-    const Tensor workspace =
-        allocate_chunks(p.chunks, plan, p.size, directions, is_two_tap(method), like);
+    const Tensor* results[2] = {&grads[0]->u, &grads[0]->delta};
+    const ChunkMemory workspace(p.chunks, plan, p.size, directions, is_two_tap(method), like,
+                                results);
 
     // Partial sums, and the sums over the parts of the states.
     const bool deterministic = at::globalContext().deterministicAlgorithms();
@@ -486,7 +497,10 @@ struct BackwardCall {
       finish.parts[d] = p.atomic[d] ? 1 : blocks;
       dBC[d] = at::empty({finish.parts[d], B.size(0), B.size(1), groups, 2, states}, parameters);
       if (p.atomic[d]) dBC[d].zero_();
-      dA[d] = at::empty({rows, p.size.channels, states}, parameters);
+      // A block's part of dA takes the place of the gradient that entered its chunk.
+      dA[d] = workspace.state.defined() && states <= limit
+                  ? workspace.state.view({directions, rows, p.size.channels, states})[d]
+                  : at::empty({rows, p.size.channels, states}, parameters);
       dD[d] = at::empty({rows, 2, p.size.channels}, parameters);
       if (states > limit) {
         sums[d] = at::empty({3, like.size(0), like.size(1), like.size(2)}, parameters);

@@ -101,7 +101,7 @@ struct Backward {
   const float* sum_in[2] = {};
   float* sum_out[2] = {};
   // Partial sums: (parts, b, l, g, 2, n) of dB and dC, where parts = 1 if added atomically;
-  // (b, chunks, d, n) of dA; (b, chunks, 2, d) of dD and ddelta_bias.
+  // (chunks, b, d, n) of dA, which may be chunks.state; (chunks, b, 2, d) of dD and ddelta_bias.
   float* dBC[2] = {};
   bool atomic[2] = {};
   float* dA[2] = {};

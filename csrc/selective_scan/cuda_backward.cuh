@@ -275,14 +275,16 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
         clear_states(h);
       }
     };
-    float v_start[kCpt][kSlice];
+    const auto load_start_drive = [&](float (&v)[kCpt][kSlice]) {
+      if (R::kTwoTap && at > 0) {
+        load_drive<T>(v, scan, size, b, time_of(at - 1), channels, lane, slice);
+      } else if (R::kTwoTap && scan.initial_drive != nullptr) {
+        load_states(v, scan.initial_drive, b, scan.initial_pitch, size, channels, lane, slice);
+      } else {
+        clear_states(v);
+      }
+    };
     load_start();
-    clear_states(v_start);
-    if (R::kTwoTap && at > 0) {
-      load_drive<T>(v_start, scan, size, b, time_of(at - 1), channels, lane, slice);
-    } else if (R::kTwoTap && scan.initial_drive != nullptr) {
-      load_states(v_start, scan.initial_drive, b, scan.initial_pitch, size, channels, lane, slice);
-    }
     // Inputs of the tile; zero behind the end of the scan. All that a thread loads is on its way
     // before the first is used.
     {
@@ -411,7 +413,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
     by_steps<T, kMethod>(quick, [&](auto kind) {
       constexpr bool kQuick = decltype(kind)::value;
       float v[kCpt][kSlice];
-      copy_states(v, v_start);
+      load_start_drive(v);
       for (int g = 0; g + 1 < groups; ++g) {
         if (g > 0) {
           MMVIM_UNROLL
@@ -459,7 +461,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
         copy_states(before, h);
         if (R::kTwoTap) {
           if (first == 0) {
-            copy_states(v_before, v_start);
+            load_start_drive(v_before);
           } else {
             drives_of(v_before, my_inputs + (first - 1) * kChannels,
                       my_columns + (first - 1) * 2 * kSlice);
@@ -640,7 +642,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
       for (int j = 0; j < kSlice; ++j) dA[k][j] /= constants[k][j].A;
     }
   }
-  const int64_t row = b * p.chunks.count + chunk;
+  const int64_t row = chunk * size.batch + b;
   store_states(dA, p.dA[direction], row, size.pitch, size, channels, lane, slice);
   if (begin == 0 && p.dinitial[direction] != nullptr) {
     store_states(gradient, p.dinitial[direction], b, p.dinitial_pitch, size, channels, lane, slice);

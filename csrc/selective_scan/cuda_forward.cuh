@@ -228,6 +228,14 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kPair ? kJointRegisters : kSingleRegisters)
       row_copy.copy(z_tile, rows_of<T>(p.z, b, channels.first), p.z.stride_l, time_of(first),
                     time_step, count);
     }
+    if (!kPair && p.sum_in != nullptr) {
+      Rows rows;
+      rows.data = p.sum_in;
+      rows.stride_b = static_cast<int64_t>(size.length) * size.channels;
+      rows.stride_l = size.channels;
+      prefetch_rows<float, kChannels>(rows, b, channels, time_of(first), time_step, count, index,
+                                      threads);
+    }
     own.advance(interval, kTile);
     load(u_tiles + (kTile * kChannels - u_at));
 
