@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import pickle
 import re
@@ -181,6 +182,24 @@ def _history_method(owner: type, name: str) -> Any:
     return getattr(owner, name)
 
 
+def hash_in_name(name: str) -> str | None:
+    """The beginning of the SHA-256 that ``model-0123abcd.pth`` promises; None where there is none.
+
+    Eight digits that are a day, as in ``model-20240131.pth``, promise nothing.
+    """
+    found = re.search(r'-([0-9a-f]{8,64})\.(?:pth|pt|safetensors|pth\.tar)$', name)
+    if not found or re.fullmatch(r'(19|20)\d\d(0[1-9]|1[0-2])([0-2]\d|3[01])', found[1]):
+        return None
+    return found[1]
+
+
+def _sha256(file: Path) -> str:
+    with open(file, 'rb') as opened:
+        if hasattr(hashlib, 'file_digest'):
+            return hashlib.file_digest(opened, 'sha256').hexdigest()
+        return hashlib.sha256(opened.read()).hexdigest()  # Python 3.10
+
+
 def _download(load_url: Callable[..., Any], url: str, *args: Any, **kwargs: Any) -> Any:
     """``torch.hub.load_state_dict_from_url`` that neither waits for ever nor keeps rubbish."""
     from torch import hub
@@ -190,9 +209,20 @@ def _download(load_url: Callable[..., Any], url: str, *args: Any, **kwargs: Any)
     was_there = cached.exists()
     # torch.hub asks for weights_only=False unless told otherwise; None is torch.load's default.
     kwargs.setdefault('weights_only', None)
+    # torch.hub compares the hash of what it downloads; what is in the cache it takes as it is.
+    expected = hash_in_name(cached.name)
+    kwargs.setdefault('check_hash', expected is not None)
+    if was_there and expected is not None and not _sha256(cached).startswith(expected):
+        cached.unlink()
+        was_there = False
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT if before is None else before)
     try:
+        if cached.suffix == '.safetensors':
+            if not was_there:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                hub.download_url_to_file(url, str(cached), expected, progress=False)
+            return {'state_dict': load_safetensors(str(cached), kwargs.get('map_location'))}
         return load_url(url, *args, **kwargs)
     except Exception:
         if not was_there:

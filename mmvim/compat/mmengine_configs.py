@@ -54,7 +54,10 @@ def config_path(name: str) -> Path:
     Raises:
         FileNotFoundError: There is no such config; the message lists the folder's.
     """
-    path = root() / 'configs' / name
+    folder = root() / 'configs'
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise FileNotFoundError(f"mmvim has no config '{name}': it lies outside of {folder}")
     if path.is_file():
         return path
     siblings = sorted(p.name for p in path.parent.glob('*.py'))

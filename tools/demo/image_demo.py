@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
                 drawn['labels'] = ('label_map', inferencer.label_map(result))
             for folder, (key, pixels) in drawn.items():
                 name = f'{folder}/{stem}.png'
-                Image.fromarray(pixels).save(out.path(name))
+                # By the name of the format: an image may be called '...png', without a suffix.
+                Image.fromarray(pixels).save(out.path(name), 'PNG')
                 prediction[key] = str(out.final(name))
             if args.show:
                 inferencer.visualizer.show(picture)
