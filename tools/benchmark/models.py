@@ -16,7 +16,8 @@ included. With --sizes the batch shrinks as the image grows: the pixels of a bat
 
 Peers are other packages' models, measured in the same run when they can be imported:
 `mambavision` (the official package, which needs `mamba_ssm`; `--peer-path` adds folders to the
-import path) and `timm` models of similar size.
+import path), `timm` models of similar size, and for inference on a CPU `mambapy`'s bidirectional
+stack and our model on `mamba_ssm`'s reference scan (`mamba_ssm_ref`).
 """
 
 import argparse
@@ -33,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -98,6 +100,65 @@ def _timm(name: str) -> Builder:
     )
 
 
+def _mambapy(features: int, depth: int) -> Builder:
+    """mambapy's bidirectional stack between our patch embedding and a head; no class token."""
+
+    def build(side: int) -> nn.Module:
+        vim = importlib.import_module('mambapy.vim')
+        vit = mmvim.Vim(arch=dict(embed_dims=features, depth=depth), img_size=side)
+        stack = vim.VMamba(vim.MambaConfig(d_model=features, n_layers=depth))
+        return Sequence(vit.patch_embed, stack, features)
+
+    return build
+
+
+class Sequence(nn.Module):
+    """Patch embedding, a stack over tokens, mean, head."""
+
+    def __init__(self, patch_embed: nn.Module, stack: nn.Module, features: int) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+        self.stack = stack
+        self.head = nn.Linear(features, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to classes."""
+        return self.head(self.stack(self.patch_embed(x)[0]).mean(1))
+
+
+def _on_reference_scan(build: Builder) -> Builder:
+    """The same model, whose scans are mamba_ssm's reference implementation in PyTorch."""
+
+    def reference(forward, backward, z, *, scale, delta_softplus, **_) -> Tensor:
+        interface = importlib.import_module('mamba_ssm.ops.selective_scan_interface')
+        total = 0
+        for inputs, reverse in ((forward, False), (backward, True)):
+            u, delta, b, c = (
+                (x.flip(1) if reverse else x).transpose(1, 2)
+                for x in (inputs.u, inputs.delta, inputs.B, inputs.C)
+            )
+            y = interface.selective_scan_ref(
+                u, delta, inputs.A, b, c, inputs.D, None, inputs.delta_bias, delta_softplus
+            ).transpose(1, 2)
+            total = total + (y.flip(1) if reverse else y)
+        return scale * total * F.silu(z)
+
+    class OnReference(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            with mock.patch('mmvim.layers.bimamba.bidirectional_scan_unchecked', reference):
+                return self.model(x)
+
+    def wrapped(side: int) -> nn.Module:
+        importlib.import_module('mamba_ssm.ops.selective_scan_interface')
+        return OnReference(build(side))
+
+    return wrapped
+
+
 IMAGE = (3, 224, 224)
 MODELS = {
     'vim-t': Case(_vim('tiny', 192), 128, IMAGE),
@@ -117,6 +178,8 @@ PEERS = {
         'mambavision-s': _official_mambavision('mamba_vision_S'),
         'mambavision-b': _official_mambavision('mamba_vision_B'),
     },
+    'mambapy': {'vim-t': _mambapy(192, 24)},
+    'mamba_ssm_ref': {'vim-t': _on_reference_scan(_vim('tiny', 192))},
     'timm': {
         'vim-t': _timm('deit_tiny_patch16_224'),
         'vim-s': _timm('deit_small_patch16_224'),
