@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -49,8 +51,32 @@ def test_every_op_is_measured_and_right(quick, tmp_path):
         assert row['states'] == '3'
         assert row['torch'] == f'torch {torch.__version__}'
     errors = [float(r['error']) for r in rows if r['error']]
-    assert len(errors) == 6  # forward and backward of scan, its PyTorch path, and conv
+    # forward, backward and both of scan and its PyTorch path; forward and backward of conv
+    assert len(errors) == 8
     assert max(errors) < 1e-5
+
+
+def test_peers_on_a_cpu(quick, monkeypatch):
+    """A package's scan is measured by autograd, with its error, beside both of our passes."""
+
+    def pscan(decay, drive):
+        states, h = [], torch.zeros_like(drive[:, 0])
+        for t in range(drive.shape[1]):
+            h = decay[:, t] * h + drive[:, t]
+            states.append(h)
+        return torch.stack(states, 1)
+
+    module = types.ModuleType('mambapy.pscan')
+    module.pscan = pscan
+    monkeypatch.setitem(sys.modules, 'mambapy', types.ModuleType('mambapy'))
+    monkeypatch.setitem(sys.modules, 'mambapy.pscan', module)
+    _, printed = quick('--ops', 'scan', '--errors')
+    for direction in ('forward', 'forward+backward'):
+        row = re.search(
+            rf'(?m)^scan .* mambapy +{re.escape(direction)} .* error (\S+)', printed.out
+        )
+        assert float(row[1]) < 1e-5
+        assert re.search(rf'(?m)^scan .* {re.escape(direction)} .*x mambapy$', printed.out)
 
 
 def test_error_is_that_of_the_candidate(bench):

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from mmvim.ops import DISCRETIZATIONS, backend_info
+from mmvim.ops.selective_scan import CHECKPOINT_INTERVAL
 
 Thunk = Callable[[], object]
 
@@ -57,7 +58,7 @@ DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch
 PEERS = {'mamba_ssm': 'selective_scan_cuda', 'oflex': 'selective_scan_cuda_oflex',
          'causal_conv1d': 'causal_conv1d_cuda'}  # fmt: skip
 CONV_WIDTH = 4
-CHECKPOINTS = 32  # steps between the states that a forward pass keeps for backward on a GPU
+CHECKPOINTS = CHECKPOINT_INTERVAL['cuda']  # steps between the states that forward keeps
 
 
 @dataclass
@@ -73,7 +74,8 @@ class Row:
     dtype: str
     method: str
     implementation: str
-    direction: str  # forward, training-forward (which keeps states for backward) or backward
+    # forward, training-forward (which keeps states for backward), backward or forward+backward
+    direction: str
     time: float
     fastest: float
     slowest: float
@@ -95,6 +97,8 @@ class Candidate:
         make_backward: Gives the call of the backward pass, from a forward pass of its own.
         out: Forward's result as (batch, length, channels).
         grads: Backward's gradients of u, delta and z (or x), in the same layout.
+        both: A forward and a backward pass in one call, with backward's result: what can be
+            compared with peers whose backward pass is autograd's.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Candidate:
     make_backward: Callable[[], Thunk] | None = None
     out: Callable[[object], torch.Tensor] | None = None
     grads: Callable[[object], list[torch.Tensor]] | None = None
+    both: Thunk | None = None
 
 
 class Clock:
@@ -230,7 +235,7 @@ def mmvim_scan(x, method, name='mmvim', reverse=False) -> Candidate:
     """Our op, compiled or (``mmvim-torch``) the PyTorch path."""
     ops = torch.ops.mmvim_torch if name == 'mmvim-torch' else torch.ops.mmvim
     tensors = [x[k] for k in NAMES]
-    interval = CHECKPOINTS
+    interval = CHECKPOINT_INTERVAL[x['u'].device.type]
 
     def forward(keep=0):
         return ops.selective_scan(*tensors, None, True, method, reverse, False, keep)
@@ -248,6 +253,7 @@ def mmvim_scan(x, method, name='mmvim', reverse=False) -> Candidate:
         make_backward,
         lambda r: r[0],
         lambda r: [r[0], r[1], r[6]],
+        (lambda: make_backward()()) if x['u'].device.type == 'cpu' else None,
     )
 
 
@@ -297,59 +303,73 @@ def oflex_scan(module, x) -> Candidate:
     return Candidate('oflex (no gate)', forward, None, make_backward)
 
 
-def with_autograd(name, function, x, names) -> Candidate:
-    """A differentiable function of the tensors ``names``, for CPU peers."""
-    leaves = {k: x[k].detach().clone().requires_grad_() for k in names}
+def with_autograd(name, function, x) -> Candidate:
+    """A differentiable function of the tensors of a scan, for CPU peers."""
+    leaves = {k: x[k].detach().clone().requires_grad_() for k in NAMES}
 
     def forward():
         with torch.no_grad():
             return function(**leaves)
 
-    def make_backward():
-        # Forward belongs to the measured time: eager peers keep everything that backward reads.
-        return lambda: torch.autograd.grad(function(**leaves), list(leaves.values()), x['grad'])
+    def both():
+        return torch.autograd.grad(function(**leaves), list(leaves.values()), x['grad'])
 
-    return Candidate(name, forward, None, make_backward, lambda r: r, lambda r: [r[0], r[1], r[6]])
+    return Candidate(name, forward, None, None, lambda r: r, lambda r: [r[0], r[1], r[6]], both)
 
 
-def cpu_scan_peers(x) -> Iterator[Candidate]:
-    """Eager scans of other packages, as far as they are installed."""
+def cpu_scan_peers(x, compiled) -> Iterator[Candidate]:
+    """Scans of installed packages; with ``compiled`` one through TorchInductor, too."""
     softplus, silu = torch.nn.functional.softplus, torch.nn.functional.silu
     try:
         from mambapy.pscan import pscan
-
-        def by_pscan(u, delta, A, B, C, D, z, delta_bias):
-            delta = softplus(delta + delta_bias)
-            decay = torch.exp(delta.unsqueeze(-1) * A)
-            drive = (delta * u).unsqueeze(-1) * B
-            h = pscan(decay, drive)
-            return ((h @ C.squeeze(2).unsqueeze(-1)).squeeze(-1) + D * u) * silu(z)
-
-        yield with_autograd('mambapy', by_pscan, x, NAMES)
     except ImportError:
-        pass
+        pscan = None
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_ref
-
-        def by_reference(u, delta, A, B, C, D, z, delta_bias):
-            args = [t.transpose(1, 2) for t in (u, delta)]
-            B, C = (t.squeeze(2).transpose(1, 2) for t in (B, C))
-            return selective_scan_ref(
-                *args, A, B, C, D, z.transpose(1, 2), delta_bias, True
-            ).transpose(1, 2)
-
-        yield with_autograd('mamba_ssm reference', by_reference, x, NAMES)
     except ImportError:
-        pass
+        selective_scan_ref = None
+    try:
+        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+    except ImportError:
+        mamba_selective_scan = None
+
+    def turning(function, **options):
+        """Of tensors that lie as (batch, channels, length)."""
+
+        def run(u, delta, A, B, C, D, z, delta_bias):
+            u, delta, z = (t.transpose(1, 2) for t in (u, delta, z))
+            B, C = (t.squeeze(2).transpose(1, 2) for t in (B, C))
+            out = function(u, delta, A, B, C, D, z, delta_bias, True, **options)
+            return out.transpose(1, 2)
+
+        return run
+
+    def by_pscan(u, delta, A, B, C, D, z, delta_bias):
+        delta = softplus(delta + delta_bias)
+        decay = torch.exp(delta.unsqueeze(-1) * A)
+        h = pscan(decay, (delta * u).unsqueeze(-1) * B)
+        return ((h @ C.squeeze(2).unsqueeze(-1)).squeeze(-1) + D * u) * silu(z)
+
+    if pscan is not None:
+        yield with_autograd('mambapy', by_pscan, x)
+    if selective_scan_ref is not None:
+        yield with_autograd('mamba_ssm reference', turning(selective_scan_ref), x)
+    if mamba_selective_scan is not None:
+        yield with_autograd('transformers', turning(mamba_selective_scan), x)
+        if compiled:
+            scan = turning(mamba_selective_scan, use_associative_scan=True)
+            yield with_autograd('transformers, compiled', torch.compile(scan), x)
 
 
-def scan_candidates(shape, dtype, device, seed, method, peers, torch_path) -> list[Candidate]:
+def scan_candidates(
+    shape, dtype, device, seed, method, peers, torch_path, compiled
+) -> list[Candidate]:
     """The implementations of a scan on one set of inputs; peers know ``zoh`` alone."""
     x = scan_data(shape, dtype, device, seed)
     found = [mmvim_scan(x, method)]
     if torch_path:
         found.append(mmvim_scan(x, method, 'mmvim-torch'))
-    if method != 'zoh':
+    if method != 'zoh' or peers is None:
         return found
     if device.type == 'cuda':
         if 'mamba_ssm' in peers:
@@ -357,7 +377,7 @@ def scan_candidates(shape, dtype, device, seed, method, peers, torch_path) -> li
         if 'oflex' in peers:
             found.append(oflex_scan(peers['oflex'], x))
     else:
-        found += cpu_scan_peers(x)
+        found += cpu_scan_peers(x, compiled)
     return found
 
 
@@ -468,7 +488,7 @@ def conv_candidates(shape, dtype, device, seed, peers, both) -> list[Candidate]:
             lambda r: [r[0]],
         )
     ]
-    if 'causal_conv1d' in peers and device.type == 'cuda':
+    if 'causal_conv1d' in (peers or ()) and device.type == 'cuda':
         module = peers['causal_conv1d']
         xt, gt = turned(x), turned(grad)
 
@@ -599,10 +619,12 @@ class Errors:
 
     def of(self, candidate: Candidate, direction: str) -> float | None:
         """Largest relative error of the results of one pass."""
-        exact = self.exact.get('backward' if direction == 'backward' else 'forward')
+        exact = self.exact.get('backward' if 'backward' in direction else 'forward')
         if exact is None or candidate.out is None:
             return None
-        if direction == 'backward':
+        if direction == 'forward+backward':
+            results = candidate.grads(candidate.both())
+        elif direction == 'backward':
             results = candidate.grads(candidate.make_backward()())
         else:
             results = [candidate.out(candidate.forward())]
@@ -613,10 +635,12 @@ class Errors:
         return max(errors)
 
 
-def candidates_of(op, shape, dtype, device, seed, method, peers, torch_path) -> list[Candidate]:
+def candidates_of(
+    op, shape, dtype, device, seed, method, peers, torch_path=False, compiled=False
+) -> list[Candidate]:
     """All implementations of ``op`` on one set of inputs."""
     if op == 'scan':
-        return scan_candidates(shape, dtype, device, seed, method, peers, torch_path)
+        return scan_candidates(shape, dtype, device, seed, method, peers, torch_path, compiled)
     if op == 'bidirectional':
         return bidirectional_candidates(shape, dtype, device, seed, method)
     if op in ('conv', 'bidirectional-conv'):
@@ -647,15 +671,21 @@ def measure(args, device, peers, report) -> list[Row]:
                     report(f'stopped after {args.time_limit:.0f} s; what is missing was not run')
                     return rows
                 dtype = DTYPES[dtype_name]
+                options = (args.torch_path, args.compiled_peers)
                 sets = [
-                    candidates_of(op, shape, dtype, device, seed, method, peers, args.torch_path)
+                    candidates_of(op, shape, dtype, device, seed, method, peers, *options)
                     for seed in range(input_sets(op, shape, dtype, device))
                 ]
                 errors = None
                 if args.errors:
                     errors = Errors(op, shape, dtype, device, 0, method)
                 for group in zip(*sets, strict=True):
-                    for direction in ('forward', 'training-forward', 'backward'):
+                    for direction in (
+                        'forward',
+                        'training-forward',
+                        'backward',
+                        'forward+backward',
+                    ):
                         row = measure_one(
                             op, shape, group, direction, dtype, clock, hbm, exp, errors, args
                         )
@@ -681,10 +711,16 @@ def measure_one(op, shape, group, direction, dtype, clock, hbm, exp, errors, arg
         if args.no_backward or group[0].training_forward is None:
             return None
         calls = [candidate.training_forward for candidate in group]
+    elif direction == 'forward+backward':
+        if args.no_backward or group[0].both is None:
+            return None
+        calls = [candidate.both for candidate in group]
     else:
         calls = [candidate.forward for candidate in group]
     median, fastest, slowest = clock(calls)
     size = least_bytes(op, direction, shape, dtype)
+    if direction == 'forward+backward':
+        size = least_bytes(op, 'forward', shape, dtype) + least_bytes(op, 'backward', shape, dtype)
     seconds = median / 1e6
     number = exponentials(op, shape)
     peak = None
@@ -708,10 +744,9 @@ def peer_time(row: Row, rows: list[Row]) -> tuple[str, float] | None:
         r
         for r in rows
         if (r.op, r.shape, r.dtype, r.method) == (row.op, row.shape, row.dtype, row.method)
-        and (r.direction == 'backward') == (row.direction == 'backward')
+        and r.direction == row.direction.removeprefix('training-')
         and r.implementation != row.implementation
         and r.implementation not in ('mmvim', 'mmvim-torch')
-        and 'training' not in r.direction
     ]
     if not same:
         return None
@@ -871,6 +906,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f'compiled module of {", ".join(PEERS)}; default: what can be imported',
     )  # fmt: skip
     parser.add_argument('--no-peers', action='store_true', help='measure mmvim alone')
+    parser.add_argument(
+        '--compiled-peers', action='store_true',
+        help='on a CPU, peers through torch.compile as well (a minute each)',
+    )  # fmt: skip
     parser.add_argument('--torch-path', action='store_true', help='the PyTorch path of scans, too')
     parser.add_argument('--no-backward', action='store_true')
     parser.add_argument('--errors', action='store_true', help='compare with float64')
@@ -906,7 +945,7 @@ def main(argv: list[str] | None = None) -> int:
             device = torch.device(args.device)
             machine = machine_of(device)
             print(', '.join(machine.values()), flush=True)
-            peers = {} if args.no_peers else find_peers(args.peer)
+            peers = None if args.no_peers else find_peers(args.peer)
             rows = measure(args, device, peers, lambda line: print(line, flush=True))
             if args.csv is not None:
                 write_csv(args.csv, rows, machine)
