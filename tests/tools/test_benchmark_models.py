@@ -28,6 +28,10 @@ def test_rows_hold_what_was_measured(tmp_path):
         ('mmvim', 'training', '32x32'),
     ]
     assert plot.read_text().lstrip().startswith('<?xml')
+    again = tmp_path / 'again.svg'
+    done = run_script('benchmark/models.py', '--read', table, '--plot', again)
+    assert done.returncode == 0
+    assert again.stat().st_size == pytest.approx(plot.stat().st_size, rel=0.01)
     for row in rows:
         rate, milliseconds = float(row['rate']), float(row['milliseconds'])
         assert rate > 0
@@ -50,6 +54,7 @@ def test_a_missing_peer_is_a_row_with_the_reason_and_an_error():
         (('--models', 'vim-x'), 'invalid choice'),
         (('--batch', '0'), 'must be positive, got 0'),
         (('--profile', 'x.svg'), '--profile needs a CUDA device, got --device cpu'),
+        (('--read', 'x.csv'), '--read needs --plot or --profile'),
         (('--runs', 'graph'), '--runs graph needs a CUDA device, got --device cpu'),
     ],
 )
@@ -57,6 +62,15 @@ def test_bad_options(option, message):
     done = run_script('benchmark/models.py', '--device', 'cpu', *option)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_profiles_are_drawn(tmp_path):
+    table, picture = tmp_path / 'parts.csv', tmp_path / 'parts.svg'
+    table.write_text('# a GPU\nmodel,scan,convolution,attention,norm,optimizer,matrix products,'
+                     'elementwise\n"vim-t, training",4,1,0,1,0.5,3,0.5\n')  # fmt: skip
+    done = run_script('benchmark/models.py', '--read', table, '--profile', picture)
+    assert done.returncode == 0, done.stderr
+    assert '10.0 ms' in picture.read_text()
 
 
 def test_parts_of_a_step():

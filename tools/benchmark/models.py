@@ -6,13 +6,15 @@
     python tools/benchmark/models.py --models mambavision-t --peers mambavision --csv models.csv
     python tools/benchmark/models.py --models vim-t --sizes 224 512 1024 --plot sizes.svg
     python tools/benchmark/models.py --models vim-t --profile parts.svg   # where the time goes
+    python tools/benchmark/models.py --read models.csv --plot sizes.svg   # draw what was measured
 
 Weights and inputs are random and stay on the device, so neither a data pipeline nor a checkpoint is
 timed. Inference is one forward pass under autocast without gradients; a training step is forward,
 cross-entropy, backward and AdamW. `graph` captures either in a CUDA graph, `compile` passes the
-model through `torch.compile`. Times are medians over single passes, measured with CUDA events (with
-the clock on a CPU). `GiB` is the peak of what PyTorch had allocated after warm-up, weights
-included. With --sizes the batch shrinks as the image grows: the pixels of a batch stay the same.
+model through `torch.compile`, `compile-graph` with `mode='reduce-overhead'`. Times are medians over
+single passes, measured with CUDA events (the clock on a CPU). `GiB` is the peak of what PyTorch
+had allocated after warm-up, weights included. With --sizes the batch shrinks as the image grows:
+the pixels of a batch stay the same.
 
 Peers are other packages' models, measured in the same run when they can be imported:
 `mambavision` (the official package, which needs `mamba_ssm`; `--peer-path` adds folders to the
@@ -31,7 +33,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from unittest import mock
@@ -48,7 +50,7 @@ from mmvim.ops import backend_info
 CLASSES = 1000
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 MODES = ('inference', 'training')
-RUNS = ('eager', 'compile', 'graph')
+RUNS = ('eager', 'compile', 'compile-graph', 'graph')
 
 
 Builder = Callable[[int], nn.Module]
@@ -210,6 +212,8 @@ class Row:
 def main() -> int:
     """Measure, print and write."""
     args = parse_args()
+    if args.read:
+        return draw(args)
     for folder in args.peer_path:
         sys.path.insert(0, folder)
     device = torch.device(args.device)
@@ -217,14 +221,18 @@ def main() -> int:
     if args.profile:
         parts = profile_all(args, device)
         print_parts(parts)
-        draw_parts(args.profile, parts, describe(device))
+        if args.profile.suffix == '.csv':
+            write_csv(args.profile, ['model', *PARTS, REST], parts_rows(parts), device)
+        else:
+            draw_parts(args.profile, parts, describe(device))
         return 0
     rows = []
     for row in measure_all(args, device):
         rows.append(row)
         print(line(row), flush=True)
     if args.csv:
-        write_csv(args.csv, rows, device)
+        names = [field.name for field in fields(Row)]
+        write_csv(args.csv, names, map(asdict, rows), device)
         print(f'written: {args.csv}')
     if args.plot:
         draw_sizes(args.plot, rows, describe(device))
@@ -251,10 +259,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--csv', type=Path)
     parser.add_argument('--plot', type=Path, help='draw rate and memory against --sizes')
-    parser.add_argument('--profile', type=Path, help='time the kernels by part and draw that')
+    parser.add_argument('--profile', type=Path,
+                        help='time the kernels by part: a picture, or a .csv')  # fmt: skip
+    parser.add_argument('--read', type=Path, help='draw this .csv instead of measuring')
     args = parser.parse_args()
     if 'graph' in args.runs and not args.device.startswith('cuda'):
         parser.error(f'--runs graph needs a CUDA device, got --device {args.device}')
+    if args.read:
+        if not (args.plot or args.profile):
+            parser.error('--read needs --plot or --profile')
+        return args
     if args.profile and not args.device.startswith('cuda'):
         parser.error(f'--profile needs a CUDA device, got --device {args.device}')
     return args
@@ -346,7 +360,9 @@ def make_step(
     inputs = torch.randn(shape, device=device)
     if channels_last and inputs.dim() == 4 and device.type == 'cuda':
         model, inputs = (x.to(memory_format=torch.channels_last) for x in (model, inputs))
-    network = torch.compile(model) if run == 'compile' else model
+    network = model
+    if run.startswith('compile'):
+        network = torch.compile(model, mode='reduce-overhead' if run.endswith('graph') else None)
     autocast = (
         (lambda: torch.autocast(device.type, dtype))
         if dtype != torch.float32
@@ -433,14 +449,34 @@ def line(row: Row) -> str:
     return f'{head} {row.rate:10.1f}/s {row.milliseconds:9.2f} ms {row.gib:7.2f} GiB'
 
 
-def write_csv(path: Path, rows: list[Row], device: torch.device) -> None:
+def write_csv(path: Path, names: list[str], rows: Iterable[dict], device: torch.device) -> None:
     """Write the rows below a line that names the machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open('w', newline='') as file:
         file.write(describe(device) + '\n')
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, names)
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(rows)
+
+
+def draw(args: argparse.Namespace) -> int:
+    """Draw what an earlier run has written."""
+    head, *lines = args.read.read_text().splitlines()
+    table = list(csv.DictReader(lines))
+    if args.plot:
+        numbers = {'batch': int, 'rate': float, 'milliseconds': float, 'gib': float}
+        rows = [Row(**{k: numbers.get(k, str)(v) for k, v in row.items()}) for row in table]
+        draw_sizes(args.plot, rows, head)
+    if args.profile:
+        parts = {row.pop('model'): {k: float(v) for k, v in row.items()} for row in table}
+        draw_parts(args.profile, parts, head)
+    return 0
+
+
+def parts_rows(parts: dict[str, dict[str, float]]) -> Iterator[dict]:
+    """One row for each model."""
+    for name, times in parts.items():
+        yield {'model': name, **times}
 
 
 # Parts of a step by names of kernels; the first that matches counts.
