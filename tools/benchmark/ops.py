@@ -127,7 +127,9 @@ class Clock:
         # A call of many seconds, such as a peer's loop over steps in Python, is timed but once.
         least = 3 if time.perf_counter() - begin < 5 else 1
         times, start = [], time.perf_counter()
-        while len(times) < least or (time.perf_counter() - start < self.seconds and len(times) < 200):
+        while len(times) < least or (
+            len(times) < 200 and time.perf_counter() - start < self.seconds
+        ):
             call = calls[len(times) % len(calls)]
             begin = time.perf_counter()
             call()
