@@ -248,8 +248,9 @@ class _BiMamba(torch.autograd.Function):
             din_bias,
             dout_weight,
             dout_bias,
-            *dparameters[0]._replace(taps=dtaps_f, conv_bias=dbias_f),
-            *dparameters[1]._replace(taps=dtaps_b, conv_bias=dbias_b),
+            # torch.compile of torch 2.6 cannot trace _replace of a named tuple.
+            *(dtaps_f, dbias_f, *dparameters[0][2:]),
+            *(dtaps_b, dbias_b, *dparameters[1][2:]),
         )
         return (
             *(

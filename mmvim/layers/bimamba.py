@@ -119,7 +119,8 @@ class BiMamba(MixerBase):
         if self.bimamba == 'v1':
             u = self.conv1d(u)
             own = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
-            return own, own._replace(A=-torch.exp(as_param_dtype(self.A_b_log)))
+            # torch.compile of torch 2.6 cannot trace _replace of a named tuple.
+            return own, ops.ScanInputs(*own[:2], -torch.exp(as_param_dtype(self.A_b_log)), *own[3:])
         first, second = self.conv1d, self.conv1d_b
         if self.reverse:
             first, second = second, first
