@@ -36,6 +36,11 @@ class Direction(NamedTuple):
     skip: Tensor
 
 
+def _after_convolution(x: Direction) -> tuple[Tensor, ...]:
+    # torch.compile of torch 2.6 traces neither _replace nor a slice of a named tuple.
+    return x.x_proj, x.dt_proj, x.dt_bias, x.a_log, x.skip
+
+
 class Options(NamedTuple):
     """What the mixer is told besides tensors."""
 
@@ -248,9 +253,12 @@ class _BiMamba(torch.autograd.Function):
             din_bias,
             dout_weight,
             dout_bias,
-            # torch.compile of torch 2.6 cannot trace _replace of a named tuple.
-            *(dtaps_f, dbias_f, *dparameters[0][2:]),
-            *(dtaps_b, dbias_b, *dparameters[1][2:]),
+            dtaps_f,
+            dbias_f,
+            *_after_convolution(dparameters[0]),
+            dtaps_b,
+            dbias_b,
+            *_after_convolution(dparameters[1]),
         )
         return (
             *(

@@ -119,8 +119,10 @@ class BiMamba(MixerBase):
         if self.bimamba == 'v1':
             u = self.conv1d(u)
             own = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
-            # torch.compile of torch 2.6 cannot trace _replace of a named tuple.
-            return own, ops.ScanInputs(*own[:2], -torch.exp(as_param_dtype(self.A_b_log)), *own[3:])
+            # torch.compile of torch 2.6 traces neither _replace nor a slice of a named tuple.
+            A = -torch.exp(as_param_dtype(self.A_b_log))
+            other = ops.ScanInputs(own.u, own.delta, A, own.B, own.C, own.D, own.delta_bias)
+            return own, other
         first, second = self.conv1d, self.conv1d_b
         if self.reverse:
             first, second = second, first
