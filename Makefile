@@ -16,7 +16,7 @@ SOURCES = $(wildcard setup.py) $(shell find csrc -type f ! -name '*.pyc' 2>/dev/
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart quickstart-mambavision quickstart-det quickstart-seg quickstart-video \
-	test test-slow test-reliability lint format docs cuda-compile clean distclean
+	test test-slow test-reliability audit lint format docs cuda-compile clean distclean
 
 help: ## list the targets
 	@echo 'usage: make [PYTHON=python3.12] [VENV=.venv] TARGET'
@@ -61,6 +61,11 @@ test-slow: $(BUILT) ## the tests that train (longer)
 
 test-reliability: $(BUILT) ## inject faults, at length; ends with a line of counts
 	OMP_NUM_THREADS=1 $(PY) -m pytest -v -m slow tests/reliability $(TEST_ARGS)
+
+audit: $(BUILT) ## do installed packages fit together, and are vulnerabilities of them known?
+	-$(PY) -m pip check
+	@$(PY) -m pip install -q --upgrade pip-audit
+	$(PY) -m pip_audit --progress-spinner off
 
 lint: $(BUILT) ## check style and formatting of Python and C++
 	$(PY) -m ruff check .
