@@ -60,3 +60,17 @@ class Die(Hook):
             if self.how == 'kill':
                 os.kill(os.getpid(), 9)
             raise RuntimeError('this process was told to fail')
+
+
+@HOOKS.register_module(force=True)
+class Pause(Hook):
+    """Take time, and say in the file ``iterations`` how far the first process is."""
+
+    def __init__(self, seconds: float = 0.5):
+        self.seconds = seconds
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if get_rank() == 0:
+            with open('iterations', 'a') as file:
+                file.write(f'{runner.iter}\n')
+        time.sleep(self.seconds)

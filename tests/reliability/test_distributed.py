@@ -326,6 +326,34 @@ def test_a_dead_process_ends_the_job(images, tmp_path, how, backend, count):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('backend', DEVICES)
+def test_torchrun_passes_sigterm_on(runs, images, tmp_path, backend, count):
+    """Both processes save the same iteration, which a resumed run continues from."""
+    wanted = train(runs, write_config(tmp_path / 'whole', images, 4), 2)[0]
+    path = write_config(tmp_path / 'run', images, 4, "custom_hooks.append(dict(type='Pause'))\n")
+    process = script(
+        'dist_train.sh', 'config.py', '2', '--work-dir', 'work', cwd=path, PORT=free_port()
+    )
+    while not (path / 'iterations').exists() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(0.3)
+    process.terminate()
+    since = time.monotonic()
+    output = finish(process)
+    assert process.returncode != 0
+    assert time.monotonic() - since < 30
+    assert 'terminated by SIGTERM: saved' in output
+    (saved,) = (path / 'work').glob('iter_*.pth')
+    write_config(path, images, 4, 'resume = True\n')
+    ours = train(runs, path, 2)[0]
+    done = int(saved.stem.removeprefix('iter_'))
+    assert len(ours) == len(wanted) - done
+    for a, b in zip(wanted[done:], ours, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    count('SIGTERMs')
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec('deepspeed') is None
     or importlib.util.find_spec('deepspeed.runtime.fp16.onebit') is None,
