@@ -436,6 +436,8 @@ def release(device: torch.device) -> None:
     gc.collect()
     torch.compiler.reset()
     if device.type == 'cuda':
+        # cuBLAS keeps a workspace for every stream that a graph was captured on.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
 
 
