@@ -86,6 +86,7 @@ def test_predicts_while_it_plays(arguments, backbone, clip, tmp_path, capfd):
         ('missing.mp4', (), {}, "'missing.mp4' does not exist"),
         ('clip', ('--chunk', '3'), {}, '--chunk 3 is no multiple of tubelet_size=2'),
         ('clip', ('--every', '0'), {}, '--every must be at least 1'),
+        ('clip', ('--graph', '--device', 'cpu'), {}, '--graph needs a CUDA device'),
         ('clip', (), {'width': 32}, 'the head takes 32 channels and a stream gives 16'),
         (
             'clip',

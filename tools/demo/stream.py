@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from mmvim.datasets.video import VideoSampleError
 from mmvim.datasets.video.reader import require_av
 from mmvim.engine.errors import UserError, reported_errors
+from mmvim.models import GraphedStream
 
 # Arguments of VideoMamba that its streaming form does not take.
 NOT_STREAMED = ('out_type', 'out_indices', 'out_norm', 'keep_temporal', 'pool')
@@ -58,6 +59,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--classes', help='file with a class name a line')
     parser.add_argument('--topk', type=int, default=3, help='classes shown (default: 3)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument(
+        '--graph', action='store_true', help='one launch a chunk: through a CUDA graph'
+    )
     parser.add_argument('--out', help='write the video with the predictions drawn, as .mp4')
     parser.add_argument('--overwrite', action='store_true', help='replace an existing --out')
     parser.add_argument('--show', action='store_true', help='show it in a window (q ends)')
@@ -233,8 +237,11 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1, got {value}')
     if args.out and Path(args.out).exists() and not args.overwrite:
         raise UserError(f'{args.out!r} exists; --overwrite replaces it')
+    if args.graph and torch.device(args.device).type != 'cuda':
+        raise UserError(f'--graph needs a CUDA device, got --device {args.device}')
     names = Path(args.classes).read_text().splitlines() if args.classes else None
     model = build(args)
+    step = GraphedStream(model.backbone) if args.graph else model.backbone
     tubelet = model.backbone.tubelet_size
     if args.chunk % tubelet:
         raise UserError(f'--chunk {args.chunk} is no multiple of tubelet_size={tubelet}')
@@ -259,7 +266,7 @@ def run(args: argparse.Namespace) -> int:
                     used += 1
                     if len(waiting) == args.chunk:
                         clip = prepare(waiting, model, args.device)
-                        _, pooled, state = model.backbone(clip, state=state)
+                        _, pooled, state = step(clip, state=state)
                         waiting = []
                         say(pooled)
                 if not output(frame, lines) or used == args.max_frames:
