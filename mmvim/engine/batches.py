@@ -178,6 +178,13 @@ def _is_finite(sampler: Any) -> bool:
     )
 
 
+def isolate_validation(loader: DataLoader) -> None:
+    """Let validation draw no random number of the process, and its workers outlive a SIGTERM."""
+    isolate(loader)
+    if loader.num_workers > 0:
+        loader.worker_init_fn = functools.partial(_outlive_sigterm, inner=loader.worker_init_fn)
+
+
 def isolate(loader: DataLoader, seeds: tuple[int, ...] = (0,)) -> None:
     """Give a DataLoader a generator of its own.
 
@@ -191,9 +198,7 @@ def isolate(loader: DataLoader, seeds: tuple[int, ...] = (0,)) -> None:
 
 def _prepare_worker(worker_id: int, inner: Callable[[int], None] | None) -> None:
     """Seed each sample that this worker loads, and let the worker outlive a SIGTERM."""
-    if inner is not None:
-        inner(worker_id)
-    signal.signal(signal.SIGTERM, _leave_later)
+    _outlive_sigterm(worker_id, inner)
     dataset = get_worker_info().dataset
     kind = type(dataset)
     if kind in (list, tuple):
@@ -215,6 +220,12 @@ def _prepare_worker(worker_id: int, inner: Callable[[int], None] | None) -> None
             logger='current',
             level=logging.WARNING,
         )
+
+
+def _outlive_sigterm(worker_id: int, inner: Callable[[int], None] | None) -> None:
+    if inner is not None:
+        inner(worker_id)
+    signal.signal(signal.SIGTERM, _leave_later)
 
 
 def _leave_later(signum: int, frame: object) -> None:

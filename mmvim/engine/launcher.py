@@ -78,6 +78,12 @@ def _train(runner: Any, complete: bool) -> None:
         runner.call_hook('after_run')
         # Ranks may be at different places: the process group is left to the end of the process.
         sys.exit(128 + error.signum)
+    except RuntimeError as error:
+        if not hook.received or 'DataLoader worker (pid' not in str(error):
+            raise
+        # The workers were gone first, maybe in the middle of a step: nothing can be saved.
+        runner.logger.warning('terminated: the last checkpoint stands; --resume continues the run')
+        sys.exit(128 + hook.received)
     finally:
         hook.close()
 

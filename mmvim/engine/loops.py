@@ -14,7 +14,7 @@ from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 
 from mmvim.registry import LOOPS
 
-from .batches import Batches, isolate
+from .batches import Batches, isolate_validation
 from .errors import UserError
 
 # In the message hub, and so in every checkpoint.
@@ -41,7 +41,7 @@ class _Resumable:
         runner = self.runner
         batches = Batches(self.dataloader, runner.seed, runner.rank, self._max_worker_restarts)
         if runner.val_loop is not None and hasattr(runner.val_loop, 'dataloader'):
-            isolate(runner.val_loop.dataloader)
+            isolate_validation(runner.val_loop.dataloader)
         return batches
 
     def _validate_if_due(self) -> None:

@@ -300,6 +300,8 @@ def serve() -> None:
             continue
         code = 1
         try:
+            # A scheduler sends its signals to data loader workers as well.
+            os.setpgid(0, 0)
             os.chdir(command['cwd'])
             log = os.open('log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             null = os.open(os.devnull, os.O_RDONLY)

@@ -83,6 +83,11 @@ class TerminationHook(Hook):
         """Listen no more."""
         self.close()
 
+    @property
+    def received(self) -> int:
+        """The signal that came, or 0."""
+        return self._received
+
     def close(self) -> None:
         """Put the former handlers back."""
         while self._handlers:
