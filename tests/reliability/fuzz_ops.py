@@ -214,7 +214,9 @@ def _damaged(x: Any, change: tuple) -> Any:
         return rest[0]
     if not isinstance(x, Tensor):
         return x
-    if kind == 'numpy' and x.numel() < 10**6:
+    if x.numel() > 10**6 and kind not in ('meta', 'squeeze', 'unsqueeze'):
+        return x  # enlarged already, without memory of its own: this would take it
+    if kind == 'numpy':
         return np.zeros(tuple(x.shape), np.float32)
     if kind == 'dtype':
         return x.to(getattr(torch, rest[0]))
@@ -232,8 +234,6 @@ def _damaged(x: Any, change: tuple) -> Any:
         return x.unsqueeze(rest[0] % (x.dim() + 1))
     if x.dim() == 0:
         return x
-    if x.numel() > 10**6:
-        return x  # enlarged already, without memory of its own
     axis = rest[0] % x.dim()
     if kind == 'squeeze':
         return x.select(axis, 0) if x.shape[axis] else x
