@@ -570,7 +570,7 @@ def draw_sizes(path: Path, rows: list[Row], title: str) -> None:
     for (mode, model, package, run), group in lines.items():
         column = grid[:, modes.index(mode)]
         sides = [int(row.size.rpartition('x')[2]) for row in group]
-        label = f'{model}, {package}, {run}'
+        label = f'{model if package == "mmvim" else f"{package} (beside {model})"}, {run}'
         column[0].plot(sides, [row.rate for row in group], marker='o', label=label)
         column[1].plot(sides, [row.gib / row.batch for row in group], marker='o', label=label)
     for mode, column in zip(modes, grid.T, strict=True):
