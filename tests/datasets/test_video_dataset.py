@@ -27,9 +27,6 @@ def clip(tmp_path_factory):
     return str(write_video(tmp_path_factory.mktemp('clip') / 'a.mp4', coded_frames(30)))
 
 
-# ------------------------------------------------------------------------------ sampling
-
-
 def test_uniform_clips():
     # 33 frames in 8 segments of 4: clips at 1/3 and 2/3 of each segment, rounded down.
     np.testing.assert_array_equal(
@@ -80,9 +77,6 @@ def test_regular_times():
 def test_bad_numbers(kwargs):
     with pytest.raises(ValueError, match='positive integer'):
         LoadVideo(**kwargs)
-
-
-# ------------------------------------------------------------------------------- loading
 
 
 def test_load(clip):
@@ -149,9 +143,6 @@ def test_errors_of_a_worker_name_the_file_in_one_line(tmp_path):
 def test_bad_options(kwargs, message):
     with pytest.raises(ValueError, match=message):
         LoadVideo(**kwargs)
-
-
-# --------------------------------------------------------------------------- augmentations
 
 
 def constant_in_time(views=2, frames=5, height=40, width=56):
@@ -241,9 +232,6 @@ def test_repeat_and_pack(clip):
 def test_bad_steps(build, message):
     with pytest.raises(ValueError, match=message):
         build()
-
-
-# -------------------------------------------------------------------------------- dataset
 
 
 def test_plain_list(tmp_path):

@@ -68,9 +68,6 @@ def chunkings(draw, total, unit=1):
     return sizes
 
 
-# --------------------------------------------------------------------------------- equality
-
-
 @pytest.mark.parametrize('cls_token', ['head', 'none'])
 @pytest.mark.parametrize('tubelet', [1, 2])
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -206,9 +203,6 @@ def test_under_autocast():
         close(tokens.float(), model.forward_tokens(x).float(), 0.1)
 
 
-# ---------------------------------------------------------------------------------- positions
-
-
 def test_temporal_positions_do_not_depend_on_the_chunk():
     model = build(num_frames=4, max_frames=24)
     expected = resize_temporal_pos_embed(model.temporal_pos_embedding, 24)
@@ -235,9 +229,6 @@ def test_running_mean_is_the_mean_of_what_came_out():
         tokens, pooled, _ = stream(model, x, [10, 14])
         close(pooled, tokens[:, -1].mean(1))
         close(model(x)[0], pooled)
-
-
-# -------------------------------------------------------------------------------------- states
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -324,9 +315,6 @@ def test_gradcheck_of_a_state():
 
     inputs = [t.detach().clone().requires_grad_() for t in state.layers[0]]
     assert torch.autograd.gradcheck(run, inputs)
-
-
-# -------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
@@ -417,9 +405,6 @@ def test_trains_in_a_classifier():
     features.square().sum().backward()
     unused = [n for n, p in backbone.named_parameters() if p.grad is None]
     assert not unused
-
-
-# ----------------------------------------------------------------------------------- long runs
 
 
 def run_long(frames):

@@ -166,8 +166,6 @@ def _uncompressed_rle(mask: np.ndarray) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------ data sets
-
 Progress = Callable[[int, int, str], None]
 
 
