@@ -75,7 +75,7 @@ test_dataloader = dict(
 val_evaluator = dict(type='Accuracy', topk=(1, 5))
 test_evaluator = val_evaluator
 
-max_epochs = 14
+max_epochs = 11
 warmup_epochs = 1
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
 val_cfg = dict()
