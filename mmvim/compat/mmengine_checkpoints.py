@@ -25,11 +25,9 @@ import argparse
 import contextlib
 import errno
 import functools
-import hashlib
 import os
 import pickle
 import re
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -194,6 +192,8 @@ def hash_in_name(name: str) -> str | None:
 
 
 def _sha256(file: Path) -> str:
+    import hashlib
+
     with open(file, 'rb') as opened:
         if hasattr(hashlib, 'file_digest'):
             return hashlib.file_digest(opened, 'sha256').hexdigest()
@@ -202,6 +202,8 @@ def _sha256(file: Path) -> str:
 
 def _download(load_url: Callable[..., Any], url: str, *args: Any, **kwargs: Any) -> Any:
     """``torch.hub.load_state_dict_from_url`` that neither waits for ever nor keeps rubbish."""
+    import socket
+
     from torch import hub
 
     folder = kwargs.get('model_dir') or os.path.join(hub.get_dir(), 'checkpoints')
