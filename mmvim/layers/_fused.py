@@ -68,6 +68,13 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     return type(module) is kind and not any(hooks)
 
 
+def wants_gradient(x: Tensor, module: nn.Module) -> bool:
+    """Whether a gradient will be asked for; a frozen module has nothing to keep for one."""
+    return torch.is_grad_enabled() and (
+        x.requires_grad or any(p.requires_grad for p in module.parameters())
+    )
+
+
 def bimamba(
     x: Tensor,
     in_proj: nn.Linear,
@@ -343,7 +350,7 @@ class _HalfScan(torch.autograd.Function):
             ctx.interval,
         )
         dlow_rank = torch.cat((ddelta @ p.dt_proj, db.squeeze(2), dc.squeeze(2)), dim=-1)
-        _rows(du).addmm_(_rows(dlow_rank), p.x_proj)
+        du = _rows(du).addmm_(_rows(dlow_rank), p.x_proj).view_as(du)
         dprojected, dtaps, *_ = ops.causal_conv1d_backward(
             torch.cat((du, dz), dim=-1), None, projected, p.taps, None, None, 'same', True
         )

@@ -7,7 +7,7 @@ from mmvim import ops
 from mmvim.ops.bidirectional import bidirectional_scan_unchecked
 
 from ._common import as_param_dtype, check_choice
-from ._fused import Direction, Options, bimamba, is_plain
+from ._fused import Direction, Options, bimamba, is_plain, wants_gradient
 from .conv import CausalConv1d
 from .mamba import DeltaProjection, MixerBase
 
@@ -34,7 +34,7 @@ class BiMamba(MixerBase):
         reverse (bool): Whether to exchange the roles of the two branches, which equals flipping
             input and output. Defaults to False.
         recompute (bool, optional): Whether the backward pass of v2 makes most intermediates again
-            instead of keeping them, which takes about a third of the memory. Defaults to None,
+            instead of keeping them, which takes less than half of the memory. Defaults to None,
             which means on CUDA devices.
 
     Raises:
@@ -152,7 +152,7 @@ class BiMamba(MixerBase):
             Tensor: (batch, length, d_model).
         """
         self._check_input(x)
-        if torch.is_grad_enabled() and self._is_plain():
+        if wants_gradient(x, self) and self._is_plain():
             return self._scaled(self._fused(x))
         u, z = self.in_proj(x).chunk(2, dim=-1)
         forward, backward = self._branches(u)

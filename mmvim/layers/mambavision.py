@@ -12,7 +12,7 @@ from mmvim import ops
 from mmvim.ops.selective_scan import selective_scan_unchecked
 
 from ._common import as_param_dtype, check_choice, check_positive
-from ._fused import Direction, Options, half_scan, is_plain
+from ._fused import Direction, Options, half_scan, is_plain, wants_gradient
 from .conv import CausalConv1d
 from .mamba import DeltaProjection, MixerBase
 
@@ -123,7 +123,7 @@ class MambaVisionMixer(MixerBase):
         self._check_input(x)
         # Depthwise: one convolution of all channels is the two of the halves.
         taps = torch.cat((self.conv1d_x.taps, self.conv1d_z.taps))
-        if torch.is_grad_enabled() and self._is_plain():
+        if wants_gradient(x, self) and self._is_plain():
             return self._fused(x, taps)
         xz = ops.causal_conv1d(
             self.in_proj(x),

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from mmvim.ops._autocast import autocast_dtype
 
 from ._common import check_positive
-from ._fused import is_plain
+from ._fused import is_plain, wants_gradient
 
 
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them.
 
     In training the GELU is computed again in the backward pass instead of being kept: of what a
-    block keeps, a quarter.
+    block keeps, about a quarter.
 
     Args:
         dim (int): Channels of input and output.
@@ -32,7 +32,7 @@ class Mlp(nn.Module):
         """Transform (..., dim)."""
         linears = self.fc1, self.fc2
         plain = is_plain(self.act, nn.GELU) and all(is_plain(m, nn.Linear) for m in linears)
-        if torch.is_grad_enabled() and plain:
+        if wants_gradient(x, self) and plain:
             return _Mlp.apply(x, *(p for m in linears for p in (m.weight, m.bias)))
         return self.fc2(self.act(self.fc1(x)))
 

@@ -107,6 +107,18 @@ def test_frozen_parameters_have_no_gradient():
     assert torch.isfinite(dx).all()
 
 
+@pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer])
+def test_a_frozen_mixer_keeps_nothing(kind, monkeypatch):
+    mixer, x = make(kind=kind), torch.randn(1, 40, 12, dtype=torch.float64)
+    expected = mixer(x).detach()
+    mixer.requires_grad_(False)
+    for name in ('_BiMamba', '_HalfScan'):
+        monkeypatch.delattr(f'mmvim.layers._fused.{name}')
+    y = mixer(x)
+    assert not y.requires_grad
+    torch.testing.assert_close(y, expected)
+
+
 def kept_bytes(mixer, x):
     """Bytes that autograd keeps between forward and backward, parameters not counted."""
     own = {parameter.data_ptr() for parameter in mixer.parameters()}
