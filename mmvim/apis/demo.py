@@ -1,16 +1,32 @@
 """What the command lines of ``tools/demo`` share."""
 
 import argparse
-from collections.abc import Iterable, Mapping
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
 
-from mmvim.engine.errors import UserError
+from mmvim.engine.errors import UserError, reported_errors
 
 from .model_zoo import load_config, model_info
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line for what the user can mend, and keep other logs quiet."""
+    with reported_errors():
+        MMLogger.get_current_instance().setLevel(logging.ERROR)
+        try:
+            yield
+        except FileExistsError as error:
+            raise UserError(f'{error}; --overwrite replaces it') from error
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(str(error)) from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,20 +4,18 @@
 import argparse
 import contextlib
 import json
-import logging
 import sys
 from pathlib import Path
 
 # The package beside this script is the one that runs, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmengine.logging import MMLogger
 from PIL import Image
 
 from mmvim.apis import demo
 from mmvim.apis.inferencers.common import find_images
 from mmvim.apis.outputs import OutputFolder
-from mmvim.engine.errors import UserError, reported_errors
+from mmvim.engine.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:
@@ -87,14 +85,8 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    with reported_errors():
-        MMLogger.get_current_instance().setLevel(logging.ERROR)
-        try:
-            run(args)
-        except FileExistsError as error:
-            raise UserError(f'{error}; --overwrite replaces it') from error
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
+    with demo.one_line_errors():
+        run(args)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from mmengine.logging import MMLogger
 from PIL import Image
 
 from mmvim.apis import demo
@@ -23,7 +21,7 @@ from mmvim.apis.inferencers.common import Result
 from mmvim.apis.outputs import OutputFolder
 from mmvim.apis.videos import VideoWriter, find_videos
 from mmvim.datasets.video import VideoReader
-from mmvim.engine.errors import UserError, reported_errors
+from mmvim.engine.errors import UserError
 
 JSON = 'predictions.json'
 
@@ -188,14 +186,8 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    with reported_errors():
-        MMLogger.get_current_instance().setLevel(logging.ERROR)
-        try:
-            run(args)
-        except FileExistsError as error:
-            raise UserError(f'{error}; --overwrite replaces it') from error
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
+    with demo.one_line_errors():
+        run(args)
 
 
 if __name__ == '__main__':
