@@ -2,7 +2,7 @@
 
 ``python runs.py`` reads commands from its standard input, one JSON object a line: ``{"argv": …,
 "cwd": …, "log": …, "env": …, "fault": …}`` forks a training and answers with its process id,
-``{"wait": PID}`` answers with its exit code (negative for a signal).
+``{"wait": PID}`` answers with its exit code (negative for a signal), ``"stop"`` ends it.
 """
 
 import gc
@@ -137,8 +137,10 @@ class Runs:
         return self._ask({'wait': pid})
 
     def close(self) -> None:
+        # Closing the pipe would not do: workers that were forked meanwhile hold it open as well.
+        self._process.stdin.write('"stop"\n')
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(120)
 
     def _ask(self, command: dict) -> int:
         self._process.stdin.write(json.dumps(command) + '\n')
@@ -290,6 +292,8 @@ def serve() -> None:
 
     for line in sys.stdin:
         command = json.loads(line)
+        if command == 'stop':
+            os._exit(0)
         if 'wait' in command:
             _, status = os.waitpid(command['wait'], 0)
             print(os.waitstatus_to_exitcode(status), file=answers)
