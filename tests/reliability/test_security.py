@@ -323,6 +323,53 @@ def test_downloads_are_compared_with_their_hash(suffix, server, tmp_path):
     assert read_checkpoint(f'{address}/{right}')['state_dict']['w'].tolist() == [0, 1, 2]
 
 
+PLAYLIST = '#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10.0,\n{}\n#EXT-X-ENDLIST\n'
+SCRIPT = "ffconcat version 1.0\nfile '{}'\n"
+SESSION = 'v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 26\n'
+
+
+@pytest.mark.parametrize(
+    ('name', 'text', 'target'),
+    [
+        ('a.m3u8', PLAYLIST, '{folder}/other.ts'),
+        ('a.m3u8', PLAYLIST, '{address}/other.ts'),
+        ('a.mp4', SCRIPT, 'other.ts'),
+        ('a.mp4', SCRIPT, '{address}/other.ts'),
+        ('a.mp4', SESSION, ''),
+    ],
+)
+def test_videos_that_name_others_are_refused(name, text, target, server, tmp_path):
+    pytest.importorskip('av')
+    sys.path.append(str(ROOT / 'tests/datasets'))
+    from video_files import coded_frames, write_video
+
+    from mmvim.datasets.video import VideoReader, VideoSampleError
+
+    folder, address = server
+    write_video(folder / 'other.ts', coded_frames(16, 32, 32))
+    assert len(VideoReader(folder / 'other.ts')) == 16
+    (folder / name).write_text(text.format(target.format(folder=folder, address=address)))
+    with pytest.raises(VideoSampleError, match=f'{name}.*: a playlist'):
+        VideoReader(folder / name)
+
+
+def test_names_of_videos_are_no_addresses(server, tmp_path, monkeypatch):
+    """``http:/host/a.mp4`` is a file in the folder ``http:``, also to FFmpeg."""
+    pytest.importorskip('av')
+    sys.path.append(str(ROOT / 'tests/datasets'))
+    from video_files import coded_frames, write_video
+
+    from mmvim.datasets.video import VideoReader
+
+    monkeypatch.chdir(tmp_path)
+    folder, address = server
+    write_video(folder / 'a.mp4', coded_frames(8, 32, 32))
+    local = tmp_path / address.replace('//', '/') / 'a.mp4'
+    local.parent.mkdir(parents=True)
+    write_video(local, coded_frames(16, 32, 32))
+    assert len(VideoReader(f'{address}/a.mp4')) == 16
+
+
 def test_hash_in_name():
     from mmvim.compat.mmengine_checkpoints import hash_in_name
 

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from .errors import VideoSampleError
 
+# FFmpeg goes by content, and what is called .mp4 may be a playlist or a script that opens files or
+# addresses of its choice. These hold what they show themselves.
+_CONTAINERS = (
+    '3gp,aac,apng,asf,av1,avi,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp3,mp4,mpeg,'
+    'mpegts,mpegvideo,mxf,nut,obu,ogg,rm,vc1,vvc,wav,webm,wtv,yuv4mpegpipe'
+)
+
 
 def require_av() -> ModuleType:
     """Import PyAV.
@@ -42,7 +49,8 @@ class VideoReader:
 
     Raises:
         ImportError: PyAV is not installed.
-        VideoSampleError: The file is missing, no regular file, empty, damaged, or has no video.
+        VideoSampleError: The file is missing, no regular file, empty, damaged, has no video, or is
+            a playlist or another kind of file that names others.
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int = 1) -> None:
@@ -57,9 +65,19 @@ class VideoReader:
         if os.path.getsize(self.path) == 0:
             raise VideoSampleError(f'the video {self.path!r} is empty (0 bytes)')
         try:
-            self._container = av.open(self.path, metadata_errors='ignore')
+            # FFmpeg would take the relative path http:/a/b.mp4 for an address.
+            self._container = av.open(
+                os.path.abspath(self.path),
+                metadata_errors='ignore',
+                options={'format_whitelist': _CONTAINERS, 'protocol_whitelist': 'file'},
+            )
+        except av.error.ArgumentError as error:
+            raise VideoSampleError(
+                f'cannot open the video {self.path!r}: a playlist, or of a kind that is not read'
+            ) from error
         except (self._error, ValueError) as error:
-            raise VideoSampleError(f'cannot open the video {self.path!r}: {error}') from error
+            reason = getattr(error, 'strerror', None) or error
+            raise VideoSampleError(f'cannot open the video {self.path!r}: {reason}') from error
         try:
             if not self._container.streams.video:
                 raise VideoSampleError(f'{self.path!r} has no video stream')
