@@ -18,7 +18,7 @@ import torch
 
 pytest.importorskip('mmpretrain')
 
-from runs import VARIANTS, Runs, write_config, write_images
+from runs import LIMIT, VARIANTS, Runs, write_config, write_images
 
 from mmvim.engine.resuming import BrokenCheckpoint, candidates, inspect
 
@@ -196,6 +196,11 @@ def test_survives_kills_at_random_moments(
         count(kind, n)
 
 
+def line_count(path: Path, name: str) -> int:
+    """How many lines the file of a run has."""
+    return len((path / name).read_text().splitlines()) if (path / name).exists() else 0
+
+
 def terminate(runs, path: Path, after: float | None, when: str | None = None, at: int = 0) -> float:
     """Send SIGTERM to a run and its workers, after some seconds or when a file has ``at`` lines.
 
@@ -205,12 +210,16 @@ def terminate(runs, path: Path, after: float | None, when: str | None = None, at
     if when is None:
         time.sleep(after)
     else:
-        while not (path / when).exists() or len((path / when).read_text().splitlines()) < at:
+        end = time.monotonic() + LIMIT
+        while line_count(path, when) < at:
+            assert time.monotonic() < end, log(path)
             time.sleep(0.005)
     os.killpg(pid, signal.SIGTERM)
-    since = time.monotonic()
+    since, begun = time.monotonic(), line_count(path, 'batches')
     code = runs.wait(pid)
     taken = time.monotonic() - since
+    # The iteration that runs is finished, and one more if the signal came at its very end.
+    assert line_count(path, 'batches') <= begun + 1
     # Before training begins there is nothing to save, and the signal has its usual effect.
     assert code in (0, 143, -signal.SIGTERM), log(path)
     if code == 143:
@@ -219,23 +228,24 @@ def terminate(runs, path: Path, after: float | None, when: str | None = None, at
     return taken
 
 
-def test_sigterm_in_an_epoch_saves_and_exits(runs, undisturbed, images, tmp_path, count):
-    variant = 'epochs'
+# 21: what is saved between the last two regular checkpoints takes the place of neither.
+@pytest.mark.parametrize(('variant', 'at'), [('epochs', 9), ('iterations', 21)])
+def test_sigterm_saves_and_exits(runs, undisturbed, images, tmp_path, variant, at, count):
     run = Run(runs, tmp_path / 'run', images, variant, pause=0.05)
-    taken = terminate(runs, run.path, None, 'batches', 9)
+    taken = terminate(runs, run.path, None, 'batches', at)
     run.check()
-    assert 9 <= run.iteration <= 11
+    saved = run.iteration
+    assert at <= saved == line_count(run.path, 'batches')
     assert taken < 10
-    assert (run.path / 'work' / f'iter_{run.iteration}.pth').exists()
+    assert (run.path / 'work' / f'iter_{saved}.pth').exists()
     assert run.go() == 0, log(run.path)
     text = (run.path / 'log').read_text()
-    assert f'Epoch 2 continues after {run_start(text)} of 6 batches' in text
+    if variant == 'iterations':
+        assert f'resumed epoch: 0, iter: {saved}' in text
+    elif saved % 6:
+        assert f'Epoch {saved // 6 + 1} continues after {saved % 6} of 6 batches' in text
     assert_as_if_undisturbed(run.path, undisturbed(variant))
     count('SIGTERMs')
-
-
-def run_start(text: str) -> int:
-    return int(text.partition(' continues after ')[2].split()[0])
 
 
 @pytest.mark.slow

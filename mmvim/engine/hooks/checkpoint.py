@@ -145,7 +145,8 @@ class CheckpointHook(MMEngineCheckpointHook):
     def save_now(self, runner, step: int, states: dict | None = None) -> str:
         """Save between two regular checkpoints, as ``iter_STEP.pth``.
 
-        It is removed after the next regular checkpoint has been written.
+        It is removed after the next regular checkpoint has been written. Where a regular one of
+        that name is due, that is what is saved.
 
         Args:
             runner: The runner.
@@ -158,7 +159,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         if self.last_iter == step and self.last_ckpt is not None:
             return self.last_ckpt
         meta = {'epoch': runner.epoch, 'iter': step}
-        if not self.by_epoch:
+        if self._is_regular(step):
             with self._saving(meta, states):
                 self._save_checkpoint_with_step(runner, step, meta)
             return self.last_ckpt
@@ -182,6 +183,11 @@ class CheckpointHook(MMEngineCheckpointHook):
             (Path(runner.work_dir) / 'last_checkpoint').write_text(self.last_ckpt)
         self.last_iter = step
         return self.last_ckpt
+
+    def _is_regular(self, step: int) -> bool:
+        if self.by_epoch or self.interval <= 0:
+            return False
+        return step >= self.save_begin and (step - self.save_begin) % self.interval == 0
 
     @contextmanager
     def _saving(self, meta: dict, states: dict | None = None) -> Iterator[None]:
