@@ -2,9 +2,13 @@
 
 ``python runs.py`` reads commands from its standard input, one JSON object a line: ``{"argv": …,
 "cwd": …, "log": …, "env": …, "fault": …}`` forks a training and answers with its process id,
-``{"wait": PID}`` answers with its exit code (negative for a signal), ``"stop"`` ends it.
+``{"wait": PID}`` answers with its exit code (negative for a signal), ``"stop"`` ends it. A training
+that does not end within ``LIMIT`` seconds of waiting is aborted, with its stacks in its log: one
+that hangs must not hold up the tests after it.
 """
 
+import contextlib
+import faulthandler
 import gc
 import hashlib
 import json
@@ -16,6 +20,8 @@ import sys
 import time
 import traceback
 from pathlib import Path
+
+LIMIT = 240
 
 CONFIG = """
 default_scope = 'mmpretrain'
@@ -232,6 +238,20 @@ def install_fault(fault: dict) -> None:
         raise ValueError(at)
 
 
+def wait_for(pid: int) -> int:
+    """Return the exit code of a training, which is aborted if it does not end."""
+    end = time.monotonic() + LIMIT
+    signals = [signal.SIGABRT, signal.SIGKILL]
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if signals and time.monotonic() > end:
+            os.killpg(pid, signals.pop(0))
+            end = time.monotonic() + 5
+        time.sleep(0.005)
+
+
 def serve() -> None:
     # Libraries print on the standard output, too.
     answers = os.fdopen(os.dup(1), 'w', buffering=1)
@@ -295,22 +315,24 @@ def serve() -> None:
         if command == 'stop':
             os._exit(0)
         if 'wait' in command:
-            _, status = os.waitpid(command['wait'], 0)
-            print(os.waitstatus_to_exitcode(status), file=answers)
+            print(wait_for(command['wait']), file=answers)
             continue
         pid = os.fork()
+        # A scheduler sends its signals to data loader workers as well. Whichever process is first
+        # makes the group, so that it is there when either goes on.
+        with contextlib.suppress(OSError):
+            os.setpgid(pid, pid)
         if pid:
             print(pid, file=answers)
             continue
         code = 1
         try:
-            # A scheduler sends its signals to data loader workers as well.
-            os.setpgid(0, 0)
             os.chdir(command['cwd'])
             log = os.open('log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             null = os.open(os.devnull, os.O_RDONLY)
             for target, handle in enumerate((null, log, log)):
                 os.dup2(handle, target)
+            faulthandler.enable()
             os.environ.update(command['env'])
             if command['fault']:
                 install_fault(command['fault'])
