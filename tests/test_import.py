@@ -51,9 +51,9 @@ def test_import_is_quick_and_pulls_in_no_task_library():
     result = evaluate("""
 import time, sys
 import torch, mmengine
-start = time.perf_counter()
+start = time.process_time()
 import mmvim
-result = [time.perf_counter() - start, sorted(sys.modules)]
+result = [time.process_time() - start, sorted(sys.modules)]
 """)
     seconds, modules = result
     assert not {*TASK_LIBRARIES, 'mmengine.model'} & set(modules)

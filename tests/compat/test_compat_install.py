@@ -15,7 +15,10 @@ import importlib.metadata, importlib.util, pickle, re, argparse  # what any prog
 start = time.process_time()
 from mmvim import compat
 compat.install()
-print(time.process_time() - start)
+taken = time.process_time() - start
+start = time.process_time()
+import asyncio  # a package of the standard library, to know how fast this machine is just now
+print(taken / (time.process_time() - start))
 heavy = {{'torch', 'torchvision', 'numpy', 'mmcv', 'mmengine', 'mmdet', 'mmseg', 'mmpretrain'}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
@@ -23,7 +26,7 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 
 def test_install_is_cheap_and_imports_no_package():
     path = str(compat.__path__[0]).rpartition('compat')[0]
-    times = []
+    ratios = []
     for _ in range(5):
         done = subprocess.run(
             [sys.executable, '-c', LEAN.format(path=path)],
@@ -32,10 +35,10 @@ def test_install_is_cheap_and_imports_no_package():
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        times.append(float(done.stdout))
-        if times[-1] < 0.02:
+        ratios.append(float(done.stdout))
+        if ratios[-1] < 0.4:
             return
-    pytest.fail(f'install() took {times} s of processor time')
+    pytest.fail(f'install() took {ratios} times as long as importing asyncio')
 
 
 def test_install_twice_changes_nothing():

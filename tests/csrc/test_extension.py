@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -130,20 +129,28 @@ def test_cache_is_private(extension, tmp_path):
 
 @pytest.mark.skipif(os.name == 'nt', reason='fcntl')
 def test_second_process_waits_for_the_lock(extension, tmp_path):
-    path, lines = tmp_path / 'lock', []
+    path, released, lines = tmp_path / 'lock', tmp_path / 'released', []
     code = (
-        'import fcntl, sys, time\n'
+        'import fcntl, pathlib, sys, time\n'
         f'file = open({str(path)!r}, "a+b")\n'
         'fcntl.flock(file, fcntl.LOCK_EX)\n'
         'print("held", flush=True)\n'
-        'time.sleep(1.0)\n'
+        'sys.stdin.readline()\n'
+        'time.sleep(0.2)\n'
+        f'pathlib.Path({str(released)!r}).touch()\n'
     )
-    with subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE) as holder:
+    with subprocess.Popen(
+        [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         holder.stdout.readline()
-        start = time.monotonic()
-        with extension._file_lock(path, lines.append):
-            waited = time.monotonic() - start
-    assert waited > 0.5
+
+        def say(line):
+            lines.append(line)
+            holder.stdin.write('go on\n')
+            holder.stdin.flush()
+
+        with extension._file_lock(path, say):
+            assert released.exists()
     assert lines == ['mmvim: waiting for another process that compiles the kernels']
     with extension._file_lock(path, lines.append):
         assert len(lines) == 1
