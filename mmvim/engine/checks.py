@@ -8,9 +8,21 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS, FUNCTIONS, init_default_scope
+from mmengine.dist import init_dist
+from mmengine.registry import (
+    DATASETS,
+    FUNCTIONS,
+    HOOKS,
+    LOG_PROCESSORS,
+    LOOPS,
+    OPTIMIZERS,
+    Registry,
+    init_default_scope,
+)
+from mmengine.utils.dl_utils import set_multi_processing
 
 from mmvim.compat import require
+from mmvim.utils.argument_types import misfits
 
 from .config_keys import RUNNER_KEYS, walk_dicts
 from .errors import UserError, did_you_mean
@@ -66,14 +78,92 @@ def check_config(cfg: Config, loops: tuple[str, ...], paths: bool = True) -> Non
                 f'no {" and no ".join(missing)}: validation needs all three, or none of them '
                 '(--no-validate)'
             )
+    _check_type_names(cfg)
+    _check_environment(cfg)
     _check_checkpoint_names(cfg)
     _check_libraries(cfg)
     # Names without a scope are looked up in that of the config.
     init_default_scope(cfg.get('default_scope') or 'mmengine')
+    _check_hooks_and_loops(cfg)
+    if 'train' in loops:
+        _check_optimizer(cfg.get('optim_wrapper'))
     for loop in loops:
         _check_dataloader(cfg.get(f'{loop}_dataloader'), f'{loop}_dataloader', paths)
         if paths:
             _check_evaluator(cfg.get(f'{loop}_evaluator'), f'{loop}_evaluator')
+
+
+def _check_type_names(cfg: Config) -> None:
+    for key in RUNNER_KEYS:
+        for path, node in walk_dicts(cfg.get(key), key):
+            kind = node.get('type')
+            if kind is not None and not isinstance(kind, str) and not callable(kind):
+                raise UserError(f'{path}.type must be the name of a registered class, not {kind!r}')
+
+
+def _check_types(component: Any, given: Any, path: str) -> None:
+    """Check values against declarations that are known to be right, before they are used."""
+    if not isinstance(given, dict):
+        return
+    wrong = misfits(component, given, none=False)
+    if wrong:
+        raise UserError(f'{path}: {", ".join(wrong)}')
+
+
+def _check_environment(cfg: Config) -> None:
+    _check_types(_randomness, cfg.get('randomness'), 'randomness')
+    environment = cfg.get('env_cfg') or {}
+    for key, function in (('mp_cfg', set_multi_processing), ('dist_cfg', init_dist)):
+        part = environment.get(key)
+        if part is not None and not isinstance(part, dict):
+            raise UserError(f'env_cfg.{key} must be dict, not {part!r}')
+        _check_types(function, part, f'env_cfg.{key}')
+
+
+def _randomness(
+    seed: int | None = None, diff_rank_seed: bool = False, deterministic: bool = False
+) -> None:
+    """Declare what :meth:`mmengine.runner.Runner.set_randomness` takes."""
+
+
+def _check_hooks_and_loops(cfg: Config) -> None:
+    """Much of what hooks and loops are given is first used after hours of training."""
+    by_epoch = (cfg.get('train_cfg') or {}).get('by_epoch', True)
+    default = {
+        'train_cfg': 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop',
+        'val_cfg': 'ValLoop',
+        'test_cfg': 'TestLoop',
+        'log_processor': 'LogProcessor',
+    }
+    parts = [(key, cfg.get(key), LOOPS) for key in ('train_cfg', 'val_cfg', 'test_cfg')]
+    parts.append(('log_processor', cfg.get('log_processor'), LOG_PROCESSORS))
+    hooks = cfg.get('default_hooks') or {}
+    parts += [(f'default_hooks.{key}', node, HOOKS) for key, node in hooks.items()]
+    hooks = cfg.get('custom_hooks') or ()
+    parts += [(f'custom_hooks.{i}', node, HOOKS) for i, node in enumerate(hooks)]
+    for path, node, registry in parts:
+        if isinstance(node, dict):
+            component = _found(node.get('type', default.get(path)), registry)
+            # Declarations of other packages are often narrower than what they accept.
+            if getattr(component, '__module__', '').startswith(('mmengine.', 'mmvim.')):
+                _check_types(component, node, path)
+
+
+def _found(kind: Any, registry: Registry) -> Any:
+    return registry.get(kind) if isinstance(kind, str) else kind
+
+
+def _check_optimizer(wrapper: dict | None) -> None:
+    wrapper = wrapper or {}
+    optimizer = wrapper.get('optimizer')
+    if isinstance(optimizer, dict):
+        component = _found(optimizer.get('type'), OPTIMIZERS)
+        _check_types(component, optimizer, 'optim_wrapper.optimizer')
+    for path, node in walk_dicts(wrapper.get('paramwise_cfg'), 'optim_wrapper.paramwise_cfg'):
+        for key, value in node.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if key.endswith('_mult') and not number:
+                raise UserError(f'{path}.{key} must be a number, not {value!r}')
 
 
 def _check_checkpoint_names(cfg: Config) -> None:
@@ -142,7 +232,12 @@ def _check_dataloader(loader: dict | None, key: str, paths: bool) -> None:
         value = loader.get(name, least)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise UserError(f'{key}.{name} must be an integer of {least} or more, not {value!r}')
+    for name in ('pin_memory', 'persistent_workers', 'drop_last'):
+        if not isinstance(loader.get(name, False), bool):
+            raise UserError(f'{key}.{name} must be True or False, not {loader[name]!r}')
     collate = loader.get('collate_fn')
+    if isinstance(collate, dict) and 'type' not in collate:
+        raise UserError(f'{key}.collate_fn must be a dict with a type, not {dict(collate)!r}')
     kind = collate.get('type') if isinstance(collate, dict) else None
     if isinstance(kind, str) and FUNCTIONS.get(kind) is None:
         raise UserError(f'{key}.collate_fn.type is {kind!r}, which is not a registered function')

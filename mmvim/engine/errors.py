@@ -20,9 +20,12 @@ import torch
 from mmengine.dataset import BaseDataset
 from torch import nn
 
+from mmvim.utils.argument_types import misfits, parameters
+
 from .config_keys import RUNNER_KEYS, walk_dicts
 
 EXIT_CODE = 2
+_BUILDERS = ('build_from_cfg', 'build_scheduler_from_cfg')
 
 
 class UserError(Exception):
@@ -131,7 +134,7 @@ def _part_of(steps: list, cfg: dict, nodes: list[tuple[str, dict]]) -> str | Non
     frames = [frame for frame, _ in reversed(steps)]
     for frame in frames:
         values = frame.f_locals
-        if frame.f_code.co_name in ('build_from_cfg', 'build_scheduler_from_cfg'):
+        if frame.f_code.co_name in _BUILDERS:
             fragment = values.get('cfg')
             path = locate(cfg, fragment) if isinstance(fragment, dict) and fragment else None
             if path in dict(nodes):
@@ -142,9 +145,11 @@ def _part_of(steps: list, cfg: dict, nodes: list[tuple[str, dict]]) -> str | Non
     for frame in frames:
         if _module(frame).startswith('mmengine.'):
             dicts = [v for v in frame.f_locals.values() if isinstance(v, dict) and v]
-            for path, node in nodes:
-                if any(_equal(node, value) for value in dicts):
-                    return path
+            paths = [path for path, node in nodes if any(_equal(node, v) for v in dicts)]
+            if paths:
+                # The whole of what the function works for, not a part of it.
+                least = min(path.count('.') for path in paths)
+                return ' or '.join(path for path in paths if path.count('.') == least)
     return None
 
 
@@ -304,8 +309,7 @@ def _failed_build(error, frames, cfg):
         (
             frame
             for frame in reversed(frames)
-            if frame.f_code.co_name in ('build_from_cfg', 'build_scheduler_from_cfg')
-            and _module(frame).startswith('mmengine.registry')
+            if frame.f_code.co_name in _BUILDERS and _module(frame).startswith('mmengine.registry')
         ),
         None,
     )
@@ -322,9 +326,7 @@ def _failed_build(error, frames, cfg):
         return f'{path or "config"}: {_text(error)}'
     if component is None:
         return _unknown_type(fragment['type'], registry, path)
-    if not inspect.isclass(component) and isinstance(fragment['type'], str):
-        # A placeholder is replaced by the class when the class is first wanted.
-        component = registry.get(fragment['type']) or component
+    component = _class_of(component, fragment, registry)
     if isinstance(error, TypeError):
         at_call = frame is frames[-1] or _module(frames[-1]) == 'mmvim.registry'
         message = _wrong_arguments(error, component, at_call, name, path)
@@ -410,29 +412,7 @@ def _runner_arguments(error, frames, cfg):
 
 
 def _arguments(component: Any) -> list[str]:
-    """Names of the arguments of a class (through ``**kwargs`` of its bases) or function."""
-    names: dict[str, None] = {}
-    if not callable(component):
-        return []
-    functions = (
-        [base.__dict__.get('__init__') for base in component.__mro__]
-        if inspect.isclass(component)
-        else [component]
-    )
-    for function in functions:
-        if not callable(function) or function is object.__init__:
-            continue
-        parameters = inspect.signature(function).parameters.values()
-        names.update(
-            dict.fromkeys(
-                p.name
-                for p in parameters
-                if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != 'self'
-            )
-        )
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return list(names)
+    return [parameter.name for parameter in parameters(component)]
 
 
 def _annotation_file(frames: list[FrameType], fragment: dict) -> str:
@@ -483,6 +463,8 @@ def _library_check(error, frames, cfg):
     if not frames or not isinstance(error, ValueError | TypeError | AssertionError | KeyError):
         return None
     module = _module(frames[-1])
+    if frames[-1].f_code.co_name == '__missing__':
+        return None  # a key that is looked up in a dict of the config, which may be a bug
     if frames[-1].f_code.co_name == 'build_from_cfg' and isinstance(error, TypeError):
         given = frames[-1].f_locals.get('cfg')
         if not isinstance(given, dict):
@@ -496,6 +478,44 @@ def _library_check(error, frames, cfg):
             return f'{part}: {_readable(error)}' if part else None
         return _readable(error)
     return None
+
+
+def _wrong_type(error, frames, cfg):
+    """An argument is of another type than the class declares, which did not check it."""
+    if cfg is None or isinstance(error, ImportError | MemoryError | NameError | OSError):
+        return None
+    parts = _parts(cfg)
+    for frame in reversed(frames):
+        for component, path, given in _components(frame, cfg, parts):
+            # What a library makes for itself has no key.
+            wrong = misfits(component, given) if path in dict(parts) else ()
+            if wrong:
+                name = _name(given.get('type'))
+                return f'{path} ({name}): {", ".join(wrong)} ({_text(error)[:200]})'
+    return None
+
+
+def _components(
+    frame: FrameType, cfg: dict, parts: list[tuple[str, dict]]
+) -> Iterator[tuple[Any, str, dict]]:
+    """What a function builds or belongs to: the class, its key, and its arguments."""
+    values = frame.f_locals
+    if frame.f_code.co_name in _BUILDERS and _module(frame).startswith('mmengine.registry'):
+        given, component = values.get('cfg'), values.get('obj_cls')
+        if isinstance(given, dict) and component is not None:
+            yield _class_of(component, given, values.get('registry')), locate(cfg, given), given
+        return
+    owner = values.get('self')
+    for path, given in parts:
+        if _name(given.get('type')).rpartition('.')[2] == type(owner).__name__:
+            yield type(owner), path, given
+
+
+def _class_of(component: Any, given: dict, registry: Any) -> Any:
+    """The class, where a placeholder stands for it until it is first wanted."""
+    if not inspect.isclass(component) and isinstance(given.get('type'), str):
+        return registry.get(given['type']) or component
+    return component
 
 
 def _missing_package(error, frames, cfg):
@@ -575,6 +595,7 @@ _RULES = (
     _lazy_dataset,
     _unknown_optimizer,
     _library_check,
+    _wrong_type,
     _missing_package,
     _file_error,
     _uneven_batch,

@@ -106,6 +106,45 @@ def test_paths_that_are(tmp_path, monkeypatch):
         assert 'train_dataloader.dataset.dataset.' in str(info.value)
 
 
+def test_values_that_are_used_late(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for change, expected in (
+        ({'train_cfg': {'max_epochs': 2, 'val_interval': ['x']}}, 'train_cfg: val_interval'),
+        (
+            {'default_hooks': {'checkpoint': {'type': 'CheckpointHook', 'interval': '3'}}},
+            "default_hooks.checkpoint: interval='3' must be int",
+        ),
+        ({'custom_hooks': [{'type': 'EMAHook', 'begin_iter': []}]}, 'custom_hooks.0: begin_iter'),
+        ({'log_processor': {'window_size': 'x'}}, 'log_processor: window_size'),
+        ({'randomness': {'seed': ['x']}}, 'randomness: seed'),
+        ({'env_cfg': {'mp_cfg': 3}}, 'env_cfg.mp_cfg must be dict'),
+        ({'env_cfg': {'mp_cfg': {'opencv_num_threads': 'x'}}}, 'opencv_num_threads'),
+        ({'env_cfg': {'dist_cfg': {'backend': 3}}}, 'env_cfg.dist_cfg: backend'),
+        ({'visualizer': {'type': ['x']}}, 'visualizer.type must be the name of'),
+        (
+            {'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': '1e-3'}}},
+            "optim_wrapper.optimizer: lr='1e-3' must be float",
+        ),
+        (
+            {'optim_wrapper': {'paramwise_cfg': {'custom_keys': {'a': {'lr_mult': None}}}}},
+            'optim_wrapper.paramwise_cfg.custom_keys.a.lr_mult must be a number, not None',
+        ),
+        (
+            {'train_dataloader': {'dataset': {}, 'drop_last': 'yes'}},
+            "train_dataloader.drop_last must be True or False, not 'yes'",
+        ),
+        (
+            {'train_dataloader': {'dataset': {}, 'collate_fn': {}}},
+            'train_dataloader.collate_fn must be a dict with a type',
+        ),
+    ):
+        cfg = config({'type': 'PlainDataset'})
+        cfg.merge_from_dict(change)
+        with pytest.raises(UserError) as info:
+            checks.check_config(cfg, ('train',))
+        assert expected in str(info.value)
+
+
 def test_atomic_writes(tmp_path, monkeypatch):
     atomic_io.install()
     backend = get_file_backend(str(tmp_path))

@@ -66,6 +66,16 @@ def test_build_errors_name_the_key():
     assert message.startswith('model.outer.inner.0 (Part): ')
 
 
+def test_values_of_another_type_are_named():
+    assert explained({'type': 'Part', 'kind': 'good', 'width': {'a': 7}}) == (
+        "model.part (Part): width={'a': 7} must be int "
+        "(TypeError: unsupported operand type(s) for *: 'dict' and 'int')"
+    )
+    # A library's own part, which is not in the config, has no key to name.
+    unseen = explained({'type': 'Part', 'kind': 'good', 'width': {}}, {'model': {'type': 'Other'}})
+    assert unseen is None
+
+
 def test_bugs_stay_bugs():
     assert explained({'type': 'Part', 'kind': 'bug'}) is None
     assert explained({'type': 'Part', 'kind': 'lookup'}) is None
