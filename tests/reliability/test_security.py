@@ -154,6 +154,73 @@ def test_no_function_runs_a_pickle(tmp_path):
     assert not marker.exists()
 
 
+def with_mmengine(file):
+    from mmengine.runner import load_checkpoint
+
+    load_checkpoint(torch.nn.Linear(2, 2), file)
+
+
+def with_init_cfg(file):
+    from mmengine.model import BaseModule
+
+    BaseModule(dict(type='Pretrained', checkpoint=file)).init_weights()
+
+
+def with_init_cfg_of_a_part(file):
+    from mmengine.model import BaseModule
+
+    BaseModule(dict(type='Pretrained', checkpoint=file, prefix='backbone.')).init_weights()
+
+
+def with_mmpretrain(file):
+    pytest.importorskip('mmpretrain').get_model('resnet18_8xb32_in1k', pretrained=file)
+
+
+def with_mmpretrain_of_mmvim(file):
+    pytest.importorskip('mmpretrain').get_model('vim-tiny_3rdparty_in1k', pretrained=file)
+
+
+def with_inferencer_of_mmpretrain(file):
+    mmpretrain = pytest.importorskip('mmpretrain')
+    mmpretrain.ImageClassificationInferencer('resnet18_8xb32_in1k', pretrained=file, device='cpu')
+
+
+def with_mmdet(file):
+    config = str(ROOT / 'configs/quickstart/vim_digits_det.py')
+    pytest.importorskip('mmdet.apis').init_detector(config, file, device='cpu')
+
+
+def with_inferencer_of_mmdet(file):
+    config = str(ROOT / 'configs/quickstart/vim_digits_det.py')
+    pytest.importorskip('mmdet.apis').DetInferencer(config, file, device='cpu')
+
+
+def with_mmseg(file):
+    config = str(ROOT / 'configs/quickstart/vim_digits_seg.py')
+    pytest.importorskip('mmseg.apis').init_model(config, file, device='cpu')
+
+
+QUICK_USES = (with_mmengine, with_init_cfg, with_init_cfg_of_a_part)
+SLOW_USES = (
+    with_mmpretrain, with_mmpretrain_of_mmvim, with_inferencer_of_mmpretrain,
+    with_mmdet, with_inferencer_of_mmdet, with_mmseg,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('remote', [False, True], ids=['file', 'url'])
+@pytest.mark.parametrize(
+    'use', [*QUICK_USES, *(pytest.param(use, marks=pytest.mark.slow) for use in SLOW_USES)]
+)
+def test_other_libraries_run_no_pickle_beside_mmvim(use, remote, server):
+    """What a script calls that imports mmvim and then loads weights without it."""
+    folder, address = server
+    marker, harmful = folder / 'it-was-executed', folder / 'harmful.pth'
+    zipped(harmful, Harmful(marker))
+    with pytest.raises(pickle.UnpicklingError, match=r'harmful\.pth.* refused'):
+        use(f'{address}/harmful.pth' if remote else str(harmful))
+    assert not marker.exists()
+
+
 def test_resume_reads_no_pickle_that_last_checkpoint_points_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small_config(tmp_path)
