@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,19 +36,20 @@ class _PlacedIndex(int):
 
 
 class _PlacedBatches:
-    """A batch sampler that starts anywhere and numbers its samples.
+    """A batch sampler that starts anywhere, numbers its samples, and can go back.
 
-    Attributes:
-        epoch: Number of the pass over the data that the next iterator is.
-        skip: Batches that iterators leave out.
+    What was drawn and not trained on is kept for workers that take the place of others: a sampler
+    need not give the same twice, and mmengine's ``InfiniteSampler`` cannot begin anew.
     """
 
     def __init__(self, batch_sampler: Any, seed: tuple[int, ...], placed: bool) -> None:
         self.batch_sampler = batch_sampler
-        self.epoch = 0
-        self.skip = 0
         self._seed = seed
         self._placed = placed
+        self._epoch = 0
+        self._stream: Iterator[list] | None = None
+        self._kept: deque[list] = deque()
+        self._in_training = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__['batch_sampler'], name)
@@ -54,10 +57,37 @@ class _PlacedBatches:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
+    def begin(self, epoch: int, skip: int) -> None:
+        """Let training take pass ``epoch``, without its first ``skip`` batches."""
+        self._epoch = epoch
+        self._stream = self._batches(epoch, skip)
+        self._kept.clear()
+
+    def done(self) -> None:
+        """Forget the oldest batch that was drawn: it has been trained on."""
+        self._kept.popleft()
+
+    @contextmanager
+    def in_training(self) -> Iterator[None]:
+        """What iterates in here is training; anything else gets batches of its own."""
+        self._in_training = True
+        try:
+            yield
+        finally:
+            self._in_training = False
+
     def __iter__(self) -> Iterator[list]:
         # Not in the generator, which starts when the first batch is wanted. A DataLoader with
         # workers asks for two iterators and uses the second.
-        return self._batches(self.epoch, self.skip)
+        if self._in_training and self._stream is not None:
+            return self._deliver(self._stream, tuple(self._kept))
+        return self._batches(self._epoch, 0)
+
+    def _deliver(self, stream: Iterator[list], kept: tuple[list, ...]) -> Iterator[list]:
+        yield from kept
+        for batch in stream:
+            self._kept.append(batch)
+            yield batch
 
     def _batches(self, epoch: int, skip: int) -> Iterator[list]:
         number = 0
@@ -124,11 +154,14 @@ class Batches:
         Raises:
             RuntimeError: A worker has died, once more than ``max_restarts`` allows.
         """
+        if self._placed is not None:
+            self._placed.begin(number, skip)
         while True:
             try:
-                for batch in self._start(number, skip):
+                for batch in self._start():
+                    if self._placed is not None:
+                        self._placed.done()
                     yield batch
-                    skip += 1
                 return
             except RuntimeError as error:
                 # Not what a dataset raised in a worker, which is passed on under its own type.
@@ -145,10 +178,9 @@ class Batches:
                 )
                 self.loader._iterator = None
 
-    def _start(self, number: int, skip: int) -> Iterator[Any]:
-        if self._placed is not None:
-            self._placed.epoch, self._placed.skip = number, skip
-        iterator = iter(self.loader)
+    def _start(self) -> Iterator[Any]:
+        with self._placed.in_training() if self._placed is not None else nullcontext():
+            iterator = iter(self.loader)
         if self.max_restarts and self.loader.num_workers > 0:
             # torch would raise at any moment, in the middle of a step as well. Without its handler
             # a death is found when the next batch is waited for.

@@ -3,6 +3,7 @@ only where the config says so.
 """
 
 import contextlib
+import itertools
 import re
 from pathlib import Path
 from typing import ClassVar
@@ -10,13 +11,15 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from torch.utils.data import DataLoader, RandomSampler
 
 pytest.importorskip('mmpretrain')
 
 from runs import Runs, write_config, write_images
 
 from mmvim.datasets import SkipFailures
+from mmvim.engine.batches import Batches
 from mmvim.engine.errors import SampleError
 
 SKIP = """
@@ -64,6 +67,44 @@ def test_skip_failures(count):
         data[0]
     with pytest.raises(ValueError, match='max_failures'):
         SkipFailures(Damaged(), max_failures=0)
+
+
+class Fragile:
+    """Numbers; the ``n``-th that is asked for is lost once, as if a worker had died."""
+
+    def __init__(self, n: int | None = None):
+        self.left = n
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                raise RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')
+        return index
+
+
+@pytest.mark.parametrize('sampler', [InfiniteSampler, DefaultSampler, RandomSampler])
+def test_what_a_dead_worker_had_is_drawn_again(sampler, count):
+    """Also from a sampler that cannot begin anew, or would begin with other numbers."""
+
+    def taken(n: int | None, skip: int) -> list[int]:
+        torch.manual_seed(0)
+        data = Fragile(n)
+        seed = {} if sampler is RandomSampler else {'seed': 0}
+        loader = DataLoader(data, batch_size=2, sampler=sampler(data, **seed))
+        batches = Batches(loader, seed=0, rank=0, max_restarts=1)
+        found = torch.cat(list(itertools.islice(batches.endless(skip), 12)))
+        assert batches.restarts == (n is not None)
+        return found.tolist()
+
+    whole = taken(None, 0)
+    for n in (1, 2, 9, 14):
+        assert taken(n, 0) == whole
+    assert taken(3, 4)[:16] == whole[8:]
+    count('faults', 5)
 
 
 @pytest.fixture
