@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from ._common import check_number
+
 
 class DropPath(nn.Module):
     """Stochastic depth per sample (Huang et al., https://arxiv.org/abs/1603.09382).
@@ -11,12 +13,14 @@ class DropPath(nn.Module):
 
     Args:
         drop_prob (float): In [0, 1). Defaults to 0.
+
+    Raises:
+        ValueError: If ``drop_prob`` is not in [0, 1).
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= drop_prob < 1:
-            raise ValueError(f'drop_prob={drop_prob!r} must be in [0, 1)')
+        check_number('drop_prob', drop_prob, 0, 1)
         self.drop_prob = float(drop_prob)
 
     def forward(self, x: Tensor) -> Tensor:

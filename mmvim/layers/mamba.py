@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from mmvim import ops
 from mmvim.ops.selective_scan import selective_scan_unchecked
 
-from ._common import as_param_dtype, check_choice, check_positive, resolve_backend
+from ._common import (
+    as_param_dtype,
+    check_choice,
+    check_flags,
+    check_number,
+    check_positive,
+    resolve_backend,
+)
 from .conv import CausalConv1d
 
 _TWO_TAP = ('foh_hold', 'tustin')
@@ -120,9 +127,14 @@ class MixerBase(nn.Module):
         check_positive(d_model=d_model, d_state=d_state)
         check_choice('discretization', discretization, tuple(ops.DISCRETIZATIONS))
         check_choice('dt_init', dt_init, ('proper', 'official'))
+        check_number('expand', expand, 0)
         if dt_rank == 'auto':
             dt_rank = math.ceil(d_model / 16)
         check_positive(dt_rank=dt_rank)
+        check_choice('d_conv', d_conv, (2, 3, 4))
+        check_flags(conv_bias=conv_bias, bias=bias, reverse=reverse)
+        if layer_scale is not None:
+            check_number('layer_scale', layer_scale, -math.inf)
         self.d_model = d_model
         self.d_state = d_state
         self.d_conv = d_conv

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmvim import ops
 from mmvim.ops.selective_scan import selective_scan_unchecked
 
-from ._common import as_param_dtype, check_choice, check_positive
+from ._common import as_param_dtype, check_choice, check_flags, check_number, check_positive
 from ._fused import Direction, Options, half_scan, is_plain, wants_gradient
 from .conv import CausalConv1d
 from .mamba import DeltaProjection, MixerBase
@@ -67,6 +67,8 @@ class MambaVisionMixer(MixerBase):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(d_model=d_model)
+        check_number('expand', expand, 0)
+        check_flags(double_dt_bias=double_dt_bias)
         check_choice('recompute', recompute, (None, True, False))
         if int(expand * d_model) % 2:
             raise ValueError(

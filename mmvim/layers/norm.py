@@ -6,7 +6,14 @@ from torch import Tensor, nn
 
 from mmvim import ops
 
-from ._common import as_param_dtype, check_choice, check_positive, resolve_backend
+from ._common import (
+    as_param_dtype,
+    check_choice,
+    check_flags,
+    check_number,
+    check_positive,
+    resolve_backend,
+)
 
 
 class RMSNorm(nn.Module):
@@ -33,6 +40,8 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(dim=dim)
+        check_number('eps', eps, 0)
+        check_flags(residual_in_fp32=residual_in_fp32)
         self.dim = dim
         self.eps = eps
         self.residual_in_fp32 = residual_in_fp32
@@ -91,6 +100,8 @@ class LayerNorm(nn.LayerNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_positive(dim=dim)
+        check_number('eps', eps, 0)
+        check_flags(residual_in_fp32=residual_in_fp32)
         super().__init__(dim, eps=eps, device=device, dtype=dtype)
         self.residual_in_fp32 = residual_in_fp32
 

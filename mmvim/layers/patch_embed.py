@@ -15,7 +15,7 @@ from ._fused import is_plain
 def to_2tuple(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     """Return ``value`` as (height, width); raises ValueError unless both are positive."""
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
+    if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in pair):
         raise ValueError(f'{name}={value!r} must be a positive integer or a pair of them')
     return pair
 

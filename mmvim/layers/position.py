@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ._common import as_param_dtype
 
+RESIZE_MODES = ('bicubic', 'bilinear', 'nearest', 'nearest-exact', 'area')
 CLS_TOKEN_PLACES = ('middle', 'head', 'tail', 'double', 'none')
 
 
@@ -77,7 +78,8 @@ def resize_pos_embed(
         source (tuple): Rows and columns of ``pos_embed``.
         target (tuple): Rows and columns wanted.
         place (str): Where the class token stands, before and after. Defaults to 'none'.
-        mode (str): Of :func:`torch.nn.functional.interpolate`. Defaults to 'bicubic'.
+        mode (str): One of :data:`RESIZE_MODES`, those of :func:`torch.nn.functional.interpolate`
+            that are for two dimensions. Defaults to 'bicubic'.
 
     Returns:
         Tensor: (1, rows * columns + class tokens, dim) for ``target``, in the dtype of

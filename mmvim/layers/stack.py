@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ._common import check_choice, check_positive
+from ._common import check_choice, check_number, check_positive
 from .bimamba import BiMamba
 from .drop import DropPath
 from .mamba import Mamba, MambaState
@@ -16,7 +16,11 @@ def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
     A block adds its input, the output of the layer before, to the residual stream, so layer ``i``
     drops what layer ``i - 1`` made: ``[0] + linspace(0, drop_path_rate, depth)`` for the inputs
     (of which the last is not used) and ``drop_path_rate`` for the output of the last layer.
+
+    Raises:
+        ValueError: If ``drop_path_rate`` is not in [0, 1).
     """
+    check_number('drop_path_rate', drop_path_rate, 0, 1)
     if depth == 1:
         return [0.0, drop_path_rate]
     inner = [drop_path_rate * i / (depth - 1) for i in range(depth - 1)]

@@ -231,7 +231,7 @@ def test_compiles_without_graph_break():
     ('kwargs', 'message'),
     [
         ({'discretization': 'euler'}, 'discretization'),
-        ({'d_conv': 7}, 'kernel_size=7'),
+        ({'d_conv': 7}, 'd_conv=7'),
         ({'ops_backend': 'cuda'}, 'ops_backend'),
         ({'d_state': 0}, 'd_state=0'),
         ({'dt_init': 'random'}, 'dt_init'),

@@ -441,7 +441,7 @@ def test_proper_initialisation_of_delta(double):
         ({'discretization': 'euler'}, ValueError, r"discretization='euler'.*'zoh'"),
         ({'dt_init': 'constant'}, ValueError, "dt_init='constant'"),
         ({'ops_backend': 'cuda'}, ValueError, "ops_backend='cuda'"),
-        ({'drop_path_rate': 1.5}, ValueError, 'drop_prob'),
+        ({'drop_path_rate': 1.5}, ValueError, 'drop_path_rate=1.5'),
     ],
 )
 def test_bad_arguments(kwargs, error, message):

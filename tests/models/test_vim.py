@@ -355,7 +355,7 @@ def test_init_cfg_of_linear_layers_leaves_delta_alone():
         ({'ops_backend': 'cuda'}, ValueError, "ops_backend='cuda'"),
         ({'img_size': 8, 'patch_size': 16}, ValueError, '8x8 pixels, smaller than a patch'),
         ({'stride': 0}, ValueError, 'stride=0'),
-        ({'drop_path_rate': 1.5}, ValueError, r'drop_prob'),
+        ({'drop_path_rate': 1.5}, ValueError, 'drop_path_rate=1.5'),
         ({'rope': True, 'arch': {'embed_dims': 34, 'depth': 1}}, ValueError, 'multiple of 4'),
         ({'if_bidirectional': True, 'arch': {'embed_dims': 8, 'depth': 3}}, ValueError, 'even'),
         ({'if_bidirectional': True, 'out_indices': 0}, ValueError, 'an odd index'),

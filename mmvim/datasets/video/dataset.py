@@ -12,6 +12,7 @@ from pathlib import Path
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 
+from mmvim.layers._common import check_positive
 from mmvim.registry import DATASETS
 
 _EXTENSIONS = ('.mp4', '.webm', '.mkv', '.avi', '.mov')
@@ -67,6 +68,13 @@ class VideoDataset(BaseDataset):
             raise ValueError(
                 f"layout={layout!r} is unknown; allowed: 'auto', 'list', 'kinetics', 'ssv2'"
             )
+        for name, value in (('ann_file', ann_file), ('data_prefix', data_prefix)):
+            if not isinstance(value, str):
+                raise ValueError(f'{name}={value!r} must be str')
+        if label_file is not None and not isinstance(label_file, str):
+            raise ValueError(f'label_file={label_file!r} must be str or None')
+        if num_classes is not None:
+            check_positive(num_classes=num_classes)
         self.layout = layout
         self.label_file = label_file
         self.num_classes = num_classes

@@ -7,6 +7,8 @@ height, width) in RGB.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from torch import Tensor
 
+from mmvim.layers._common import check_flags, check_number, check_numbers, check_positive
 from mmvim.registry import TRANSFORMS
+from mmvim.utils.argument_types import misfits, parameters
 
 from .errors import VideoSampleError
 from .reader import VideoReader
@@ -24,6 +28,18 @@ from .sampling import at_regular_times, dense_indices, uniform_indices
 def _choose(name: str, value: object, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f'{name}={value!r} is unknown; allowed: {", ".join(map(repr, allowed))}')
+
+
+@contextmanager
+def _naming_options(kind: type, options: dict) -> Iterator[None]:
+    """Name the option whose type torchvision did not expect, where one may be the cause."""
+    try:
+        yield
+    except Exception as error:
+        wrong = misfits(kind, options)
+        if not wrong:
+            raise
+        raise ValueError(f'{kind.__name__}: {", ".join(wrong)} ({error})') from error
 
 
 @TRANSFORMS.register_module()
@@ -70,6 +86,10 @@ class LoadVideo:
         _choose('on_error', on_error, ('raise', 'skip'))
         if sampling == 'uniform' and interval != 1:
             raise ValueError(f"interval={interval!r} has no effect with sampling='uniform'")
+        check_positive(min_frames=min_frames)
+        check_flags(by_time=by_time)
+        if not isinstance(num_threads, int) or num_threads < 0:
+            raise ValueError(f'num_threads={num_threads!r} must be an integer, 0 for automatic')
         self.num_frames = num_frames
         self.sampling = sampling
         self.interval = interval
@@ -140,15 +160,24 @@ class VideoTransform:
         kind = getattr(v2, name, None)
         if not (isinstance(kind, type) and issubclass(kind, v2.Transform)):
             raise ValueError(f'name={name!r} is no transform of torchvision.transforms.v2')
+        allowed = [parameter.name for parameter in parameters(kind)]
+        unknown = [option for option in options if option not in allowed]
+        if unknown:
+            raise TypeError(
+                f'name={name!r} has no option {unknown[0]!r}; allowed: {", ".join(allowed)}'
+            )
         if isinstance(options.get('interpolation'), str):
             options['interpolation'] = InterpolationMode(options['interpolation'])
+        self._options = options
         self._video = tv_tensors.Video
-        self.transform = kind(**options)
+        with _naming_options(kind, options):
+            self.transform = kind(**options)
 
     def __call__(self, results: dict) -> dict:
         """Transform the frames of a sample."""
         frames = results['frames']
-        out = self.transform(self._video(frames.flatten(0, 1)))
+        with _naming_options(type(self.transform), self._options):
+            out = self.transform(self._video(frames.flatten(0, 1)))
         results['frames'] = out.as_subclass(Tensor).unflatten(0, frames.shape[:2])
         results['img_shape'] = tuple(out.shape[-2:])
         return results
@@ -181,12 +210,18 @@ class RandomErasingVideo:
         mean: tuple[float, ...] = (123.675, 116.28, 103.53),
         std: tuple[float, ...] = (58.395, 57.12, 57.375),
     ) -> None:
-        if not 0 <= prob <= 1:
+        check_number('prob', prob, 0)
+        check_number('ratio', ratio, 0)
+        for name, values in (('area', area), ('mean', mean), ('std', std)):
+            check_numbers(name, values)
+        if prob > 1:
             raise ValueError(f'prob={prob!r} must be in [0, 1]')
-        if not 0 < area[0] <= area[1] <= 1:
+        if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
             raise ValueError(f'area={area!r} must be an ascending pair in (0, 1]')
         if not 0 < ratio <= 1:
             raise ValueError(f'ratio={ratio!r} must be in (0, 1]')
+        if len(mean) != len(std) or min(std) < 0:
+            raise ValueError(f'mean={mean!r} and std={std!r} must be equally long, std >= 0')
         self.prob = prob
         self.area = area
         self.log_ratio = torch.tensor(1 / ratio).log().item()
@@ -231,8 +266,7 @@ class ThreeCrop:
     """
 
     def __init__(self, size: int) -> None:
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f'size={size!r} must be a positive integer')
+        check_positive(size=size)
         self.size = size
 
     def __call__(self, results: dict) -> dict:
@@ -271,8 +305,7 @@ class RepeatAugment:
     """
 
     def __init__(self, transforms: list[dict], times: int = 2) -> None:
-        if not isinstance(times, int) or times < 1:
-            raise ValueError(f'times={times!r} must be a positive integer')
+        check_positive(times=times)
         self.times = times
         self.transforms = Compose(transforms)
 
@@ -301,6 +334,10 @@ class PackVideo:
     META_KEYS = ('sample_idx', 'img_path', 'ori_shape', 'img_shape', 'total_frames')
 
     def __init__(self, meta_keys: tuple[str, ...] = META_KEYS) -> None:
+        if not isinstance(meta_keys, list | tuple) or not all(
+            isinstance(key, str) for key in meta_keys
+        ):
+            raise ValueError(f'meta_keys={meta_keys!r} must be a sequence of names')
         self.meta_keys = tuple(meta_keys)
 
     def __call__(self, results: dict) -> dict:

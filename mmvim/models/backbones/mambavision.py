@@ -30,7 +30,13 @@ from mmvim.layers import (
     window_partition,
     window_reverse,
 )
-from mmvim.layers._common import check_choice, check_positive
+from mmvim.layers._common import (
+    check_choice,
+    check_flags,
+    check_indices,
+    check_number,
+    check_positive,
+)
 from mmvim.layers._fused import is_plain
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
@@ -373,11 +379,13 @@ class MambaVision(BaseModule):
         check_choice('out_type', out_type, self.OUT_TYPES)
         check_choice('out_norm', out_norm, ('final', 'separate', 'none'))
         check_positive(in_channels=in_channels)
+        check_flags(double_dt_bias=double_dt_bias, with_cp=with_cp)
         self.arch = self._parse_arch(arch)
         if layer_scale == 'auto':
             layer_scale = self.arch['layer_scale']
         if drop_path_rate is None:
             drop_path_rate = self.arch['drop_path_rate']
+        check_number('drop_path_rate', drop_path_rate, 0, 1)
         for name, value in (('layer_scale', layer_scale), ('layer_scale_conv', layer_scale_conv)):
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 raise ValueError(f'{name}={value!r} must be a number or None')
@@ -471,8 +479,10 @@ class MambaVision(BaseModule):
         heads = _of_token_stages("arch['num_heads']", arch['num_heads'])
         if not all(map(_is_positive, heads)):
             raise ValueError(f"arch['num_heads']={arch['num_heads']!r} must be positive integers")
-        if not arch['mlp_ratio'] > 0:
-            raise ValueError(f"arch['mlp_ratio']={arch['mlp_ratio']!r} must be positive")
+        check_number("arch['drop_path_rate']", arch['drop_path_rate'], 0, 1)
+        check_number("arch['mlp_ratio']", arch['mlp_ratio'], 0)
+        if int(arch['mlp_ratio'] * arch['embed_dims']) < 1:
+            raise ValueError(f"arch['mlp_ratio']={arch['mlp_ratio']!r} leaves the MLPs no channel")
         return {**arch, 'depths': tuple(depths), 'num_heads': heads}
 
     def _parse_windows(self, window_sizes: Sequence) -> tuple[Window, ...]:
@@ -482,7 +492,7 @@ class MambaVision(BaseModule):
         )
 
     def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        given = check_indices('out_indices', out_indices)
         indices = tuple(i + _NUM_STAGES if i < 0 else i for i in given)
         if not indices or any(not 0 <= i < _NUM_STAGES for i in indices):
             raise ValueError(f'out_indices={out_indices!r} must be stages, 0 .. {_NUM_STAGES - 1}')
@@ -491,8 +501,9 @@ class MambaVision(BaseModule):
         return indices
 
     def _freeze_stages(self) -> None:
-        if not -1 <= self.frozen_stages <= _NUM_STAGES:
-            raise ValueError(f'frozen_stages={self.frozen_stages!r} must be in -1 .. {_NUM_STAGES}')
+        stages = self.frozen_stages
+        if not isinstance(stages, int) or not -1 <= stages <= _NUM_STAGES:
+            raise ValueError(f'frozen_stages={stages!r} must be in -1 .. {_NUM_STAGES}')
         for module in self._frozen_modules():
             module.requires_grad_(False)
 

@@ -23,7 +23,7 @@ from mmvim.layers import (
     resize_pos_embed,
     resize_temporal_pos_embed,
 )
-from mmvim.layers._common import check_choice, check_positive
+from mmvim.layers._common import check_choice, check_flags, check_number, check_positive
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
 
@@ -174,6 +174,8 @@ class VideoMamba(MambaBackbone):
         check_choice('out_norm', out_norm, ('final', 'shared', 'separate', 'none'))
         check_choice('bimamba', bimamba, ('v2', 'none'))
         check_choice('merge', merge, (None, 'sum', 'mean'))
+        check_flags(keep_temporal=keep_temporal)
+        check_number('drop_rate', drop_rate, 0, 1)
         if merge is not None and bimamba == 'none':
             raise ValueError(f"merge={merge!r} has no effect with bimamba='none'")
         if discretization == 'rk4' and dt_init == 'official':

@@ -27,7 +27,7 @@ from mmvim.layers import (
     split_tokens,
     token_positions,
 )
-from mmvim.layers._common import check_choice
+from mmvim.layers._common import check_choice, check_flags, check_number, check_positive
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
 
@@ -167,6 +167,14 @@ class Vim(MambaBackbone):
         check_choice('out_norm', out_norm, ('final', 'shared', 'separate', 'none'))
         check_choice('bimamba', bimamba, ('v1', 'v2', 'none'))
         check_choice('merge', merge, (None, 'mean', 'sum'))
+        check_flags(
+            abs_pos_embed=abs_pos_embed,
+            rope=rope,
+            rope_residual=rope_residual,
+            if_bidirectional=if_bidirectional,
+        )
+        check_positive(rope_pt_size=rope_pt_size)
+        check_number('drop_rate', drop_rate, 0, 1)
         if pool is not None and (cls_token != 'none' or out_type != 'cls_token'):
             raise ValueError(
                 f'pool={pool!r} has no effect with cls_token={cls_token!r} and '

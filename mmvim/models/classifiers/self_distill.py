@@ -12,6 +12,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from mmvim.layers import RMSNorm
+from mmvim.layers._common import check_number
 
 
 class SelfDistillClassifier(ImageClassifier):
@@ -45,7 +46,8 @@ class SelfDistillClassifier(ImageClassifier):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, head=head, **kwargs)
-        if distill_weight <= 0:
+        check_number('distill_weight', distill_weight, 0)
+        if distill_weight == 0:
             raise ValueError(f'distill_weight={distill_weight!r} must be positive')
         teacher = MODELS.build(teacher).eval().requires_grad_(False)
         for name, model in (('backbone', self.backbone), ('teacher', teacher)):

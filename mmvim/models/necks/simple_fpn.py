@@ -13,7 +13,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmvim.layers import LayerNorm2d
-from mmvim.layers._common import check_positive
+from mmvim.layers._common import check_number, check_positive
 from mmvim.registry import MODELS
 
 
@@ -49,10 +49,11 @@ class SimpleFPN(BaseModule):
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        check_positive(in_channels=in_channels, out_channels=out_channels)
+        check_positive(in_channels=in_channels, out_channels=out_channels, num_outs=num_outs)
+        check_number('norm_eps', norm_eps, 0)
         if in_channels % 4:
             raise ValueError(f'in_channels={in_channels!r} must be a multiple of 4')
-        if start_level not in range(4):
+        if not isinstance(start_level, int) or not 0 <= start_level < 4:
             raise ValueError(f'start_level={start_level!r} must be 0, 1, 2 or 3')
         if num_outs < 4 - start_level:
             raise ValueError(f'num_outs={num_outs!r} must be at least {4 - start_level}')

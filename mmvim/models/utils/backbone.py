@@ -24,7 +24,14 @@ from mmvim.layers import (
     split_tokens,
     token_positions,
 )
-from mmvim.layers._common import check_choice
+from mmvim.layers._common import (
+    check_choice,
+    check_flags,
+    check_indices,
+    check_number,
+    check_positive,
+)
+from mmvim.layers.position import RESIZE_MODES
 
 from .checkpoint import (
     keys_under,
@@ -72,12 +79,11 @@ class MambaBackbone(BaseModule):
                 f'allowed: {sorted(allowed)}'
             )
         for key in ('embed_dims', 'depth'):
-            if not isinstance(arch[key], int) or arch[key] < 1:
-                raise ValueError(f'arch[{key!r}]={arch[key]!r} must be a positive integer')
+            check_positive(**{f'arch[{key!r}]': arch[key]})
         return dict(arch)
 
     def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
-        given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+        given = check_indices('out_indices', out_indices)
         depth = self.num_layers
         indices = tuple(i + depth if i < 0 else i for i in given)
         if not indices or any(not 0 <= i < depth for i in indices):
@@ -100,6 +106,9 @@ class MambaBackbone(BaseModule):
         **mixer: object,
     ) -> None:
         """Make ``layers``, ``drop_path``, ``norm_f`` and the norms of single outputs."""
+        check_flags(with_cp=self.with_cp, residual_in_fp32=residual_in_fp32)
+        check_number('norm_eps', norm_eps, 0)
+        check_choice('interpolate_mode', self.interpolate_mode, RESIZE_MODES)
         rates = drop_path_rates(drop_path_rate, self.num_layers)
         norm_args = {
             'eps': norm_eps, 'residual_in_fp32': residual_in_fp32, 'ops_backend': ops_backend
@@ -149,10 +158,9 @@ class MambaBackbone(BaseModule):
                 layer.mixer.out_proj.weight /= math.sqrt(self.num_layers)
 
     def _freeze_stages(self) -> None:
-        if not -1 <= self.frozen_stages <= self.num_layers:
-            raise ValueError(
-                f'frozen_stages={self.frozen_stages!r} must be in -1 .. {self.num_layers}'
-            )
+        stages = self.frozen_stages
+        if not isinstance(stages, int) or not -1 <= stages <= self.num_layers:
+            raise ValueError(f'frozen_stages={stages!r} must be in -1 .. {self.num_layers}')
         for module in self._frozen_modules():
             module.requires_grad_(False)
         if self.frozen_stages >= 0:

@@ -6,6 +6,8 @@ import torch
 from mmpretrain.models import ImageClassifier
 from torch import Tensor
 
+from mmvim.layers._common import check_positive
+
 
 class VideoClassifier(ImageClassifier):
     """mmpretrain's ``ImageClassifier`` for videos of one or several views.
@@ -30,8 +32,8 @@ class VideoClassifier(ImageClassifier):
         data_preprocessor: dict | None = None,
         **kwargs,
     ) -> None:
-        if views_per_step is not None and views_per_step < 1:
-            raise ValueError(f'views_per_step={views_per_step!r} must be positive')
+        if views_per_step is not None:
+            check_positive(views_per_step=views_per_step)
         if data_preprocessor is None or isinstance(data_preprocessor, dict):
             data_preprocessor = {'type': 'mmvim.VideoDataPreprocessor', **(data_preprocessor or {})}
         super().__init__(*args, data_preprocessor=data_preprocessor, **kwargs)

@@ -8,6 +8,7 @@ import torch
 from mmengine.model import BaseDataPreprocessor
 from torch import Tensor
 
+from mmvim.layers._common import check_numbers, check_positive
 from mmvim.registry import MODELS
 
 
@@ -42,6 +43,10 @@ class VideoDataPreprocessor(BaseDataPreprocessor):
         non_blocking: bool = False,
     ) -> None:
         super().__init__(non_blocking)
+        for name, values in (('mean', mean), ('std', std)):
+            check_numbers(name, values)
+        if num_classes is not None:
+            check_positive(num_classes=num_classes)
         if len(mean) != len(std) or not all(value > 0 for value in std):
             raise ValueError(f'mean={mean!r} and std={std!r} must be equally long and std positive')
         self.num_classes = num_classes
