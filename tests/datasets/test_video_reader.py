@@ -118,6 +118,22 @@ def test_damaged_inside(tmp_path):
     assert 'a.mp4' in message or len(frames) == len(video)
 
 
+def test_title_that_is_no_text(tmp_path):
+    path = tmp_path / 'a.mkv'
+    with av.open(str(path), 'w') as container:
+        container.metadata['title'] = 'NAME' * 8
+        stream = container.add_stream('mpeg4', rate=25)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, 'yuv420p'
+        for picture in coded_frames(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format='rgb24')))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert b'NAME' * 8 in content
+    path.write_bytes(content.replace(b'NAME' * 8, b'\xff\xfe\x80NAME' + b'\xc3' * 25))
+    with VideoReader(path) as video:
+        assert len(video) == 5
+
+
 def test_sound_only(tmp_path):
     path = tmp_path / 'sound.wav'
     with av.open(str(path), 'w') as container:

@@ -64,13 +64,13 @@ class VideoReader:
             raise VideoSampleError(f'the video {self.path!r} is no regular file')
         if os.path.getsize(self.path) == 0:
             raise VideoSampleError(f'the video {self.path!r} is empty (0 bytes)')
+        options: dict = {'options': {'format_whitelist': _CONTAINERS, 'protocol_whitelist': 'file'}}
+        if int(av.__version__.partition('.')[0]) < 19:
+            # Titles that are no UTF-8 are no error: later versions are always so.
+            options['metadata_errors'] = 'ignore'
         try:
             # FFmpeg would take the relative path http:/a/b.mp4 for an address.
-            self._container = av.open(
-                os.path.abspath(self.path),
-                metadata_errors='ignore',
-                options={'format_whitelist': _CONTAINERS, 'protocol_whitelist': 'file'},
-            )
+            self._container = av.open(os.path.abspath(self.path), **options)
         except av.error.ArgumentError as error:
             raise VideoSampleError(
                 f'cannot open the video {self.path!r}: a playlist, or of a kind that is not read'
