@@ -60,7 +60,8 @@ test-slow: $(BUILT) ## the tests that train (longer)
 	$(PY) -m pytest -v -m slow $(TEST_ARGS)
 
 test-reliability: $(BUILT) ## inject faults, at length; ends with a line of counts
-	OMP_NUM_THREADS=1 $(PY) -m pytest -v -m slow tests/reliability $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -v -m slow -n $(TEST_JOBS) --dist worksteal tests/reliability \
+		$(TEST_ARGS)
 
 audit: $(BUILT) ## do installed packages fit together, and are vulnerabilities of them known?
 	-$(PY) -m pip check
