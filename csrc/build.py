@@ -388,8 +388,14 @@ def _object_name(unit: Unit, command: Sequence[str], compiler: str, out: Path) -
     return f'{stem}_{digest.hexdigest()[:16]}.{"obj" if WINDOWS else "o"}'
 
 
-def _run(command: Sequence[str], what: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, errors='replace')
+def _run(command: Sequence[str], what: str, scratch: Path | None = None) -> None:
+    """Run a compiler, which puts its own temporary files into ``scratch``."""
+    environment = dict(os.environ)
+    if scratch is not None:
+        environment |= dict.fromkeys(('TMP', 'TEMP', 'TMPDIR'), str(scratch))
+    result = subprocess.run(
+        command, capture_output=True, text=True, errors='replace', env=environment
+    )
     if result.returncode != 0:
         lines = (result.stderr + result.stdout).strip().splitlines()
         errors = [line for line in lines if 'error' in line.lower()] or lines[-5:]
@@ -427,7 +433,7 @@ def compile_units(
         start = time.monotonic()
         temporary = target.with_name(f'{os.getpid()}_{target.name}')
         try:
-            _run(compiler.compile(unit, temporary), unit.label)
+            _run(compiler.compile(unit, temporary), unit.label, folder)
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -466,7 +472,8 @@ def build(
         folder: Receives ``_C.so`` (``.pyd`` on Windows) and ``_build_info.json``.
         cuda: As for :func:`find_cuda`.
         report: Called with lines of progress.
-        objects: Folder that keeps object files for the next build; a temporary one by default.
+        objects: Folder that keeps object files for the next build, and in which the compiler has
+            its temporary files; by default one in the system's folder for such.
 
     Returns:
         The description.
@@ -492,10 +499,13 @@ def build(
         f'{compiler.standard}, torch {torch.__version__}, {_jobs()} jobs'
     )
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='mmvim-') as scratch:
+    if objects is not None:
+        objects.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='mmvim-', dir=objects) as scratch:
         built = compile_units(compiler, wanted, objects or Path(scratch), report)
         temporary = Path(scratch) / LIBRARY_NAME
-        _run(compiler.link(built, temporary), 'the library (link)')
+        _run(compiler.link(built, temporary), 'the library (link)', Path(scratch))
+        size = temporary.stat().st_size
         # A process may have the old library mapped: replace it, never write into it.
         staged = folder / f'{os.getpid()}_{LIBRARY_NAME}'
         shutil.copyfile(temporary, staged)
@@ -509,6 +519,7 @@ def build(
         'cuda': None if config is None else nvcc_version(config.nvcc),
         'architectures': [] if config is None else list(config.architectures),
         'no_cuda': no_cuda,
+        'bytes': size,
         'seconds': round(seconds),
     }
     write_info(folder, info)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import stat
 import sys
 import tempfile
@@ -174,11 +175,21 @@ def build(verbose: bool = True, cuda: bool | None = None) -> Path:
         with _file_lock(folder.with_name(f'{variant}.lock'), report):
             reason = _problem(folder)
             if reason is not None:
-                with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-                    builder.build(Path(scratch), cuda=config is not None, report=report)
+                # What builds that were killed have left; nobody else builds this variant now.
+                for leftover in folder.parent.glob(f'building.{variant}.*'):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                with tempfile.TemporaryDirectory(
+                    prefix=f'building.{variant}.', dir=folder.parent
+                ) as scratch:
+                    new = Path(scratch)
+                    objects = new / 'objects'
+                    builder.build(new, cuda=config is not None, report=report, objects=objects)
                     folder.mkdir(mode=0o700, exist_ok=True)
+                    # The description last: without one that fits, a library is not loaded.
+                    (folder / builder.INFO_NAME).unlink(missing_ok=True)
                     for name in (builder.LIBRARY_NAME, builder.INFO_NAME):
-                        os.replace(Path(scratch) / name, folder / name)
+                        _write_to_disk(new / name)
+                        os.replace(new / name, folder / name)
         if _library is not None:
             raise RuntimeError(
                 f'{folder} is built, but this process has loaded {_library} already: start it again'
@@ -234,6 +245,9 @@ def _problem(folder: Path) -> str | None:
             f'the kernels were compiled for torch {info.get("torch")} and this is '
             f'{torch.__version__}'
         )
+    size = (folder / _library_name()).stat().st_size
+    if info.get('bytes', size) != size:
+        return f'the library has {size} bytes, not {info["bytes"]}: it is damaged'
     try:
         builder = _builder()
     except RuntimeError:
@@ -331,6 +345,12 @@ def _cache_root() -> Path:
     except OSError:
         user = os.getuid() if hasattr(os, 'getuid') else 'user'
         return _private(Path(tempfile.gettempdir()) / f'mmvim-{user}')
+
+
+def _write_to_disk(path: Path) -> None:
+    """Have the content on the disk before it gets its name, lest a crash leaves the name alone."""
+    with open(path, 'r+b') as file:
+        os.fsync(file.fileno())
 
 
 def _private(folder: Path) -> Path:

@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from csrc_support import load_module
 
 from mmvim.ops import extension as real
 
@@ -156,6 +159,136 @@ def test_second_process_waits_for_the_lock(extension, tmp_path):
         assert len(lines) == 1
 
 
+# Compiles nothing: "builds" the library that this process uses, and dies where it is told to.
+BUILD = """
+import os, shutil, signal, sys, time
+from pathlib import Path
+from mmvim.ops import extension
+
+whole, log, dies = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+builder = extension._builder()
+replace = os.replace
+moved = []
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def build(folder, *, cuda, report, objects):
+    with open(log, 'a') as file:
+        file.write('building\\n')
+    objects.mkdir()
+    content = (whole / builder.LIBRARY_NAME).read_bytes()
+    with open(folder / builder.LIBRARY_NAME, 'wb') as file:
+        file.write(content[: len(content) // 2])
+        file.flush()
+        if dies == 'half a library':
+            die()
+        time.sleep(0.5)
+        file.write(content[len(content) // 2 :])
+    if dies == 'no description':
+        die()
+    shutil.copyfile(whole / builder.INFO_NAME, folder / builder.INFO_NAME)
+
+def counted(source, target):
+    replace(source, target)
+    moved.append(target)
+    if dies == f'{len(moved)} moved':
+        die()
+
+builder.build = build
+os.replace = counted
+print('before', extension.load(), flush=True)
+library = extension.build(verbose=False, cuda=False)
+print('after', library.stat().st_size == (whole / builder.LIBRARY_NAME).stat().st_size)
+print('kernels', extension.supports('selective_scan', 'cpu', extension.torch.float32))
+"""
+needs_library = pytest.mark.skipif(
+    not real.loaded() or os.name == 'nt', reason='needs a compiled library, and signals'
+)
+
+
+@pytest.fixture
+def fake_build(package, tmp_path):
+    """Starts BUILD in a process; the library and its description lie in a cache of the test."""
+    log = tmp_path / 'log'
+    environment = {**os.environ, 'PYTHONPATH': str(package), 'OMP_NUM_THREADS': '1'}
+    environment |= {'MMVIM_CACHE_DIR': str(tmp_path / 'cache'), 'MMVIM_JIT': '0'}
+    whole = tmp_path / 'whole'
+    whole.mkdir()
+    shutil.copyfile(real._library, whole / real._library_name())
+    builder = load_module('mmvim_build_of_whole', package / 'csrc/build.py')
+    info = dict(real._info, sources=builder.sources_hash(False), cuda=None)
+    info['bytes'] = real._library.stat().st_size
+    (whole / '_build_info.json').write_text(json.dumps(info))
+
+    def start(dies='never'):
+        return subprocess.Popen(
+            [sys.executable, '-c', BUILD, str(whole), str(log), dies],
+            env=environment, cwd=package, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    start.log, start.cache = log, tmp_path / 'cache'
+    yield start
+    del sys.modules['mmvim_build_of_whole']
+
+
+WHOLE = ['before', 'False', 'after', 'True', 'kernels', 'True']
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ('dies', 'builds'),
+    [
+        ('half a library', 2),
+        pytest.param('no description', 2, marks=pytest.mark.slow),
+        ('1 moved', 2),
+        pytest.param('2 moved', 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_build_that_is_killed_leaves_nothing_that_is_loaded(fake_build, dies, builds):
+    with fake_build(dies) as killed:
+        out, err = killed.communicate(timeout=120)
+    assert killed.returncode == -signal.SIGKILL, err
+    assert out.split() == ['before', 'False']
+    with fake_build() as second:
+        out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, err
+    # Where both had been moved, the build was complete.
+    assert out.split() == (WHOLE if builds == 2 else ['before', 'True', *WHOLE[2:]])
+    assert len(fake_build.log.read_text().splitlines()) == builds
+    left = [p for p in fake_build.cache.rglob('*') if p.name.startswith('building.')]
+    assert len(left) == (0 if builds == 2 else 1)
+
+
+@needs_library
+def test_a_library_that_a_crash_has_cut_is_built_anew(fake_build):
+    with fake_build() as first:
+        out, err = first.communicate(timeout=120)
+    assert out.split() == WHOLE, err
+    (library,) = fake_build.cache.rglob(real._library_name())
+    os.truncate(library, library.stat().st_size // 2)
+    with fake_build() as second:
+        out, err = second.communicate(timeout=120)
+    assert out.split() == WHOLE, err
+    assert len(fake_build.log.read_text().splitlines()) == 2
+
+
+@needs_library
+def test_two_processes_at_once_get_one_whole_library(fake_build):
+    with fake_build() as first, fake_build() as second:
+        results = [(*process.communicate(timeout=120), process) for process in (first, second)]
+    for out, err, process in results:
+        assert process.returncode == 0, err
+        assert out.split()[2:] == WHOLE[2:]
+    assert len(fake_build.log.read_text().splitlines()) == 1
+    assert len(list(fake_build.cache.rglob(real._library_name()))) == 1
+
+
+def test_a_library_of_another_size_than_was_built_is_refused(extension):
+    describe(extension, bytes=5)
+    assert_not_loaded(extension, 'has 13 bytes, not 5: it is damaged')
+
+
 @pytest.mark.parametrize(
     ('entry', 'capability', 'covered'),
     [
@@ -210,6 +343,18 @@ def test_what_is_loaded():
 def test_compiling_at_first_use_once_for_all_processes(package, tmp_path):
     environment = {**os.environ, 'PYTHONPATH': str(package), 'MMVIM_JIT': '1'}
     environment |= {'MMVIM_CACHE_DIR': str(tmp_path / 'cache'), 'OMP_NUM_THREADS': '1'}
+    # Only the cache is written, also by the compiler, and what was killed does no harm.
+    environment['TMPDIR'] = str(tmp_path / 'tmp')
+    (tmp_path / 'tmp').mkdir()
+    with subprocess.Popen(
+        [sys.executable, '-c', USE], env=environment, cwd=package, stderr=subprocess.PIPE, text=True
+    ) as killed:
+        for line in killed.stderr:
+            if line.startswith('[1/'):
+                killed.kill()
+                break
+    assert not list((tmp_path / 'tmp').iterdir())
+    assert list((tmp_path / 'cache').rglob('building.*'))
     ranks = [
         subprocess.Popen(
             [sys.executable, '-c', USE],
@@ -236,3 +381,5 @@ def test_compiling_at_first_use_once_for_all_processes(package, tmp_path):
     assert later.stdout.split() == ['True', 'True']
     assert 'compiling' not in later.stderr
     assert not [p for p in (tmp_path / 'cache').rglob('*') if p.stat().st_mode & 0o022]
+    assert not list((tmp_path / 'cache').rglob('building.*'))
+    assert not list((tmp_path / 'tmp').iterdir())
