@@ -177,6 +177,16 @@ def causal_conv1d_fn(
     return out.transpose(1, 2), states
 
 
+def _check_rows(indices: Tensor, rows: int) -> None:
+    """Check the rows of a pool of states; on other devices than the CPU that would wait for it."""
+    if torch.compiler.is_compiling() or not indices.numel():
+        return
+    if not rows or (
+        indices.device.type == 'cpu' and not 0 <= indices.min() <= indices.max() < rows
+    ):
+        raise ValueError(f'conv_state_indices must be rows of conv_state, which has {rows}')
+
+
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -198,7 +208,7 @@ def causal_conv1d_update(
         cache_seqlens: (b,), integers. If given, ``conv_state`` is a ring buffer in which the next
             input of row i goes to position ``cache_seqlens[i] % s``.
         conv_state_indices: (b,), distinct integers: the row of ``conv_state``, then (any, d, s),
-            that belongs to each row of x.
+            that belongs to each row of x. On a CPU it is checked that there are such rows.
 
     Returns:
         The output, with the shape and dtype of x.
@@ -242,6 +252,8 @@ def causal_conv1d_update(
             check.check_device(name, value, 'x', x.device)
     rows = b if conv_state_indices is None else conv_state.shape[0]
     check.check_shape('conv_state', conv_state, 'b d s', (rows, d, size))
+    if conv_state_indices is not None:
+        _check_rows(conv_state_indices, rows)
 
     state = conv_state.detach()
     if conv_state_indices is not None:

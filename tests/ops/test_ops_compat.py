@@ -274,6 +274,13 @@ def test_causal_conv1d_update_gives_gradients():
         ({'conv_state': torch.zeros(B, D + 1, 3)}, ValueError, 'conv_state must have shape'),
         ({'cache_seqlens': torch.zeros(B)}, TypeError, 'cache_seqlens must be torch.int32 or'),
         ({'conv_state_indices': torch.zeros(3).int()}, ValueError, 'conv_state_indices must have'),
+        ({'conv_state_indices': torch.arange(B) - 1}, ValueError, 'must be rows of conv_state'),
+        ({'conv_state_indices': torch.arange(B) + 1}, ValueError, 'must be rows of conv_state'),
+        (
+            {'conv_state': torch.zeros(0, D, 3), 'conv_state_indices': torch.arange(B)},
+            ValueError,
+            'conv_state_indices must be rows of conv_state, which has 0',
+        ),
         ({'activation': 'relu'}, ValueError, 'activation must be'),
     ],
 )
