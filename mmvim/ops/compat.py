@@ -55,6 +55,7 @@ def selective_scan_fn(
                 f'{name} must be real, got {value.dtype}: complex states are not supported'
             )
     check.check_activation('u', u, 'b d l')
+    check.check_rank('A', A, 'd n')
     for name, value in (('delta', delta), ('z', z)):
         if value is not None:
             check.check_tensor(name, value)

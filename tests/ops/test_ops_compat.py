@@ -120,6 +120,7 @@ def test_selective_scan_fn_positional_and_bare():
         ({'delta': torch.zeros(B, L, D)}, ValueError, r'^delta must have shape \(b, d, l\)'),
         ({'u': torch.zeros(B, D)}, ValueError, r'^u must have the axes \(b, d, l\)'),
         ({'A': torch.ones(D, N)}, ValueError, r'^A must be negative'),
+        ({'A': torch.tensor(-1.0)}, ValueError, r'A must have the axes'),
     ],
 )
 def test_selective_scan_fn_bad_input(changes, error, message):
