@@ -1,5 +1,6 @@
 """Shared pytest configuration: GPU tests are skipped where there is no CUDA device."""
 
+import random
 import sys
 from collections import Counter
 
@@ -14,6 +15,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if 'gpu' in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """Let what a test draws depend neither on the tests before it nor on the worker it runs in."""
+    random.seed(0)
+    torch.manual_seed(0)
+    if 'numpy' in sys.modules:
+        sys.modules['numpy'].random.seed(0)
 
 
 @pytest.fixture(autouse=True)
