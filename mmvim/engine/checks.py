@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mmengine.config import Config
@@ -22,10 +22,10 @@ from mmengine.registry import (
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mmvim.compat import require
-from mmvim.utils.argument_types import misfits
+from mmvim.utils.argument_types import misfits, parameters
 
 from .config_keys import RUNNER_KEYS, walk_dicts
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, unknown_argument
 from .tasks import TASKS
 
 _LOOPS = {'train': 'optim_wrapper', 'val': 'val_evaluator', 'test': 'test_evaluator'}
@@ -101,11 +101,11 @@ def _check_type_names(cfg: Config) -> None:
                 raise UserError(f'{path}.type must be the name of a registered class, not {kind!r}')
 
 
-def _check_types(component: Any, given: Any, path: str) -> None:
+def _check_types(component: Any, given: Any, path: str, none: bool = False) -> None:
     """Check values against declarations that are known to be right, before they are used."""
     if not isinstance(given, dict):
         return
-    wrong = misfits(component, given, none=False)
+    wrong = misfits(component, given, none=none)
     if wrong:
         raise UserError(f'{path}: {", ".join(wrong)}')
 
@@ -158,7 +158,7 @@ def _check_optimizer(wrapper: dict | None) -> None:
     optimizer = wrapper.get('optimizer')
     if isinstance(optimizer, dict):
         component = _found(optimizer.get('type'), OPTIMIZERS)
-        _check_types(component, optimizer, 'optim_wrapper.optimizer')
+        _check_types(component, optimizer, 'optim_wrapper.optimizer', none=True)
     for path, node in walk_dicts(wrapper.get('paramwise_cfg'), 'optim_wrapper.paramwise_cfg'):
         for key, value in node.items():
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -239,10 +239,21 @@ def _check_dataloader(loader: dict | None, key: str, paths: bool) -> None:
     if isinstance(collate, dict) and 'type' not in collate:
         raise UserError(f'{key}.collate_fn must be a dict with a type, not {dict(collate)!r}')
     kind = collate.get('type') if isinstance(collate, dict) else None
-    if isinstance(kind, str) and FUNCTIONS.get(kind) is None:
-        raise UserError(f'{key}.collate_fn.type is {kind!r}, which is not a registered function')
+    if isinstance(kind, str):
+        _check_collate(collate, FUNCTIONS.get(kind), f'{key}.collate_fn')
     for path, dataset in _leaf_datasets(loader['dataset'], f'{key}.dataset') if paths else ():
         _check_dataset(dataset, path)
+
+
+def _check_collate(collate: dict, function: Callable | None, path: str) -> None:
+    """What it is given is passed with the first batch."""
+    kind = collate['type']
+    if function is None:
+        raise UserError(f'{path}.type is {kind!r}, which is not a registered function')
+    allowed = [parameter.name for parameter in parameters(function)]
+    for name in collate:
+        if name not in ('type', '_scope_', *allowed):
+            raise UserError(unknown_argument(path, kind, name, allowed))
 
 
 def _leaf_datasets(node: Any, path: str) -> Iterator[tuple[str, dict]]:

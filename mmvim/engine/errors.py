@@ -388,10 +388,11 @@ def _wrong_arguments(
     allowed = _arguments(component)
     if not at_call and unexpected[1] in allowed:
         return None
-    return _unknown_argument(path, name, unexpected[1], allowed)
+    return unknown_argument(path, name, unexpected[1], allowed)
 
 
-def _unknown_argument(path: str, name: str, argument: str, allowed: list[str]) -> str:
+def unknown_argument(path: str, name: str, argument: str, allowed: list[str]) -> str:
+    """Say that a component has no such argument, and which it has."""
     hint = did_you_mean(argument, allowed)
     listed = f'; allowed: {", ".join(allowed)}' if allowed else ''
     return f'{path}: {name} has no argument {argument!r}{hint}{listed}'
@@ -407,7 +408,7 @@ def _runner_arguments(error, frames, cfg):
     callee = frames[-1].f_globals.get(found[1])
     for path, node in walk_dicts(cfg):
         if found[2] in node and path.split('.')[0] in RUNNER_KEYS:
-            return _unknown_argument(path, found[1], found[2], _arguments(callee))
+            return unknown_argument(path, found[1], found[2], _arguments(callee))
     return None
 
 
@@ -492,6 +493,18 @@ def _wrong_type(error, frames, cfg):
             if wrong:
                 name = _name(given.get('type'))
                 return f'{path} ({name}): {", ".join(wrong)} ({_text(error)[:200]})'
+    return None
+
+
+def _negative_size(error, frames, cfg):
+    if cfg is None or not isinstance(error, RuntimeError) or 'negative' not in str(error):
+        return None
+    parts = _parts(cfg)
+    for frame in reversed(frames):
+        for _, path, given in _components(frame, cfg, parts):
+            below = [f'{k}={v!r}' for k, v in given.items() if isinstance(v, int) and v < 0]
+            if below and path in dict(parts):
+                return f'{path} ({_name(given.get("type"))}): {", ".join(below)} ({_text(error)})'
     return None
 
 
@@ -596,6 +609,7 @@ _RULES = (
     _unknown_optimizer,
     _library_check,
     _wrong_type,
+    _negative_size,
     _missing_package,
     _file_error,
     _uneven_batch,

@@ -137,6 +137,14 @@ def test_values_that_are_used_late(tmp_path, monkeypatch):
             {'train_dataloader': {'dataset': {}, 'collate_fn': {}}},
             'train_dataloader.collate_fn must be a dict with a type',
         ),
+        (
+            {'train_dataloader.collate_fn': {'type': 'pseudo_collate', 'x': 1}},
+            "train_dataloader.collate_fn: pseudo_collate has no argument 'x'",
+        ),
+        (
+            {'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': None}}},
+            'optim_wrapper.optimizer: lr=None must be float',
+        ),
     ):
         cfg = config({'type': 'PlainDataset'})
         cfg.merge_from_dict(change)

@@ -35,6 +35,8 @@ class Part(Base):
             raise ValueError("kind must be 'good',\n not 'bad'")
         if kind == 'bug':
             raise AttributeError('oh')
+        if kind == 'tensor':
+            torch.zeros(self.size)
         if kind == 'lookup':
             {}['missing']
         if kind == 'deep':
@@ -74,6 +76,11 @@ def test_values_of_another_type_are_named():
     # A library's own part, which is not in the config, has no key to name.
     unseen = explained({'type': 'Part', 'kind': 'good', 'width': {}}, {'model': {'type': 'Other'}})
     assert unseen is None
+
+
+def test_negative_sizes_are_named():
+    message = explained({'type': 'Part', 'kind': 'tensor', 'width': -2})
+    assert message.startswith('model.part (Part): width=-2 (RuntimeError: ')
 
 
 def test_bugs_stay_bugs():
