@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,10 @@ def test_wandb_offline(classifier, monkeypatch):
     train(documented(option))
     wandb.finish()
     (record,) = WORK_DIR.rglob('*.wandb')
+    # A process of wandb writes the file, and on a busy machine finish() does not wait for it.
+    until = time.monotonic() + 30
+    while b'accuracy/top1' not in record.read_bytes() and time.monotonic() < until:
+        time.sleep(0.2)
     content = record.read_bytes()
     assert b'accuracy/top1' in content
     assert b'loss' in content
