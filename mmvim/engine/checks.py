@@ -157,6 +157,8 @@ def _check_optimizer(wrapper: dict | None) -> None:
     wrapper = wrapper or {}
     optimizer = wrapper.get('optimizer')
     if isinstance(optimizer, dict):
+        if 'type' not in optimizer:
+            raise UserError('optim_wrapper.optimizer has no type')
         component = _found(optimizer.get('type'), OPTIMIZERS)
         _check_types(component, optimizer, 'optim_wrapper.optimizer', none=True)
     for path, node in walk_dicts(wrapper.get('paramwise_cfg'), 'optim_wrapper.paramwise_cfg'):
@@ -164,6 +166,9 @@ def _check_optimizer(wrapper: dict | None) -> None:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if key.endswith('_mult') and not number:
                 raise UserError(f'{path}.{key} must be a number, not {value!r}')
+    factors = (wrapper.get('paramwise_cfg') or {}).get('custom_keys')
+    if factors and not wrapper.get('constructor') and 'lr' not in (optimizer or {}):
+        raise UserError('optim_wrapper.optimizer has no lr, which paramwise_cfg multiplies')
 
 
 def _check_checkpoint_names(cfg: Config) -> None:

@@ -329,7 +329,7 @@ def _failed_build(error, frames, cfg):
     component = _class_of(component, fragment, registry)
     if isinstance(error, TypeError):
         at_call = frame is frames[-1] or _module(frames[-1]) == 'mmvim.registry'
-        message = _wrong_arguments(error, component, at_call, name, path)
+        message = _wrong_arguments(error, component, at_call, fragment, path)
         if message:
             return message
     annotations = fragment.get('ann_file')
@@ -376,16 +376,19 @@ def _unknown_type(kind: Any, registry: Any, path: str) -> str:
 
 
 def _wrong_arguments(
-    error: TypeError, component: Any, at_call: bool, name: str, path: str
+    error: TypeError, component: Any, at_call: bool, fragment: dict, path: str
 ) -> str | None:
     text = str(error)
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
     missing = re.search(r'missing \d+ required \S+ arguments?: (.*)', text)
-    if not unexpected and not (missing and at_call):
-        return None
+    name, allowed = _name(fragment.get('type')), _arguments(component)
     if missing and not unexpected:
-        return f'{path}: {name} needs {missing[1]}, which the config does not give'
-    allowed = _arguments(component)
+        # Of a base class too, if it is the config that should have given it.
+        own = [word for word in re.findall(r"'(\w+)'", missing[1]) if word not in fragment]
+        if at_call or (own and set(own) <= set(allowed)):
+            return f'{path}: {name} needs {missing[1]}, which the config does not give'
+    if not unexpected:
+        return None
     if not at_call and unexpected[1] in allowed:
         return None
     return unknown_argument(path, name, unexpected[1], allowed)

@@ -141,6 +141,16 @@ def test_values_that_are_used_late(tmp_path, monkeypatch):
             {'train_dataloader.collate_fn': {'type': 'pseudo_collate', 'x': 1}},
             "train_dataloader.collate_fn: pseudo_collate has no argument 'x'",
         ),
+        ({'optim_wrapper': {'optimizer': {'lr': 1}}}, 'optim_wrapper.optimizer has no type'),
+        (
+            {
+                'optim_wrapper': {
+                    'optimizer': {'type': 'SGD'},
+                    'paramwise_cfg': {'custom_keys': {'a': {'decay_mult': 0}}},
+                }
+            },
+            'optim_wrapper.optimizer has no lr',
+        ),
         (
             {'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': None}}},
             'optim_wrapper.optimizer: lr=None must be float',

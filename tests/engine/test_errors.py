@@ -43,6 +43,12 @@ class Part(Base):
             PARTS.build({'type': 'Part', 'kind': 'bad'})
 
 
+@PARTS.register_module()
+class Inner(Part):
+    def __init__(self, name: str, **kwargs):
+        super().__init__(**kwargs)
+
+
 def explained(config: dict, cfg: dict | None = None) -> str | None:
     with pytest.raises(Exception) as info:
         PARTS.build(config)
@@ -59,6 +65,9 @@ def test_build_errors_name_the_key():
     )
     assert explained({'type': 'Part'}) == (
         "model.part: Part needs 'kind', which the config does not give"
+    )
+    assert explained({'type': 'Inner', 'name': 'x'}) == (
+        "model.part: Inner needs 'kind', which the config does not give"
     )
     assert explained({'type': 'Pat'}).startswith("model.part.type is 'Pat', which is not a reg")
     assert explained({'kind': 'x'}) is not None

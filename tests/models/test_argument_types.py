@@ -85,6 +85,8 @@ def test_options_of_torchvision():
     assert transformed('Resize', size=8, interpolation='bilinear').shape == (1, 2, 3, 8, 8)
     with pytest.raises(TypeError, match=r"'Resize' has no option 'sise'; allowed: size, interpol"):
         transformed('Resize', sise=8)
+    with pytest.raises(TypeError, match="'Resize' needs the option 'size'"):
+        transformed('Resize')
     for value in (['x'], {'a': 7}):
         with pytest.raises(ValueError, match='RandAugment: magnitude='):
             transformed('RandAugment', magnitude=value)

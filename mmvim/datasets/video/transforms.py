@@ -166,6 +166,9 @@ class VideoTransform:
             raise TypeError(
                 f'name={name!r} has no option {unknown[0]!r}; allowed: {", ".join(allowed)}'
             )
+        for parameter in parameters(kind):
+            if parameter.default is parameter.empty and parameter.name not in options:
+                raise TypeError(f'name={name!r} needs the option {parameter.name!r}')
         if isinstance(options.get('interpolation'), str):
             options['interpolation'] = InterpolationMode(options['interpolation'])
         self._options = options
