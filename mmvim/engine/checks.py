@@ -62,6 +62,8 @@ def check_config(cfg: Config, loops: tuple[str, ...], paths: bool = True) -> Non
         if value is not None and not isinstance(value, types):
             allowed = ' or '.join(kind.__name__ for kind in types)
             raise UserError(f'{key} must be {allowed}, not {value!r} ({type(value).__name__})')
+    if 'log_level' in cfg and cfg.log_level is None:
+        raise UserError('log_level must be str or int, not None')
     if cfg.get('model') is None:
         raise UserError(f'the config {cfg.filename!r} has no model')
     for loop in loops:

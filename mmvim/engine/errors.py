@@ -149,7 +149,7 @@ def _part_of(steps: list, cfg: dict, nodes: list[tuple[str, dict]]) -> str | Non
             if paths:
                 # The whole of what the function works for, not a part of it.
                 least = min(path.count('.') for path in paths)
-                return ' or '.join(path for path in paths if path.count('.') == least)
+                return ' or '.join([path for path in paths if path.count('.') == least][:8])
     return None
 
 

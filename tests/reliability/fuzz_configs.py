@@ -215,7 +215,7 @@ def _judge(error: Exception, cfg: Any, case: dict) -> tuple[str, str]:
         if line is None:
             raise error
     # The leaf, what it belongs to, or a file that is not there.
-    named = path[-1] in line or '.'.join(path[:-1]) in line or path[0] in line
+    named = any('.'.join(part) in line for part in (path[-1:], path[:-1], path[:1]) if part)
     named = named or 'does not exist' in line or 'No such file' in line or 'cannot load' in line
     if not named:
         raise AssertionError(f'the message does not name {".".join(path)}: {line}') from error
