@@ -9,6 +9,7 @@ import sys
 import tarfile
 import textwrap
 import threading
+import urllib.request
 from functools import partial
 from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -435,6 +436,31 @@ def test_names_of_videos_are_no_addresses(server, tmp_path, monkeypatch):
     local.parent.mkdir(parents=True)
     write_video(local, coded_frames(16, 32, 32))
     assert len(VideoReader(f'{address}/a.mp4')) == 16
+
+
+def test_lists_of_data_may_name_files_elsewhere_but_no_addresses(server, tmp_path):
+    """Lists of one's own data have absolute paths, ``..`` and links; an address is only a name."""
+    datasets = pytest.importorskip('mmpretrain.datasets')
+    from PIL import Image
+
+    folder, address = server
+    data = tmp_path / 'data'
+    data.mkdir()
+    Image.new('RGB', (8, 8), (255, 0, 0)).save(folder / 'a.png')
+    (data / 'link.png').symlink_to(folder / 'a.png')
+    names = [str(folder / 'a.png'), '../served/a.png', 'link.png', f'{address}/a.png']
+    (tmp_path / 'list.txt').write_text(''.join(f'{name} 0\n' for name in names))
+    dataset = datasets.CustomDataset(
+        ann_file=str(tmp_path / 'list.txt'), data_prefix=str(data),
+        pipeline=[dict(type='LoadImageFromFile')],
+    )  # fmt: skip
+    for index in range(3):
+        assert dataset.prepare_data(index)['img'].shape == (8, 8, 3)
+    # The picture is there to be fetched.
+    with urllib.request.urlopen(f'{address}/a.png') as answer:
+        assert answer.status == 200
+    with pytest.raises((OSError, KeyError, ValueError)):
+        dataset.prepare_data(3)
 
 
 def test_hash_in_name():
