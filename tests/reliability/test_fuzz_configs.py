@@ -77,7 +77,11 @@ def test_unchanged_is_valid(path, sandbox):
 def test_every_leaf(sandbox, count):
     """MMVIM_FUZZ_CHANGES sets how many of the changes each leaf goes through, drawn anew."""
     each = int(os.environ.get('MMVIM_FUZZ_CHANGES', '3'))
-    check(sandbox, changes(leaves(sandbox, NAMES), each, random.randrange(2**32)), count)
+    check(
+        sandbox,
+        changes(leaves(sandbox, NAMES), each, random.SystemRandom().randrange(2**32)),
+        count,
+    )
 
 
 @pytest.mark.slow
