@@ -1,7 +1,6 @@
 """Options of the command line, and checks that need no run."""
 
 import os
-import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,6 +9,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.fileio import dump, get_file_backend
 from mmengine.registry import DATASETS
+from ports import free_port
 
 from mmvim.engine import atomic_io, checks, distributed
 from mmvim.engine.errors import UserError
@@ -204,9 +204,7 @@ def test_launchers_need_their_environment(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the CPU path')
 def test_slurm_on_cpu(tmp_path, monkeypatch):
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        port = sock.getsockname()[1]
+    port = int(free_port())
     script = tmp_path / 'scontrol'
     script.write_text('#!/bin/sh\n[ "$3" = "node[1-2]" ] && echo 127.0.0.1 && echo 10.0.0.2\n')
     script.chmod(0o755)

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from torch.testing import assert_close
 
 pytest.importorskip('mmpretrain')
 
+from ports import free_port
 from runs import Runs, write_images
 
 HERE = Path(__file__).parent
@@ -67,12 +67,6 @@ env_cfg = dict(dist_cfg=dict(backend='nccl'))
 visualizer = dict(type='UniversalVisualizer', vis_backends=[dict(type='LocalVisBackend')])
 randomness = dict(seed=0)
 """
-
-
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        return str(sock.getsockname()[1])
 
 
 @pytest.fixture(scope='module')

@@ -1,16 +1,10 @@
 """The shell scripts: torchrun with two CPU processes, and Slurm's command lines."""
 
 import json
-import socket
 
 import pytest
 import torch
-
-
-def free_port() -> str:
-    with socket.socket() as sock:
-        sock.bind(('127.0.0.1', 0))
-        return str(sock.getsockname()[1])
+from ports import free_port
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the CPU path')
