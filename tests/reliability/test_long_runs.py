@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip('mmengine')
 
+from narrow import narrow_mambavision
+
 import mmvim
 from mmvim import ops
 
@@ -20,15 +22,7 @@ BUILD = {
     'videomamba': lambda: mmvim.VideoMamba(
         arch=dict(embed_dims=24, depth=2), img_size=32, patch_size=8
     ),
-    'mambavision': lambda: mmvim.MambaVision(
-        arch=dict(
-            mmvim.MambaVision.arch_zoo['tiny'],
-            embed_dims=8,
-            stem_dims=8,
-            depths=(1, 1, 2, 2),
-            num_heads=(2, 4),
-        )
-    ),
+    'mambavision': narrow_mambavision,
 }
 
 

@@ -18,6 +18,7 @@ pytest.importorskip('mmpretrain')
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
+from narrow import narrow_mambavision
 
 import mmvim
 
@@ -43,16 +44,7 @@ FAMILIES = {
     ),
     'mambavision': (
         'mambavision/mambavision-tiny_32xb128_in1k.py',
-        lambda: mmvim.MambaVision(
-            arch=dict(
-                mmvim.MambaVision.arch_zoo['tiny'],
-                embed_dims=8,
-                stem_dims=8,
-                depths=(1, 1, 2, 2),
-                num_heads=(2, 4),
-            ),
-            drop_path_rate=0.05,
-        ),
+        lambda: narrow_mambavision(drop_path_rate=0.05),
         64,
     ),
 }
