@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -71,12 +72,11 @@ class VideoReader:
         try:
             # FFmpeg would take the relative path http:/a/b.mp4 for an address.
             self._container = av.open(os.path.abspath(self.path), **options)
-        except av.error.ArgumentError as error:
-            raise VideoSampleError(
-                f'cannot open the video {self.path!r}: a playlist, or of a kind that is not read'
-            ) from error
         except (self._error, ValueError) as error:
-            reason = getattr(error, 'strerror', None) or error
+            if getattr(error, 'errno', None) == errno.EINVAL:
+                reason = 'a playlist, or of a kind that is not read'
+            else:
+                reason = getattr(error, 'strerror', None) or error
             raise VideoSampleError(f'cannot open the video {self.path!r}: {reason}') from error
         try:
             if not self._container.streams.video:
