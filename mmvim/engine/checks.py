@@ -148,7 +148,7 @@ def _check_hooks_and_loops(cfg: Config) -> None:
             component = _found(node.get('type', default.get(path)), registry)
             # Declarations of other packages are often narrower than what they accept.
             if getattr(component, '__module__', '').startswith(('mmengine.', 'mmvim.')):
-                _check_types(component, node, path)
+                _check_types(component, node, path, none=registry is LOOPS)
 
 
 def _found(kind: Any, registry: Registry) -> Any:

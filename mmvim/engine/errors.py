@@ -325,7 +325,10 @@ def _failed_build(error, frames, cfg):
     if 'type' not in fragment:
         return f'{path or "config"}: {_text(error)}'
     if component is None:
-        return _unknown_type(fragment['type'], registry, path)
+        message = _unknown_type(fragment['type'], registry, path)
+        if cfg is not None and not cfg.get('default_scope') and '.' not in str(fragment['type']):
+            message += '; the config has no default_scope, so the name needs one (mmdet.…)'
+        return message
     component = _class_of(component, fragment, registry)
     if isinstance(error, TypeError):
         at_call = frame is frames[-1] or _module(frames[-1]) == 'mmvim.registry'

@@ -115,6 +115,7 @@ def test_values_that_are_used_late(tmp_path, monkeypatch):
             "default_hooks.checkpoint: interval='3' must be int",
         ),
         ({'custom_hooks': [{'type': 'EMAHook', 'begin_iter': []}]}, 'custom_hooks.0: begin_iter'),
+        ({'train_cfg': {'max_epochs': None}}, 'train_cfg: max_epochs=None must be int'),
         ({'log_processor': {'window_size': 'x'}}, 'log_processor: window_size'),
         ({'randomness': {'seed': ['x']}}, 'randomness: seed'),
         ({'env_cfg': {'mp_cfg': 3}}, 'env_cfg.mp_cfg must be dict'),

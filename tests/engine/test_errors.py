@@ -69,7 +69,11 @@ def test_build_errors_name_the_key():
     assert explained({'type': 'Inner', 'name': 'x'}) == (
         "model.part: Inner needs 'kind', which the config does not give"
     )
-    assert explained({'type': 'Pat'}).startswith("model.part.type is 'Pat', which is not a reg")
+    unknown = explained({'type': 'Pat'})
+    assert unknown.startswith("model.part.type is 'Pat', which is not a reg")
+    assert 'the config has no default_scope' in unknown
+    scoped = {'model': {'part': {'type': 'Pat'}}, 'default_scope': 'mmdet'}
+    assert 'default_scope' not in explained({'type': 'Pat'}, scoped)
     assert explained({'kind': 'x'}) is not None
     nested = {'model': {'outer': {'type': 'Part', 'kind': 'deep', 'inner': [{'type': 'Part'}]}}}
     nested['model']['outer']['inner'][0]['kind'] = 'bad'
