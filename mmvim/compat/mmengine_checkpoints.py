@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import importlib
 import os
 import pickle
 import re
@@ -152,7 +153,9 @@ def _allowed() -> tuple:
     import numpy as np
     from mmengine.logging.history_buffer import HistoryBuffer
 
-    core = np._core if hasattr(np, '_core') else np.core
+    # NumPy 1.26 has a numpy._core too, which is only a name.
+    core = 'numpy._core' if int(np.__version__.partition('.')[0]) >= 2 else 'numpy.core'
+    multiarray = importlib.import_module(f'{core}.multiarray')
     # Text, raw bytes and numbers; not objects, whose content could be anything.
     kinds = [np.dtype(code) for code in (*'?bhilqBHILQefdFD', 'S1', 'U1')]
     return (
@@ -164,7 +167,7 @@ def _allowed() -> tuple:
         *{type(kind) for kind in kinds},
         # Files of NumPy 1 name the one module, files of NumPy 2 the other.
         *(
-            (getattr(core.multiarray, name), f'numpy.{package}.multiarray.{name}')
+            (getattr(multiarray, name), f'numpy.{package}.multiarray.{name}')
             for package in ('core', '_core')
             for name in ('_reconstruct', 'scalar')
         ),
