@@ -28,6 +28,7 @@ from .config_keys import RUNNER_KEYS, walk_dicts
 from .errors import UserError, did_you_mean, unknown_argument
 from .tasks import TASKS
 
+_LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG', 'NOTSET', 'FATAL', 'WARN')
 _LOOPS = {'train': 'optim_wrapper', 'val': 'val_evaluator', 'test': 'test_evaluator'}
 
 
@@ -62,8 +63,9 @@ def check_config(cfg: Config, loops: tuple[str, ...], paths: bool = True) -> Non
         if value is not None and not isinstance(value, types):
             allowed = ' or '.join(kind.__name__ for kind in types)
             raise UserError(f'{key} must be {allowed}, not {value!r} ({type(value).__name__})')
-    if 'log_level' in cfg and cfg.log_level is None:
-        raise UserError('log_level must be str or int, not None')
+    level = cfg.get('log_level', 'INFO')
+    if level is None or (isinstance(level, str) and level not in _LEVELS):
+        raise UserError(f'log_level must be int or one of {", ".join(_LEVELS)}, not {level!r}')
     if cfg.get('model') is None:
         raise UserError(f'the config {cfg.filename!r} has no model')
     for loop in loops:

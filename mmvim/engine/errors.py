@@ -326,8 +326,12 @@ def _failed_build(error, frames, cfg):
         return f'{path or "config"}: {_text(error)}'
     if component is None:
         message = _unknown_type(fragment['type'], registry, path)
-        if cfg is not None and not cfg.get('default_scope') and '.' not in str(fragment['type']):
+        scope = None if cfg is None else cfg.get('default_scope')
+        bare = cfg is not None and '.' not in str(fragment['type'])
+        if bare and not scope:
             message += '; the config has no default_scope, so the name needs one (mmdet.…)'
+        elif bare and scope != getattr(registry, 'scope', scope):
+            message += f'; default_scope is {scope!r}'
         return message
     component = _class_of(component, fragment, registry)
     if isinstance(error, TypeError):

@@ -57,7 +57,7 @@ def selective_scan_fn(
     check.check_activation('u', u, 'b d l')
     check.check_rank('A', A, 'd n')
     for name, value in (('delta', delta), ('z', z)):
-        if value is not None:
+        if value is not None or name == 'delta':
             check.check_tensor(name, value)
             check.check_shape(name, value, 'b d l', u.shape)
     check.check_flag('return_last_state', return_last_state)

@@ -115,6 +115,8 @@ def test_values_that_are_used_late(tmp_path, monkeypatch):
             "default_hooks.checkpoint: interval='3' must be int",
         ),
         ({'custom_hooks': [{'type': 'EMAHook', 'begin_iter': []}]}, 'custom_hooks.0: begin_iter'),
+        ({'log_level': None}, 'log_level must be int or one of CRITICAL, '),
+        ({'log_level': 'LOUD'}, "not 'LOUD'"),
         ({'train_cfg': {'max_epochs': None}}, 'train_cfg: max_epochs=None must be int'),
         ({'log_processor': {'window_size': 'x'}}, 'log_processor: window_size'),
         ({'randomness': {'seed': ['x']}}, 'randomness: seed'),

@@ -73,6 +73,8 @@ def test_build_errors_name_the_key():
     assert unknown.startswith("model.part.type is 'Pat', which is not a reg")
     assert 'the config has no default_scope' in unknown
     scoped = {'model': {'part': {'type': 'Pat'}}, 'default_scope': 'mmdet'}
+    assert explained({'type': 'Pat'}, scoped).endswith("; default_scope is 'mmdet'")
+    scoped['default_scope'] = PARTS.scope
     assert 'default_scope' not in explained({'type': 'Pat'}, scoped)
     assert explained({'kind': 'x'}) is not None
     nested = {'model': {'outer': {'type': 'Part', 'kind': 'deep', 'inner': [{'type': 'Part'}]}}}

@@ -121,6 +121,7 @@ def test_selective_scan_fn_positional_and_bare():
         ({'u': torch.zeros(B, D)}, ValueError, r'^u must have the axes \(b, d, l\)'),
         ({'A': torch.ones(D, N)}, ValueError, r'^A must be negative'),
         ({'A': torch.tensor(-1.0)}, ValueError, r'A must have the axes'),
+        ({'delta': None}, TypeError, r'^delta must be'),
     ],
 )
 def test_selective_scan_fn_bad_input(changes, error, message):
