@@ -115,7 +115,12 @@ def _check_types(component: Any, given: Any, path: str, none: bool = False) -> N
 
 
 def _check_environment(cfg: Config) -> None:
-    _check_types(_randomness, cfg.get('randomness'), 'randomness')
+    randomness = cfg.get('randomness')
+    if randomness is not None:
+        _check_types(_randomness, randomness, 'randomness')
+        seed = randomness.get('seed', -1)
+        if seed is not None and not 0 <= seed < 2**32:
+            raise UserError('randomness.seed must be given: None, or an integer in 0 .. 2**32 - 1')
     environment = cfg.get('env_cfg') or {}
     for key, function in (('mp_cfg', set_multi_processing), ('dist_cfg', init_dist)):
         part = environment.get(key)
