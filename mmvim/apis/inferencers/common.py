@@ -247,7 +247,9 @@ class EngineInference(Inference):
         cfg = load_config(model)
         # Pictures are drawn on demand, and nothing else is written.
         cfg.visualizer.vis_backends = None
-        super().__init__(model=cfg, weights=weights, device=device, show_progress=False, **options)
+        super().__init__(model=cfg, weights=weights, device=device, **options)
+        # No argument: the inferencer of OpenMMLab's mmsegmentation takes none.
+        self.show_progress = False
 
     def _init_model(self, cfg: Any, weights: Any, device: Any = 'cpu') -> nn.Module:
         return make_model(self._given_name, cfg, weights).to(device)
