@@ -1,60 +1,11 @@
 """Small helpers shared by the layers."""
 
-import math
-from collections.abc import Sequence
-from numbers import Real
-
 import torch
 from torch import Tensor
 
+from mmvim._checks import check_choice
+
 _BACKENDS = ('auto', 'compiled', 'torch')
-
-
-def check_choice(name: str, value: object, allowed: tuple) -> None:
-    """Raise ValueError, naming the argument and what is allowed, unless ``value`` is allowed."""
-    if value not in allowed:
-        options = ', '.join(repr(a) for a in allowed)
-        raise ValueError(f'{name}={value!r} is unknown; allowed: {options}')
-
-
-def check_positive(**sizes: int) -> None:
-    """Raise ValueError for the first size that is not a positive integer."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f'{name}={value!r} must be a positive integer')
-
-
-def check_flags(**flags: bool) -> None:
-    """Raise ValueError for the first flag that is neither True nor False."""
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f'{name}={value!r} must be True or False')
-
-
-def check_number(name: str, value: object, least: float, below: float = math.inf) -> None:
-    """Raise ValueError unless ``value`` is a number in [least, below)."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not least <= value < below:
-        allowed = f'of at least {least}' if below == math.inf else f'in [{least}, {below})'
-        raise ValueError(f'{name}={value!r} must be a number {allowed}')
-
-
-def check_numbers(name: str, values: object) -> None:
-    """Raise ValueError unless ``values`` is a sequence of numbers."""
-    if not isinstance(values, Sequence) or not all(
-        isinstance(v, Real) and not isinstance(v, bool) for v in values
-    ):
-        raise ValueError(f'{name}={values!r} must be a sequence of numbers')
-
-
-def check_indices(name: str, value: object) -> tuple[int, ...]:
-    """Return an integer or a sequence of integers as a tuple; raise ValueError for others."""
-    indices = tuple(value) if isinstance(value, Sequence) else (value,)
-    if isinstance(value, str) or any(
-        isinstance(i, bool) or not isinstance(i, int) for i in indices
-    ):
-        raise ValueError(f'{name}={value!r} must be an integer or a sequence of integers')
-    return indices
 
 
 def resolve_backend(ops_backend: str) -> str | None:

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from mmvim import ops
+from mmvim._checks import check_choice
 from mmvim.ops.bidirectional import bidirectional_scan_unchecked
 
-from ._common import as_param_dtype, check_choice
+from ._common import as_param_dtype
 from ._fused import Direction, Options, bimamba, is_plain, wants_gradient
 from .conv import CausalConv1d
 from .mamba import DeltaProjection, MixerBase

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mmvim import ops
+from mmvim._checks import check_choice, check_positive
 
-from ._common import check_choice, check_positive, resolve_backend
+from ._common import resolve_backend
 
 
 class CausalConv1d(nn.Module):

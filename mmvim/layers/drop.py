@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from ._common import check_number
+from mmvim._checks import check_number
 
 
 class DropPath(nn.Module):

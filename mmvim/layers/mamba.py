@@ -8,16 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvim import ops
+from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.ops.selective_scan import selective_scan_unchecked
 
-from ._common import (
-    as_param_dtype,
-    check_choice,
-    check_flags,
-    check_number,
-    check_positive,
-    resolve_backend,
-)
+from ._common import as_param_dtype, resolve_backend
 from .conv import CausalConv1d
 
 _TWO_TAP = ('foh_hold', 'tustin')

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvim import ops
+from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.ops.selective_scan import selective_scan_unchecked
 
-from ._common import as_param_dtype, check_choice, check_flags, check_number, check_positive
+from ._common import as_param_dtype
 from ._fused import Direction, Options, half_scan, is_plain, wants_gradient
 from .conv import CausalConv1d
 from .mamba import DeltaProjection, MixerBase

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmvim._checks import check_positive
 from mmvim.ops._autocast import autocast_dtype
 
-from ._common import check_positive
 from ._fused import is_plain, wants_gradient
 
 

@@ -5,15 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvim import ops
+from mmvim._checks import check_choice, check_flags, check_number, check_positive
 
-from ._common import (
-    as_param_dtype,
-    check_choice,
-    check_flags,
-    check_number,
-    check_positive,
-    resolve_backend,
-)
+from ._common import as_param_dtype, resolve_backend
 
 
 class RMSNorm(nn.Module):

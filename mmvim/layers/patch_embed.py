@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmvim._checks import check_positive
 from mmvim.ops._autocast import autocast_dtype
 
-from ._common import check_positive
 from ._fused import is_plain
 
 

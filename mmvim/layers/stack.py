@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ._common import check_choice, check_number, check_positive
+from mmvim._checks import check_choice, check_number, check_positive
+
 from .bimamba import BiMamba
 from .drop import DropPath
 from .mamba import Mamba, MambaState

@@ -3,7 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._common import as_param_dtype, check_positive
+from mmvim._checks import check_positive
+
+from ._common import as_param_dtype
 from .patch_embed import PatchEmbed, embed_patches
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 
-from mmvim.layers._common import check_positive
+from mmvim._checks import check_positive
 from mmvim.registry import DATASETS
 
 _EXTENSIONS = ('.mp4', '.webm', '.mkv', '.avi', '.mov')

@@ -16,7 +16,7 @@ from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from torch import Tensor
 
-from mmvim.layers._common import check_flags, check_number, check_numbers, check_positive
+from mmvim._checks import check_flags, check_number, check_numbers, check_positive
 from mmvim.registry import TRANSFORMS
 from mmvim.utils.argument_types import misfits, parameters
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mmvim._checks import check_choice, check_flags, check_indices, check_number, check_positive
 from mmvim.layers import (
     Attention,
     DropPath,
@@ -29,13 +30,6 @@ from mmvim.layers import (
     Mlp,
     window_partition,
     window_reverse,
-)
-from mmvim.layers._common import (
-    check_choice,
-    check_flags,
-    check_indices,
-    check_number,
-    check_positive,
 )
 from mmvim.layers._fused import is_plain
 from mmvim.layers.patch_embed import to_2tuple

@@ -17,13 +17,13 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.layers import (
     PatchEmbed,
     TubeletEmbed,
     resize_pos_embed,
     resize_temporal_pos_embed,
 )
-from mmvim.layers._common import check_choice, check_flags, check_number, check_positive
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
 

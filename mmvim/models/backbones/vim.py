@@ -17,6 +17,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.layers import (
     CLS_TOKEN_PLACES,
     PatchEmbed,
@@ -27,7 +28,6 @@ from mmvim.layers import (
     split_tokens,
     token_positions,
 )
-from mmvim.layers._common import check_choice, check_flags, check_number, check_positive
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
 

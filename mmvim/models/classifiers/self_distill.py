@@ -11,8 +11,8 @@ from mmpretrain.models import ImageClassifier
 from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
+from mmvim._checks import check_number
 from mmvim.layers import RMSNorm
-from mmvim.layers._common import check_number
 
 
 class SelfDistillClassifier(ImageClassifier):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmvim._checks import check_number, check_positive
 from mmvim.layers import LayerNorm2d
-from mmvim.layers._common import check_number, check_positive
 from mmvim.registry import MODELS
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmvim._checks import check_choice
 from mmvim.layers import MambaState
-from mmvim.layers._common import check_choice
 
 from ..utils.checkpoint import keys_under, rename_keys, strip_prefixes, unwrap_state_dict
 from .model import StreamingVideoMamba

@@ -13,8 +13,8 @@ from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mmvim._checks import check_choice, check_positive
 from mmvim.layers import MambaState, resize_pos_embed
-from mmvim.layers._common import check_choice, check_positive
 from mmvim.layers.mamba import _TWO_TAP
 from mmvim.registry import MODELS
 

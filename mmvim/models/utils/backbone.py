@@ -15,6 +15,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmvim._checks import check_choice, check_flags, check_indices, check_number, check_positive
 from mmvim.layers import (
     DropPath,
     MambaBlock,
@@ -23,13 +24,6 @@ from mmvim.layers import (
     resize_pos_embed,
     split_tokens,
     token_positions,
-)
-from mmvim.layers._common import (
-    check_choice,
-    check_flags,
-    check_indices,
-    check_number,
-    check_positive,
 )
 from mmvim.layers.position import RESIZE_MODES
 

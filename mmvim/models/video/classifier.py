@@ -6,7 +6,7 @@ import torch
 from mmpretrain.models import ImageClassifier
 from torch import Tensor
 
-from mmvim.layers._common import check_positive
+from mmvim._checks import check_positive
 
 
 class VideoClassifier(ImageClassifier):

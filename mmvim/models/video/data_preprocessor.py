@@ -8,7 +8,7 @@ import torch
 from mmengine.model import BaseDataPreprocessor
 from torch import Tensor
 
-from mmvim.layers._common import check_numbers, check_positive
+from mmvim._checks import check_numbers, check_positive
 from mmvim.registry import MODELS
 
 
