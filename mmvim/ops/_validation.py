@@ -117,7 +117,7 @@ def check_scan(
         raise ValueError(f'{name_A} must have 1 to {MAX_STATES} states, got shape {tuple(A.shape)}')
     check_shape(name_A, A, 'd n', (d, n))
     for name, value in (('delta', delta), ('z', z)):
-        if value is not None:
+        if value is not None or name == 'delta':
             check_tensor(name + suffix, value)
             check_shape(name + suffix, value, 'b l d', (b, length, d))
             check_dtype(name + suffix, value, u.dtype, why=f'as {name_u}')
@@ -149,7 +149,7 @@ def check_scan(
             check_device(name + suffix, value, name_u, u.device)
 
 
-def check_negative(name: str, A: Tensor) -> None:
+def check_negative(name: str, A: Tensor, u: Tensor) -> None:
     """Refuse an A that is not negative, without looking twice at the same values.
 
     Looking costs a synchronisation on a GPU, so what was seen is remembered on the tensor, with its
@@ -158,8 +158,11 @@ def check_negative(name: str, A: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or not isinstance(A, Tensor):
         return
-    # What is no matrix of parameters is refused, by name, when all arguments are checked.
+    # What is no matrix of parameters, or not u's, is refused when all arguments are checked.
     if A.is_nested or A.layout != torch.strided or A.is_meta or A.dtype not in ACTIVATION_DTYPES:
+        return
+    channels = u.shape[-1:] if isinstance(u, Tensor) and not u.is_nested else None
+    if A.dim() != 2 or A.shape[1] > MAX_STATES or A.shape[:1] != channels:
         return
     version = None if A.is_inference() else A._version
     if version is not None and getattr(A, '_mmvim_negative', None) == version:

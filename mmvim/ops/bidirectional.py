@@ -60,7 +60,8 @@ def bidirectional_scan(
         RuntimeError: If compiled kernels are demanded and there are none.
     """
     for name, inputs in (('forward', forward), ('backward', backward)):
-        check.check_negative(f'A of {name}', _inputs(name, inputs).A)
+        given = _inputs(name, inputs)
+        check.check_negative(f'A of {name}', given.A, given.u)
     return bidirectional_scan_unchecked(
         forward,
         backward,

@@ -234,6 +234,7 @@ def causal_conv1d_update(
     check.check_activation('x', x, 'b d l')
     check.check_rank('conv_state', conv_state, 'b d s')
     check.check_rank('weight', weight, 'd w')
+    check.check_dtype('conv_state', conv_state, *check.ACTIVATION_DTYPES, why='it holds inputs')
     check.check_device('conv_state', conv_state, 'x', x.device)
     b, d, length = x.shape
     size, reach = conv_state.shape[2], weight.shape[1] - 1

@@ -77,7 +77,7 @@ def selective_scan(
         ValueError: For a wrong shape, device, method or value (A must be negative).
         RuntimeError: If compiled kernels are demanded and there are none.
     """
-    check.check_negative('A', A)
+    check.check_negative('A', A, u)
     return selective_scan_unchecked(
         u,
         delta,

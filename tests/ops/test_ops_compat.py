@@ -274,6 +274,7 @@ def test_causal_conv1d_update_gives_gradients():
     [
         ({'conv_state': torch.zeros(B, D, 2)}, ValueError, 'must hold at least w-1 = 3 inputs'),
         ({'conv_state': torch.zeros(B, D + 1, 3)}, ValueError, 'conv_state must have shape'),
+        ({'conv_state': torch.zeros(B, D, 3) + 0j}, TypeError, 'conv_state must be torch.float32'),
         ({'cache_seqlens': torch.zeros(B)}, TypeError, 'cache_seqlens must be torch.int32 or'),
         ({'conv_state_indices': torch.zeros(3).int()}, ValueError, 'conv_state_indices must have'),
         ({'conv_state_indices': torch.arange(B) - 1}, ValueError, 'must be rows of conv_state'),

@@ -30,6 +30,7 @@ SCAN_ERRORS = [
     ({'u': t(2, 5)}, ValueError, r'^u must have the axes \(b, l, d\), got shape \(2, 5\)'),
     ({'u': t(2, 5, 4, dtype=torch.int64)}, TypeError, r'^u must have one of .*got torch.int64'),
     ({'u': t(2, 5, 4).to_sparse()}, TypeError, r'^u must be a dense .* got layout torch.sparse'),
+    ({'delta': None}, TypeError, r'^delta must be a tensor, got NoneType'),
     ({'delta': t(2, 5, 1)}, ValueError, r'^delta must have shape .* \(2, 5, 4\), got \(2, 5, 1\)'),
     ({'delta': t(2, 5, 4, dtype=torch.bfloat16)}, TypeError, r'^delta must be torch.float32 .*got'),
     ({'z': t(1, 5, 4)}, ValueError, r'^z must have shape .*= \(2, 5, 4\), got \(1, 5, 4\)'),
@@ -38,6 +39,9 @@ SCAN_ERRORS = [
     ({'A': t(5, 3)}, ValueError, r'^A must have shape \(d, n\) = \(4, 3\), got \(5, 3\)'),
     ({'A': t(4, 257)}, ValueError, r'^A must have 1 to 256 states, got shape \(4, 257\)'),
     ({'A': t(4, 0)}, ValueError, r'^A must have 1 to 256 states'),
+    # To look at all values of these would take minutes.
+    ({'A': t(4, 1).expand(4, 2**40)}, ValueError, r'^A must have 1 to 256 states'),
+    ({'A': t(1, 3).expand(2**40, 3)}, ValueError, r'^A must have shape \(d, n\) = \(4, 3\)'),
     (
         {'A': t(4, 3, dtype=torch.float16)},
         TypeError,
