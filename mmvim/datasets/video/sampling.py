@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from mmvim._checks import check_positive
+
 
 def uniform_indices(total: int, num_frames: int, num_clips: int | None = None) -> np.ndarray:
     """Frames spread over the whole video: one of each of ``num_frames`` equal segments (TSN).
@@ -18,14 +20,14 @@ def uniform_indices(total: int, num_frames: int, num_clips: int | None = None) -
         np.ndarray: (clips, num_frames) int64, ascending. In a video shorter than ``num_frames``
         frames repeat.
     """
-    _check(total=total, num_frames=num_frames)
+    check_positive(total=total, num_frames=num_frames)
     size = (total - 1) / num_frames
     starts = np.round(size * np.arange(num_frames + 1)).astype(np.int64)
     if num_clips is None:
         spread = starts[1:] - starts[:-1]
         draw = torch.rand(num_frames, dtype=torch.float64).numpy()
         return (starts[:-1] + np.floor(draw * (spread + 1)).astype(np.int64))[None]
-    _check(num_clips=num_clips)
+    check_positive(num_clips=num_clips)
     offsets = (size / (num_clips + 1) * np.arange(1, num_clips + 1)).astype(np.int64)
     return np.minimum(starts[:-1] + offsets[:, None], total - 1)
 
@@ -47,12 +49,12 @@ def dense_indices(
         np.ndarray: (clips, num_frames) int64. In a video shorter than a clip the last frame
         repeats.
     """
-    _check(total=total, num_frames=num_frames, interval=interval)
+    check_positive(total=total, num_frames=num_frames, interval=interval)
     room = max(total - ((num_frames - 1) * interval + 1), 0)
     if num_clips is None:
         starts = torch.randint(room + 1, (1,)).numpy()
     else:
-        _check(num_clips=num_clips)
+        check_positive(num_clips=num_clips)
         places = [room / 2] if num_clips == 1 else np.linspace(0, room, num_clips)
         starts = np.floor(places).astype(np.int64)
     return np.minimum(starts[:, None] + interval * np.arange(num_frames), total - 1)
@@ -74,9 +76,3 @@ def at_regular_times(indices: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
     times = timestamps[0] + (timestamps[-1] - timestamps[0]) * indices / (total - 1)
     slack = 1e-6 * (timestamps[-1] - timestamps[0])
     return np.clip(np.searchsorted(timestamps, times + slack, side='right') - 1, 0, total - 1)
-
-
-def _check(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f'{name}={value!r} must be a positive integer')
