@@ -131,13 +131,18 @@ def _check_activation(activation: str | None) -> bool:
     return activation == 'silu'
 
 
-def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = '') -> None:
-    d = x.shape[2]
-    name = f'weight{suffix}'
+def check_width(name: str, weight: Tensor) -> None:
+    """Check that there are (d, w) weights, of a width that the ops have."""
     check.check_tensor(name, weight)
     check.check_rank(name, weight, 'd w')
     if weight.shape[1] not in WIDTHS:
         raise ValueError(f'{name} must have a width in {WIDTHS}, got shape {tuple(weight.shape)}')
+
+
+def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = '') -> None:
+    d = x.shape[2]
+    name = f'weight{suffix}'
+    check_width(name, weight)
     check.check_shape(name, weight, 'd w', (d, weight.shape[1]))
     for name, value in ((f'weight{suffix}', weight), (f'bias{suffix}', bias)):
         if value is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import _validation as check
 from ._library import compute_dtype
-from .causal_conv1d import causal_conv1d
+from .causal_conv1d import causal_conv1d, check_width
 from .selective_scan import selective_scan
 
 
@@ -117,8 +117,7 @@ def _check_conv_state(name: str, state: Tensor | None, x: Tensor, weight: Tensor
     if state is None:
         return
     check.check_tensor(name, state)
-    check.check_tensor('weight', weight)
-    check.check_rank('weight', weight, 'd w')
+    check_width('weight', weight)
     check.check_shape(name, state, 'b d w-1', (*x.shape[:2], weight.shape[1] - 1))
     check.check_dtype(name, state, x.dtype, compute_dtype(x.dtype), why=f'x is {x.dtype}')
     check.check_device(name, state, 'x', x.device)
@@ -156,8 +155,10 @@ def causal_conv1d_fn(
     """
     if seq_idx is not None:
         raise NotImplementedError('seq_idx is not supported: give each sequence a row of its own')
-    if final_states_out is not None and not return_final_states:
-        raise ValueError('final_states_out needs return_final_states=True')
+    if final_states_out is not None:
+        if not return_final_states:
+            raise ValueError('final_states_out needs return_final_states=True')
+        check.check_tensor('final_states_out', final_states_out)
     check.check_activation('x', x, 'b d l')
     check.check_flag('return_final_states', return_final_states)
     _check_conv_state('initial_states', initial_states, x, weight)
@@ -233,7 +234,7 @@ def causal_conv1d_update(
         ).squeeze(-1)
     check.check_activation('x', x, 'b d l')
     check.check_rank('conv_state', conv_state, 'b d s')
-    check.check_rank('weight', weight, 'd w')
+    check_width('weight', weight)
     check.check_dtype('conv_state', conv_state, *check.ACTIVATION_DTYPES, why='it holds inputs')
     check.check_device('conv_state', conv_state, 'x', x.device)
     b, d, length = x.shape

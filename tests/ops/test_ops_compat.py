@@ -184,6 +184,16 @@ def test_causal_conv1d_fn_writes_final_states():
         ({'final_states_out': torch.zeros(B, D, 3)}, ValueError, 'needs return_final_states'),
         ({'activation': 'gelu'}, ValueError, "activation must be None, 'silu' or 'swish', got"),
         (
+            {'weight': torch.zeros(D, 0), 'initial_states': torch.zeros(B, D, 3)},
+            ValueError,
+            r'weight must have a width in \(2, 3, 4\), got shape \(6, 0\)',
+        ),
+        (
+            {'return_final_states': True, 'final_states_out': [0.0]},
+            TypeError,
+            'final_states_out must be a tensor, got list',
+        ),
+        (
             {'return_final_states': True, 'final_states_out': torch.zeros(B, D, 4)},
             ValueError,
             'final_states_out must have shape',
@@ -193,7 +203,7 @@ def test_causal_conv1d_fn_writes_final_states():
 def test_causal_conv1d_fn_bad_input(options, error, message):
     x, weight, bias, _ = conv_inputs('cpu')
     with pytest.raises(error, match=message):
-        causal_conv1d_fn(x, weight, bias, **options)
+        causal_conv1d_fn(**{'x': x, 'weight': weight, 'bias': bias} | options)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
@@ -285,6 +295,21 @@ def test_causal_conv1d_update_gives_gradients():
             'conv_state_indices must be rows of conv_state, which has 0',
         ),
         ({'activation': 'relu'}, ValueError, 'activation must be'),
+        (
+            {'weight': torch.zeros(D, 0), 'cache_seqlens': torch.zeros(B).int()},
+            ValueError,
+            r'weight must have a width in \(2, 3, 4\), got shape \(6, 0\)',
+        ),
+        (
+            # A width that wants no state beside a state of no inputs.
+            {
+                'weight': torch.zeros(D, 1),
+                'conv_state': torch.zeros(B, D, 0),
+                'cache_seqlens': torch.zeros(B).int(),
+            },
+            ValueError,
+            'weight must have a width in',
+        ),
     ],
 )
 def test_causal_conv1d_update_bad_input(options, error, message):
