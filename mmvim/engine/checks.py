@@ -19,6 +19,7 @@ from mmengine.registry import (
     Registry,
     init_default_scope,
 )
+from mmengine.runner import Priority
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mmvim.compat import require
@@ -152,10 +153,27 @@ def _check_hooks_and_loops(cfg: Config) -> None:
     parts += [(f'custom_hooks.{i}', node, HOOKS) for i, node in enumerate(hooks)]
     for path, node, registry in parts:
         if isinstance(node, dict):
+            if registry is HOOKS:
+                _check_priority(node.get('priority'), path)
             component = _found(node.get('type', default.get(path)), registry)
             # Declarations of other packages are often narrower than what they accept.
             if getattr(component, '__module__', '').startswith(('mmengine.', 'mmvim.')):
                 _check_types(component, node, path, none=registry is LOOPS)
+
+
+def _check_priority(priority: Any, path: str) -> None:
+    """Hooks are put in order when they have been made, with nothing left of what they are."""
+    if isinstance(priority, str):
+        right = priority.upper() in Priority.__members__
+    elif isinstance(priority, int) and not isinstance(priority, bool):
+        right = 0 <= priority <= 100
+    else:
+        right = priority is None or isinstance(priority, Priority)
+    if not right:
+        names = ', '.join(Priority.__members__)
+        raise UserError(
+            f'{path}.priority must be an integer in 0 .. 100 or one of {names}, not {priority!r}'
+        )
 
 
 def _found(kind: Any, registry: Registry) -> Any:

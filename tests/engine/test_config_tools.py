@@ -9,6 +9,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.fileio import dump, get_file_backend
 from mmengine.registry import DATASETS
+from mmengine.runner import Priority
 from ports import free_port
 
 from mmvim.engine import atomic_io, checks, distributed
@@ -115,6 +116,16 @@ def test_values_that_are_used_late(tmp_path, monkeypatch):
             "default_hooks.checkpoint: interval='3' must be int",
         ),
         ({'custom_hooks': [{'type': 'EMAHook', 'begin_iter': []}]}, 'custom_hooks.0: begin_iter'),
+        (
+            {'custom_hooks': [{'type': 'EMAHook', 'priority': 'NoSuchName'}]},
+            'custom_hooks.0.priority must be an integer in 0 .. 100 or one of HIGHEST, VERY_HIGH, '
+            "HIGH, ABOVE_NORMAL, NORMAL, BELOW_NORMAL, LOW, VERY_LOW, LOWEST, not 'NoSuchName'",
+        ),
+        (
+            {'default_hooks': {'timer': {'type': 'IterTimerHook', 'priority': -1}}},
+            'default_hooks.timer.priority must be an integer in 0 .. 100 or',
+        ),
+        ({'custom_hooks': [{'type': 'EMAHook', 'priority': ['x']}]}, 'one of HIGHEST'),
         ({'log_level': None}, 'log_level must be int or one of CRITICAL, '),
         ({'log_level': 'LOUD'}, "not 'LOUD'"),
         ({'train_cfg': {'max_epochs': None}}, 'train_cfg: max_epochs=None must be int'),
@@ -166,6 +177,13 @@ def test_values_that_are_used_late(tmp_path, monkeypatch):
         with pytest.raises(UserError) as info:
             checks.check_config(cfg, ('train',))
         assert expected in str(info.value)
+
+
+def test_priorities_of_hooks():
+    for priority in (0, 100, 'LOWEST', 'very_high', Priority.LOW, None):
+        cfg = config({'type': 'PlainDataset'})
+        cfg.custom_hooks = [{'type': 'EMAHook', 'priority': priority}]
+        checks.check_config(cfg, ('train',))
 
 
 def test_atomic_writes(tmp_path, monkeypatch):
