@@ -1,16 +1,33 @@
 """The benchmark of whole models, on the CPU and in miniature."""
 
+import argparse
 import csv
 import importlib.util
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from script_runner import run_script
 
 SCRIPT = Path(__file__).parents[2] / 'tools' / 'benchmark' / 'models.py'
 SMALL = ('--device', 'cpu', '--batch', 2, '--sizes', 32, '--repeats', 2, '--dtype', 'float32')
+
+
+@pytest.fixture(scope='module')
+def models():
+    spec = importlib.util.spec_from_file_location('benchmark_models', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
 
 
 def test_rows_hold_what_was_measured(tmp_path):
@@ -37,6 +54,40 @@ def test_rows_hold_what_was_measured(tmp_path):
         assert rate > 0
         assert math.isclose(rate * milliseconds, 2 * 1e3, rel_tol=1e-6)
         assert not row['note']
+
+
+def test_a_killed_run_leaves_its_rows(tmp_path):
+    """SIGTERM, which Python does not handle, while there is much left to measure."""
+    table = tmp_path / 'models.csv'
+    options = (*SMALL, '--models', 'vim-t', '--modes', 'inference', '--csv', table)
+    command = [sys.executable, SCRIPT, *options, '--sizes', *[32] * 1000]
+    process = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'}
+    )
+    try:
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end:
+            if table.is_file() and len(table.read_text().splitlines()) >= 4:
+                break
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM
+    finally:
+        process.kill()
+    assert table.read_text().endswith('\n')
+    head, *lines = table.read_text().splitlines()
+    assert head.startswith('# ')
+    rows = list(csv.DictReader(lines))
+    assert 2 <= len(rows) < 1000
+    assert all(float(row['rate']) > 0 and row['note'] == '' for row in rows)
+
+
+def test_a_table_without_rows_is_not_drawn(tmp_path):
+    table = tmp_path / 'models.csv'
+    table.write_text('# a GPU\nmodel,package\n')
+    done = run_script('benchmark/models.py', '--read', table, '--plot', tmp_path / 'x.svg')
+    assert done.returncode == 1
+    assert done.stderr == f'error: {table} has no rows\n'
 
 
 def test_a_missing_peer_is_a_row_with_the_reason_and_an_error():
@@ -73,11 +124,41 @@ def test_profiles_are_drawn(tmp_path):
     assert '10.0 ms' in picture.read_text()
 
 
-def test_parts_of_a_step():
-    spec = importlib.util.spec_from_file_location('benchmark_models', SCRIPT)
-    models = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = models
-    spec.loader.exec_module(models)
+@pytest.mark.parametrize('picture', [False, True])
+def test_a_stopped_profile_leaves_its_rows(models, monkeypatch, capsys, tmp_path, picture):
+    table = tmp_path / 'parts.csv'
+    times = dict.fromkeys((*models.PARTS, models.REST), 1.5)
+
+    def profile_all(args, device):
+        yield 'vim-t, inference', times
+        assert 'vim-t, inference ' in capsys.readouterr().out
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, 'profile_all', profile_all)
+    args = argparse.Namespace(profile=table, csv=None)
+    if picture:
+        args = argparse.Namespace(profile=tmp_path / 'parts.svg', csv=table)
+    with pytest.raises(KeyboardInterrupt):
+        models.profile(args, torch.device('cpu'))
+    _, *lines = table.read_text().splitlines()
+    (row,) = csv.DictReader(lines)
+    assert row.pop('model') == 'vim-t, inference'
+    assert {part: float(time) for part, time in row.items()} == times
+
+
+@pytest.mark.gpu
+def test_profile(models, tmp_path):
+    table = tmp_path / 'parts.csv'
+    done = run_script('benchmark/models.py', '--models', 'vim-t', '--batch', 2, '--profile', table)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(table.read_text().splitlines()[1:]))
+    assert [row['model'] for row in rows] == ['vim-t, inference', 'vim-t, training']
+    for row in rows:
+        assert float(row['scan']) > 0
+        assert float(row['matrix products']) > 0
+
+
+def test_parts_of_a_step(models):
     assert models.part_of('void mmvim::scan::forward_kernel<__nv_bfloat16>') == 'scan'
     assert models.part_of('void mmvim::norm::backward_kernel<float>') == 'norm'
     assert models.part_of('nvjet_sm90_tst_192x192_64x4') == 'matrix products'

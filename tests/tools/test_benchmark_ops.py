@@ -19,7 +19,9 @@ TABLES = ROOT / 'docs' / 'operations' / 'benchmarks'
 def bench():
     spec = importlib.util.spec_from_file_location('benchmark_ops', SCRIPT)
     module = importlib.util.module_from_spec(spec)
+    path = list(sys.path)
     spec.loader.exec_module(module)
+    sys.path[:] = path
     return module
 
 
@@ -111,10 +113,35 @@ def test_nothing_to_plot(quick, tmp_path):
     assert 'there is nothing to plot' in printed.err
 
 
-def test_time_limit(quick):
-    status, printed = quick('--time-limit', '0')
+def test_a_stopped_run_leaves_its_rows(quick, bench, monkeypatch, tmp_path):
+    table = tmp_path / 'out.csv'
+    measure_one, calls = bench.measure_one, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            # Each row is in the file before the next one is measured.
+            assert len(bench.read_csv(table)[0]) == 2
+            raise KeyboardInterrupt
+        return measure_one(*args)
+
+    monkeypatch.setattr(bench, 'measure_one', stopped)
+    with pytest.raises(KeyboardInterrupt):
+        quick('--ops', 'scan', '--no-peers', '--csv', str(table))
+    rows, machine = bench.read_csv(table)
+    assert [row.direction for row in rows] == ['forward', 'training-forward']
+    assert machine['torch'] == f'torch {torch.__version__}'
+    status, printed = quick('--from-csv', str(table))
+    assert status == 0
+    assert re.search(r'(?m)^scan .* training-forward ', printed.out)
+
+
+def test_time_limit(quick, bench, tmp_path):
+    table = tmp_path / 'out.csv'
+    status, printed = quick('--time-limit', '0', '--csv', str(table))
     assert status == 0
     assert 'stopped after 0 s' in printed.out
+    assert bench.read_csv(table) == ([], {})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ cross-entropy, backward and AdamW. `graph` captures either in a CUDA graph, `com
 model through `torch.compile`, `compile-graph` with `mode='reduce-overhead'`. Times are medians over
 single passes, measured with CUDA events (the clock on a CPU). `GiB` is the peak of what PyTorch
 had allocated after warm-up, weights included. With --sizes the batch shrinks as the image grows:
-the pixels of a batch stay the same.
+the pixels of a batch stay the same. A table is written row by row: a run that is stopped leaves
+what it has measured, for --read to draw.
 
 Peers are other packages' models, measured in the same run when they can be imported:
 `mambavision` (the official package, which needs `mamba_ssm`; `--peer-path` adds folders to the
@@ -33,14 +34,16 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from csv_rows import open_rows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -219,20 +222,15 @@ def main() -> int:
     device = torch.device(args.device)
     print(describe(device), flush=True)
     if args.profile:
-        parts = profile_all(args, device)
-        print_parts(parts)
-        if args.profile.suffix == '.csv':
-            write_csv(args.profile, ['model', *PARTS, REST], parts_rows(parts), device)
-        else:
-            draw_parts(args.profile, parts, describe(device))
-        return 0
+        return profile(args, device)
     rows = []
-    for row in measure_all(args, device):
-        rows.append(row)
-        print(line(row), flush=True)
+    names = [field.name for field in fields(Row)]
+    with open_rows(args.csv, names, describe(device)) as write:
+        for row in measure_all(args, device):
+            rows.append(row)
+            write(asdict(row))
+            print(line(row), flush=True)
     if args.csv:
-        names = [field.name for field in fields(Row)]
-        write_csv(args.csv, names, map(asdict, rows), device)
         print(f'written: {args.csv}')
     if args.plot:
         draw_sizes(args.plot, rows, describe(device))
@@ -257,7 +255,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--peer-path', nargs='*', default=[], metavar='FOLDER')
     parser.add_argument('--repeats', type=positive, default=20)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--csv', type=Path)
+    parser.add_argument('--csv', type=Path, help='write the rows (with --profile the parts) here')
     parser.add_argument('--plot', type=Path, help='draw rate and memory against --sizes')
     parser.add_argument('--profile', type=Path,
                         help='time the kernels by part: a picture, or a .csv')  # fmt: skip
@@ -451,20 +449,13 @@ def line(row: Row) -> str:
     return f'{head} {row.rate:10.1f}/s {row.milliseconds:9.2f} ms {row.gib:7.2f} GiB'
 
 
-def write_csv(path: Path, names: list[str], rows: Iterable[dict], device: torch.device) -> None:
-    """Write the rows below a line that names the machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('w', newline='') as file:
-        file.write(describe(device) + '\n')
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def draw(args: argparse.Namespace) -> int:
     """Draw what an earlier run has written."""
     head, *lines = args.read.read_text().splitlines()
     table = list(csv.DictReader(lines))
+    if not table:
+        print(f'error: {args.read} has no rows', file=sys.stderr)
+        return 1
     if args.plot:
         numbers = {'batch': int, 'rate': float, 'milliseconds': float, 'gib': float}
         rows = [Row(**{k: numbers.get(k, str)(v) for k, v in row.items()}) for row in table]
@@ -473,12 +464,6 @@ def draw(args: argparse.Namespace) -> int:
         parts = {row.pop('model'): {k: float(v) for k, v in row.items()} for row in table}
         draw_parts(args.profile, parts, head)
     return 0
-
-
-def parts_rows(parts: dict[str, dict[str, float]]) -> Iterator[dict]:
-    """One row for each model."""
-    for name, times in parts.items():
-        yield {'model': name, **times}
 
 
 # Parts of a step by names of kernels; the first that matches counts.
@@ -491,11 +476,29 @@ PARTS = {
     'matrix products': r'gemm|nvjet|cutlass|cublas|splitK',
 }
 REST = 'elementwise'
+# Few: a pass has thousands of events, and PyTorch needs 0.1 ms or more to read each of them.
+PROFILED = 5
 
 
-def profile_all(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, float]]:
-    """Milliseconds that the kernels of each part take in a step of each model."""
+def profile(args: argparse.Namespace, device: torch.device) -> int:
+    """Print, write and draw the time by part of each model."""
+    table = args.profile if args.profile.suffix == '.csv' else args.csv
     parts = {}
+    with open_rows(table, ['model', *PARTS, REST], describe(device)) as write:
+        for name, times in profile_all(args, device):
+            parts[name] = times
+            write({'model': name, **times})
+            print(line_of_parts(name, times), flush=True)
+    if args.profile != table:
+        draw_parts(args.profile, parts, describe(device))
+    return 0
+
+
+def profile_all(
+    args: argparse.Namespace, device: torch.device
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Milliseconds that the kernels of each part take in a step of each model."""
+    repeats = min(PROFILED, args.repeats)
     for name, mode in itertools.product(args.models, args.modes):
         case = MODELS[name]
         shape, batch = sized(case, args.sizes[0], args.batch)
@@ -507,16 +510,15 @@ def profile_all(args: argparse.Namespace, device: torch.device) -> dict[str, dic
             step()
         activities = [torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
-            for _ in range(args.repeats):
+            for _ in range(repeats):
                 step()
             torch.cuda.synchronize(device)
         times = dict.fromkeys((*PARTS, REST), 0.0)
         for event in profiler.key_averages():
-            times[part_of(event.key)] += event.self_device_time_total / args.repeats / 1e3
-        parts[f'{name}, {mode}'] = times
+            times[part_of(event.key)] += event.self_device_time_total / repeats / 1e3
         del step
         release(device)
-    return parts
+        yield f'{name}, {mode}', times
 
 
 def part_of(kernel: str) -> str:
@@ -525,12 +527,10 @@ def part_of(kernel: str) -> str:
     return next(found, REST)
 
 
-def print_parts(parts: dict[str, dict[str, float]]) -> None:
-    """Print milliseconds by part."""
-    for name, times in parts.items():
-        total = sum(times.values())
-        shares = ', '.join(f'{part} {time:.2f}' for part, time in times.items() if time > 0)
-        print(f'{name:32} {total:8.2f} ms of kernels: {shares}')
+def line_of_parts(name: str, times: dict[str, float]) -> str:
+    """Milliseconds by part."""
+    shares = ', '.join(f'{part} {time:.2f}' for part, time in times.items() if time > 0)
+    return f'{name:32} {sum(times.values()):8.2f} ms of kernels: {shares}'
 
 
 def draw_parts(path: Path, parts: dict[str, dict[str, float]], title: str) -> None:

@@ -14,9 +14,11 @@ where those can be imported, or are given as files (`--peer`), on inputs that li
 speed of an elementwise kernel measured in the same run; `exp` that in which the special function
 units compute one exponential per (batch, step, channel, state), and `error` the difference to the
 PyTorch path in float64, relative in the Euclidean norm, on the first entries of the batch.
+A CSV is written row by row: a run that is stopped leaves what it has measured, for --from-csv.
 """
 
 import argparse
+import contextlib
 import csv
 import gc
 import importlib
@@ -30,8 +32,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from csv_rows import open_rows
 
 from mmvim.ops import DISCRETIZATIONS, backend_info
 from mmvim.ops.selective_scan import CHECKPOINT_INTERVAL
@@ -661,8 +665,8 @@ def input_sets(op, shape, dtype, device) -> int:
     return max(1, min(12, -(-(128 * 2**20) // one)))
 
 
-def measure(args, device, peers, report) -> list[Row]:
-    """Every combination that was asked for."""
+def measure(args, device, peers, report, write) -> list[Row]:
+    """Every combination that was asked for; each row goes to ``write`` when it is there."""
     clock = Clock(device, args.seconds)
     hbm, exp = copy_rate(device, clock), exp_rate(device, args.clock)
     report(f'copy: {hbm / 1e12:.2f} TB/s')
@@ -698,6 +702,7 @@ def measure(args, device, peers, report) -> list[Row]:
                             continue
                         names = (op, shape_name, *shape, dtype_name, method, group[0].name)
                         rows.append(Row(*names, direction, *row))
+                        write(rows[-1])
                         report(text_of(rows[-1], rows))
                 del sets, errors
                 gc.collect()
@@ -801,20 +806,21 @@ def table(rows: list[Row]) -> str:
     )
 
 
-def write_csv(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
-    """All rows, with the machine in each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def csv_writer(path: Path | None, machine: dict[str, str]) -> Iterator[Callable[[Row], None]]:
+    """Give the function that writes a row, with the machine in it."""
     names = [f.name for f in fields(Row)]
-    with path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, [*names, *machine])
-        writer.writeheader()
-        for row in rows:
+    with open_rows(path, [*names, *machine]) as write:
+
+        def write_row(row: Row) -> None:
             values = {k: f'{v:.5g}' if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow({**values, **machine})
+            write({**values, **machine})
+
+        yield write_row
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
-    """What :func:`write_csv` wrote."""
+    """What :func:`csv_writer` wrote."""
     rows, machine = [], {}
     with path.open(newline='') as file:
         for line in csv.DictReader(file):
@@ -951,9 +957,8 @@ def main(argv: list[str] | None = None) -> int:
             machine = machine_of(device)
             print(', '.join(machine.values()), flush=True)
             peers = None if args.no_peers else find_peers(args.peer)
-            rows = measure(args, device, peers, lambda line: print(line, flush=True))
-            if args.csv is not None:
-                write_csv(args.csv, rows, machine)
+            with csv_writer(args.csv, machine) as write:
+                rows = measure(args, device, peers, lambda line: print(line, flush=True), write)
         print(table(rows))
         if args.plot is not None:
             write_plot(args.plot, rows, machine)

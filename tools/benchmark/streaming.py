@@ -11,7 +11,6 @@ which warm up and record the graph, are not counted. `graph` is `mmvim.models.Gr
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from csv_rows import open_rows
 from models import DTYPES, describe, positive, release
 
 from mmvim.models import GraphedStream, StreamingVideoMamba
@@ -55,24 +55,23 @@ def main() -> int:
     args = parse_args()
     device = torch.device(args.device)
     print(describe(device), flush=True)
-    rows = []
-    for row in measure_all(args, device):
-        rows.append(row)
-        print(
-            f'{row.model:8} {row.mode:10} {row.run:6} {row.batch} x {row.frames} x {row.size} '
-            f'{row.median_ms:9.3f} ms (p99 {row.p99_ms:.3f}) {row.frames_per_second:9.1f} frames/s '
-            f'growth {row.growth:.3f} {row.mib:8.1f} MiB',
-            flush=True,
-        )
+    names = [field.name for field in fields(Row)]
+    with open_rows(args.csv, names, describe(device)) as write:
+        for row in measure_all(args, device):
+            write(asdict(row))
+            print(line(row), flush=True)
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open('w', newline='') as file:
-            file.write(describe(device) + '\n')
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
         print(f'written: {args.csv}')
     return 0
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    return (
+        f'{row.model:8} {row.mode:10} {row.run:6} {row.batch} x {row.frames} x {row.size} '
+        f'{row.median_ms:9.3f} ms (p99 {row.p99_ms:.3f}) {row.frames_per_second:9.1f} frames/s '
+        f'growth {row.growth:.3f} {row.mib:8.1f} MiB'
+    )
 
 
 def parse_args() -> argparse.Namespace:
