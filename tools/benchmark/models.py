@@ -33,6 +33,7 @@ import platform
 import re
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -549,7 +550,7 @@ def draw_parts(path: Path, parts: dict[str, dict[str, float]], title: str) -> No
     for i, total in enumerate(totals):
         axes.text(101, i, f'{total:.1f} ms', va='center')
     axes.set(xlim=(0, 112), xlabel="share of the kernels' time, %")
-    axes.set_title(title, fontsize=8)
+    set_title(figure, title)
     figure.legend(loc='outside lower center', ncols=4)
     figure.savefig(path)
     plt.close(figure)
@@ -577,9 +578,14 @@ def draw_sizes(path: Path, rows: list[Row], title: str) -> None:
         column[0].set(title=mode, yscale='log', ylabel='samples a second')
         column[1].set(ylabel='GiB a sample', xlabel='pixels of a side')
         column[0].legend(fontsize=7)
-    figure.suptitle(title, fontsize=8)
+    set_title(figure, title)
     figure.savefig(path)
     plt.close(figure)
+
+
+def set_title(figure: object, title: str) -> None:
+    """Put the line that names the machine above the figure, in lines that fit it."""
+    figure.suptitle(textwrap.fill(title.removeprefix('# '), 100), fontsize=8)
 
 
 if __name__ == '__main__':
