@@ -46,6 +46,7 @@ _info: dict = {}
 _reason = 'load() has not been called'
 _supported: dict[tuple[str, str], tuple[torch.dtype, ...]] = {}
 _jit_tried = False
+_gpus_checked = False
 
 
 class BackendInfo(dict):
@@ -96,6 +97,8 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
     """
     if _library is None and not _jit_tried and os.environ.get('MMVIM_JIT', '0') == '1':
         _build_at_first_use()
+    if device_type == 'cuda' and not _gpus_checked:
+        _check_gpus()
     return dtype in _supported.get((op, device_type), ())
 
 
@@ -119,6 +122,7 @@ def backend_info() -> BackendInfo:
         ``no_cuda`` (why there are no CUDA kernels), ``cache`` (folder of what :func:`build`
         makes). ``str()`` gives lines.
     """
+    _check_gpus()
     info = BackendInfo(
         loaded=_library is not None,
         library=None if _library is None else str(_library),
@@ -270,11 +274,29 @@ def _library_name() -> str:
 
 def _find_kernels() -> None:
     """Ask the dispatcher what the library registered."""
+    global _gpus_checked
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for op in _OPS:
         for device, key in (('cpu', 'CPU'), ('cuda', 'CUDA')):
-            if has_kernel(f'mmvim::{op}', key) and (device != 'cuda' or _gpu_is_covered()):
+            if has_kernel(f'mmvim::{op}', key):
                 _supported[op, device] = _DTYPES[device]
+    _gpus_checked = False
+
+
+def _check_gpus() -> None:
+    """Leave the CUDA kernels alone if there is a GPU that they have no code for.
+
+    Done when they are first wanted, not when they are loaded: asking a GPU starts CUDA, and a
+    process that has started CUDA cannot be forked into others that use it.
+    """
+    global _gpus_checked
+    with _lock:
+        if _gpus_checked:
+            return
+        if any(device == 'cuda' for _, device in _supported) and not _gpu_is_covered():
+            for op in _OPS:
+                _supported.pop((op, 'cuda'), None)
+        _gpus_checked = True
 
 
 def _gpu_is_covered() -> bool:

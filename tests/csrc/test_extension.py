@@ -311,8 +311,32 @@ def test_gpu_without_code_is_not_served(extension, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda i: (8, 0))
-    assert not extension._gpu_is_covered()
+    for op in extension._OPS:
+        extension._supported[op, 'cuda'] = extension._DTYPES['cuda']
+    assert not extension.supports('selective_scan', 'cuda', torch.float32)
     assert 'compiled for 9.0, but GPU 0 is 8.0' in extension._info['no_cuda']
+    assert extension.backend_info()['cuda_kernels'] == []
+
+
+def test_kernels_are_found_without_asking_a_gpu(extension, monkeypatch):
+    """Asking would start CUDA, which forked processes could then not use."""
+    asked = []
+
+    def capability(i):
+        asked.append(i)
+        return 9, 0
+
+    extension._info = {'architectures': ['9.0']}
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', capability)
+    monkeypatch.setattr(torch._C, '_dispatch_has_kernel_for_dispatch_key', lambda *_: True)
+    extension._find_kernels()
+    assert not extension.supports('selective_scan', 'cpu', torch.int64)
+    assert asked == []
+    for _ in range(2):
+        assert extension.supports('selective_scan', 'cuda', torch.float32)
+        assert asked == [0, 1]
 
 
 def test_information_in_words():
