@@ -1,0 +1,231 @@
+#!/usr/bin/env python3
+"""Time training on one, two, … devices: samples a second, and the factor over one.
+
+    python tools/benchmark/scaling.py                               # Vim-T, 1 to all GPUs here
+    python tools/benchmark/scaling.py --config configs/vim/vim-small_8xb64_in1k.py --batch 256
+    python tools/benchmark/scaling.py --processes 1 2 8 --iterations 200 --csv scaling.csv
+    python tools/benchmark/scaling.py --cfg-options compile=True
+
+Each count is a run of tools/dist_train.sh, as a user starts it, with the model, optimizer, schedule
+and hooks of a classification config (images or clips), but with batches that cost nothing, without
+validation and without files: neither data nor weights are needed, and no data pipeline is timed
+(tools/benchmark/data.py does that). A batch still goes from pinned memory to the device and through
+Mixup and CutMix. The clock runs between synchronizations of all processes, after the warm-up; how
+long they take to start does not matter. The batch is that of one process. Without a GPU the
+processes run on the CPU, through gloo.
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from csv_rows import open_rows
+from mmengine.config import Config
+from models import describe, positive
+
+from mmvim.engine import flags
+from mmvim.engine.config_keys import walk_dicts
+from mmvim.engine.errors import UserError, reported_errors
+from mmvim.engine.options import ConfigOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT = ROOT / 'configs' / 'vim' / 'vim-tiny_8xb128_in1k.py'
+DTYPES = ('bfloat16', 'float16', 'float32')
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; `rate` in samples a second, `factor` over one process."""
+
+    config: str
+    processes: int
+    batch: int
+    dtype: str
+    rate: float
+    milliseconds: float
+    factor: float
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and write."""
+    args = parse_args(argv)
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    head = describe(device)
+    print(head, flush=True)
+    with reported_errors() as context, tempfile.TemporaryDirectory() as folder:
+        cfg = Config.fromfile(args.config)
+        context.cfg = cfg
+        options = argparse.Namespace(cfg_options=args.cfg_options, no_pin_memory=False)
+        flags.apply_options(cfg, options)
+        with open_rows(args.csv, [field.name for field in fields(Row)], head) as write:
+            for row in measure_all(cfg, args, Path(folder)):
+                write(asdict(row))
+                print(line(row), flush=True)
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    gpus = torch.cuda.device_count()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--config', type=Path, default=DEFAULT,
+                        help=f'of a classifier; default: {DEFAULT.name}')  # fmt: skip
+    parser.add_argument('--processes', nargs='+', type=positive, metavar='N',
+                        help='default: 1 to all GPUs')  # fmt: skip
+    parser.add_argument('--batch', type=positive, help="of one process; default: the config's")
+    parser.add_argument('--size', type=positive, help="of an image side; default: the backbone's "
+                        'img_size, else 224')  # fmt: skip
+    parser.add_argument('--dtype', choices=DTYPES, default='bfloat16', help='of autocast')
+    parser.add_argument('--warm-up', type=positive, default=30, help='iterations before the clock')
+    parser.add_argument('--iterations', type=positive, default=100, help='on the clock')
+    parser.add_argument('--csv', type=Path)
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, default={},
+                        metavar='KEY=VALUE', help='change the config')  # fmt: skip
+    args = parser.parse_args(argv)
+    args.processes = sorted(set(args.processes or range(1, max(gpus, 1) + 1)))
+    if gpus and args.processes[-1] > gpus:
+        parser.error(f'--processes {args.processes[-1]}: there are {gpus} GPUs')
+    return args
+
+
+def measure_all(cfg: Config, args: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Every number of processes, the smallest first."""
+    batch = args.batch or cfg.get('train_dataloader', {}).get('batch_size')
+    if batch is None:
+        raise UserError(f'{args.config} has no train_dataloader.batch_size: give --batch')
+    one = None
+    for processes in args.processes:
+        path, out = folder / f'{processes}.py', folder / f'{processes}.json'
+        synthetic(cfg, batch, processes, args, out).dump(path)
+        train(path, processes, args.dtype)
+        result = json.loads(out.read_text())
+        if result['processes'] != processes:
+            raise UserError(f'{result["processes"]} processes ran instead of {processes}')
+        rate = args.iterations * batch * processes / result['seconds']
+        one = rate if processes == 1 else one
+        yield Row(
+            args.config.stem, processes, batch, args.dtype, rate,
+            1e3 * result['seconds'] / args.iterations, rate / one if one else float('nan'),
+        )  # fmt: skip
+
+
+def synthetic(
+    cfg: Config, batch: int, processes: int, args: argparse.Namespace, out: Path
+) -> Config:
+    """The config with the clock, and with batches that cost nothing.
+
+    Raises:
+        UserError: If it is not the config of a classifier.
+    """
+    cfg = Config(cfg.to_dict())
+    classes = cfg.get('model', {}).get('head', {}).get('num_classes')
+    if cfg.get('default_scope') != 'mmpretrain' or classes is None:
+        raise UserError(f'{args.config} is not the config of a classifier')
+    for _, node in walk_dicts(cfg.model):
+        weights = node.get('init_cfg')
+        if isinstance(weights, dict) and weights.get('type') == 'Pretrained':
+            node['init_cfg'] = None
+    backbone = cfg.model.backbone
+    side, frames = args.size or backbone.get('img_size', 224), backbone.get('num_frames')
+    total = args.warm_up + args.iterations
+    cfg.train_dataloader = dict(
+        batch_size=batch,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        dataset=dict(type='BenchmarkIndices', length=total * batch * processes),
+        collate_fn=dict(
+            type='benchmark_batch',
+            shape=[3, frames, side, side] if frames else [3, side, side],
+            classes=classes,
+        ),
+    )
+    for split in ('val', 'test'):
+        for part in ('dataloader', 'cfg', 'evaluator'):
+            cfg[f'{split}_{part}'] = None
+    if 'max_iters' in cfg.train_cfg:
+        cfg.train_cfg.max_iters = total
+    imports = (cfg.get('custom_imports') or {}).get('imports', [])
+    cfg.custom_imports = dict(imports=[*imports, 'synthetic'], allow_failed_imports=False)
+    logger = dict(type='LoggerHook', interval=total + 1)
+    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': None, 'logger': logger}
+    cfg.custom_hooks = [
+        *(cfg.get('custom_hooks') or ()),
+        dict(type='BenchmarkClock', warm_up=args.warm_up, iterations=args.iterations, out=str(out)),
+    ]
+    cfg.load_from, cfg.resume = None, False
+    return cfg
+
+
+def train(config: Path, processes: int, dtype: str) -> None:
+    """Run tools/dist_train.sh.
+
+    Raises:
+        UserError: If it fails, with the reason that it gave; without one its output is printed.
+    """
+    command = ['bash', ROOT / 'tools' / 'dist_train.sh', config, processes, '--no-checks']
+    command += ['--work-dir', config.with_suffix('')]
+    if dtype != 'float32':
+        command += ['--amp-dtype', dtype]
+    path = [str(Path(__file__).resolve().parent), os.environ.get('PYTHONPATH')]
+    environment = {
+        'PYTHON': sys.executable,
+        # torchrun's own choice for more than one process, here for one too.
+        'OMP_NUM_THREADS': '1',
+        **os.environ,
+        'PYTHONPATH': os.pathsep.join(filter(None, path)),
+        'PORT': free_port(),
+    }
+    log = config.with_suffix('.log')
+    with log.open('w') as file:
+        process = subprocess.Popen(
+            [*map(str, command)], env=environment, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()
+            process.wait()
+    if code:
+        lines = log.read_text(errors='replace').splitlines()
+        reason = next((text for text in lines if text.startswith('error: ')), None)
+        if reason is None:
+            print(*lines[-60:], sep='\n', file=sys.stderr)
+        raise UserError(
+            f'training with --processes {processes} ended with code {code}'
+            + (f': {reason.removeprefix("error: ")}' if reason else '')
+        )
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(('127.0.0.1', 0))
+        return str(sock.getsockname()[1])
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    return (
+        f'{row.processes:3} x {row.batch} {row.rate:10.1f}/s {row.milliseconds:9.2f} ms '
+        f'{row.factor:6.2f}x  {row.config}'
+    )
+
+
+if __name__ == '__main__':
+    # The processes of a run end with this one.
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    raise SystemExit(main())
