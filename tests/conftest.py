@@ -7,6 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
+import mmvim  # noqa: F401  # its shims come before the packages that they are for
+
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():

@@ -10,6 +10,7 @@ from mmengine.registry import HOOKS
 
 # Batches of 4 and of 8 are compared.
 torch.backends.cudnn.allow_tf32 = False
+torch.backends.cuda.matmul.allow_tf32 = False
 
 
 @HOOKS.register_module(force=True)

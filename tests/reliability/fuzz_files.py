@@ -450,10 +450,10 @@ def _explained(error: Exception, names: tuple[str, ...], cfg: dict | None = None
 
 def prepare() -> None:
     """Import all that will be used."""
+    import mmvim.apis.inferencers.common  # noqa: I001  # before what it makes importable
     import mmseg.datasets  # noqa: F401
     import torchvision  # noqa: F401
 
-    import mmvim.apis.inferencers.common
     import mmvim.datasets.video  # noqa: F401
     from mmvim.engine import samples
 

@@ -128,8 +128,14 @@ class Runs:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            # Asking CUDA itself whether there is a GPU would keep the children from using it.
-            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTORCH_NVML_BASED_CUDA_CHECK': '1'},
+            env={
+                **os.environ,
+                'OMP_NUM_THREADS': '1',
+                # Asking CUDA itself whether there is a GPU would keep the children from using it.
+                'PYTORCH_NVML_BASED_CUDA_CHECK': '1',
+                # Without it cuBLAS is not deterministic, and torch says so where it must be.
+                'CUBLAS_WORKSPACE_CONFIG': ':4096:8',
+            },
         )
 
     def start(
@@ -144,14 +150,20 @@ class Runs:
 
     def close(self) -> None:
         # Closing the pipe would not do: workers that were forked meanwhile hold it open as well.
-        self._process.stdin.write('"stop"\n')
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write('"stop"\n')
+            self._process.stdin.close()
         self._process.wait(120)
 
     def _ask(self, command: dict) -> int:
-        self._process.stdin.write(json.dumps(command) + '\n')
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(command) + '\n')
+            self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            code = self._process.wait(60)
+            raise RuntimeError(f'runs.py ended with exit code {code}; its error is on stderr')
+        return int(answer)
 
 
 def die() -> None:
@@ -263,12 +275,12 @@ def serve() -> None:
     from yapf.yapflib import yapf_api
 
     torch.set_num_threads(1)
-    import mmpretrain.datasets
-    import mmpretrain.models  # noqa: F401
-
+    from mmvim.compat import require
     from mmvim.engine.launcher import main_train
     from mmvim.registry import MODELS
 
+    for module in ('mmpretrain.datasets', 'mmpretrain.models'):
+        require(module, 'trainings of the tests')
     assert MODELS.get('mmvim.Vim') is not None
     # These take longer than the training.
     mmengine_runner.collect_env = dict

@@ -69,6 +69,10 @@ randomness = dict(seed=0)
 """
 
 
+# What is compared to the last bit; on a CPU it is deterministic as it is.
+EXACT = "randomness['deterministic'] = True\n" if torch.cuda.is_available() else ''
+
+
 @pytest.fixture(scope='module')
 def images(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('images')
@@ -183,7 +187,8 @@ def test_metrics_of_sample_counts_that_do_not_divide(
 
 
 @pytest.mark.slow
-def test_sharded_training(runs, images, tmp_path, count):
+@pytest.mark.parametrize('backend', DEVICES)
+def test_sharded_training(runs, images, tmp_path, backend, count):
     """FSDP through FlexibleRunner: the same weights, and a run that resumes."""
     extra = (
         "runner_type = 'FlexibleRunner'\n"
@@ -212,9 +217,10 @@ def test_sharded_training(runs, images, tmp_path, count):
 
 
 @pytest.mark.slow
-def test_distributed_resume_is_exact(runs, images, tmp_path, count):
+@pytest.mark.parametrize('backend', DEVICES)
+def test_distributed_resume_is_exact(runs, images, tmp_path, backend, count):
     """Random states of both processes, and the data of an epoch that was half done."""
-    extra = (
+    extra = EXACT + (
         "model['backbone']['drop_path_rate'] = 0.3\n"
         "default_hooks['checkpoint'].update(by_epoch=False, interval=2)\n"
         "optim_wrapper['optimizer'] = dict(type='AdamW', lr=1e-2)\n"
@@ -236,9 +242,11 @@ def test_distributed_resume_is_exact(runs, images, tmp_path, count):
 def script(name: str, *args: str, cwd: Path, **env: str) -> subprocess.Popen:
     environment = {
         **os.environ,
-        'PYTHONPATH': str(HERE),
-        'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': os.pathsep.join((str(HERE), os.environ.get('PYTHONPATH', ''))),
+        'PYTHON': sys.executable,
         'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+        'OMP_NUM_THREADS': '1',
+        'CUBLAS_WORKSPACE_CONFIG': ':4096:8',
         **env,
     }
     return subprocess.Popen(
@@ -326,8 +334,9 @@ def test_a_dead_process_ends_the_job(images, tmp_path, how, backend, count):
 @pytest.mark.parametrize('backend', DEVICES)
 def test_torchrun_passes_sigterm_on(runs, images, tmp_path, backend, count):
     """Both processes save the same iteration, which a resumed run continues from."""
-    wanted = train(runs, write_config(tmp_path / 'whole', images, 4), 2)[0]
-    path = write_config(tmp_path / 'run', images, 4, "custom_hooks.append(dict(type='Pause'))\n")
+    wanted = train(runs, write_config(tmp_path / 'whole', images, 4, EXACT), 2)[0]
+    pause = "custom_hooks.append(dict(type='Pause'))\n"
+    path = write_config(tmp_path / 'run', images, 4, EXACT + pause)
     process = script(
         'dist_train.sh', 'config.py', '2', '--work-dir', 'work', cwd=path, PORT=free_port()
     )
@@ -341,7 +350,7 @@ def test_torchrun_passes_sigterm_on(runs, images, tmp_path, backend, count):
     assert time.monotonic() - since < 30
     assert 'terminated by SIGTERM: saved' in output
     (saved,) = (path / 'work').glob('iter_*.pth')
-    write_config(path, images, 4, 'resume = True\n')
+    write_config(path, images, 4, EXACT + 'resume = True\n')
     ours = train(runs, path, 2)[0]
     done = int(saved.stem.removeprefix('iter_'))
     assert len(ours) == len(wanted) - done
