@@ -281,10 +281,11 @@ def test_needs_a_student_and_a_teacher(tmp_path):
 @pytest.mark.timeout(300)
 def test_two_processes(tmp_path):
     here = Path(__file__).parent
+    path = os.pathsep.join((str(here.parents[1]), os.environ.get('PYTHONPATH', '')))
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone']
     done = subprocess.run(
         [*command, str(here / 'mesa_runs.py'), str(tmp_path)],
-        env={**os.environ, 'PYTHONPATH': str(here.parents[1]), 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
         capture_output=True,
         text=True,
     )

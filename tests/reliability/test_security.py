@@ -333,7 +333,8 @@ def test_no_network(tmp_path):
     small_config(tmp_path)
     configs = [ROOT / f'configs/quickstart/vim_digits_{task}.py' for task in ('cls', 'det', 'seg')]
     environment = {k: v for k, v in os.environ.items() if not k.lower().endswith('_offline')}
-    environment |= {'PYTHONPATH': str(ROOT), 'TORCH_HOME': str(tmp_path / 'cache')}
+    path = os.pathsep.join((str(ROOT), os.environ.get('PYTHONPATH', '')))
+    environment |= {'PYTHONPATH': path, 'TORCH_HOME': str(tmp_path / 'cache')}
     environment |= {'HF_HOME': str(tmp_path / 'hf'), 'OMP_NUM_THREADS': '1'}
     run = subprocess.run(
         [sys.executable, '-c', textwrap.dedent(OFFLINE), *map(str, configs)],

@@ -85,7 +85,7 @@ def run_script():
         interpreter = [sys.executable] if script.endswith('.py') else ['bash']
         environment = {
             **os.environ,
-            'PYTHONPATH': str(HERE),
+            'PYTHONPATH': os.pathsep.join((str(HERE), os.environ.get('PYTHONPATH', ''))),
             'OMP_NUM_THREADS': '1',
             'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
             **env,
