@@ -7,6 +7,9 @@ namespace mmvim {
 
 enum class DType : int { kFloat = 0, kDouble, kBFloat16, kHalf };
 
+template <class S>
+constexpr DType kDType = sizeof(S) == 8 ? DType::kDouble : DType::kFloat;
+
 constexpr int64_t element_size(DType t) {
   return t == DType::kDouble ? 8 : t == DType::kFloat ? 4 : 2;
 }

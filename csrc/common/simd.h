@@ -185,6 +185,24 @@ MMVIM_HD void store(S* p, typename Simd<S>::V v) {
   *reinterpret_cast<typename Simd<S>::V*>(p) = v;
 }
 
+template <class S>
+MMVIM_HD typename Simd<S>::V load_unaligned(const S* p) {
+  typename Simd<S>::V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class S>
+MMVIM_HD void store_unaligned(S* p, typename Simd<S>::V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+// Brings the line at p, which need not exist, closer.
+MMVIM_HD void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __builtin_prefetch(p);
+#endif
+}
+
 // Horizontal sum, as a tree.
 template <class S>
 MMVIM_HD S sum_lanes(typename Simd<S>::V v) {
@@ -257,30 +275,62 @@ struct VectorMath {
   // 2^x: 2^round(x) through the exponent bits, 2^(x - round(x)) by a polynomial. Results below the
   // smallest normal number are 0 (see FlushDenormals).
   static MMVIM_HD V exp2(V x) {
+    V y[1] = {x};
+    exp2(y);
+    return y[0];
+  }
+  // The same of several vectors, operation by operation: of one after the other, a processor cannot
+  // hold enough in flight to hide how long each chain takes.
+  template <int kCount>
+  static MMVIM_HD void exp2(V (&x)[kCount]) {
+    V f[kCount], n[kCount];
 #if defined(MMVIM_AVX512_INTRINSICS)
     if constexpr (std::is_same_v<S, float>) {
-      const V f = (V)_mm512_reduce_ps((__m512)x, 0x08);  // x - round(x)
-      return (V)_mm512_scalef_ps((__m512)Poly::exp2_fraction(f), (__m512)(x - f));
+      for (int i = 0; i < kCount; ++i) f[i] = (V)_mm512_reduce_ps((__m512)x[i], 0x08);
+      for (int i = 0; i < kCount; ++i) n[i] = x[i] - f[i];  // round(x)
+      exp2_fraction(f);
+      for (int i = 0; i < kCount; ++i) x[i] = (V)_mm512_scalef_ps((__m512)f[i], (__m512)n[i]);
+      return;
     }
 #endif
-    x = clamp(x);
-    const V shifted = x + set(Poly::kRound);
-    const V n = shifted - set(Poly::kRound);
-    return Poly::exp2_fraction(x - n) * power(shifted);
+    for (int i = 0; i < kCount; ++i) x[i] = clamp(x[i]);
+    for (int i = 0; i < kCount; ++i) n[i] = x[i] + set(Poly::kRound);
+    for (int i = 0; i < kCount; ++i) f[i] = x[i] - (n[i] - set(Poly::kRound));
+    exp2_fraction(f);
+    for (int i = 0; i < kCount; ++i) x[i] = f[i] * power(n[i]);
   }
 
   // e^x, reduced with ln 2 in two parts so that no accuracy is lost for large |x|.
   static MMVIM_HD V exp(V x) {
+#if defined(MMVIM_AVX512_INTRINSICS)
+    if constexpr (std::is_same_v<S, float>) {
+      x = minimum(set(104.f), maximum(set(-104.f), x));
+      const V n = (V)_mm512_roundscale_ps((__m512)(x * set(1.44269502f)), 0x08);
+      const V r = fma(x, set(1.92596303e-8f), fma(x, set(1.44269502f), set(0.f) - n));
+      return (V)_mm512_scalef_ps((__m512)exp2_fraction(r), (__m512)n);
+    }
+#endif
     const V y = clamp(x * set(S(1.4426950408889634074)));
     const V shifted = y + set(Poly::kRound);
     const V n = shifted - set(Poly::kRound);
     x = minimum(set(Poly::kExpMax), maximum(set(-Poly::kExpMax), x));
     V r = x - n * set(Poly::kLn2High);
     r = r - n * set(Poly::kLn2Low);
-    return Poly::exp2_fraction(r * set(S(1.4426950408889634074))) * power(shifted);
+    return exp2_fraction(r * set(S(1.4426950408889634074))) * power(shifted);
   }
 
-  static MMVIM_HD V sigmoid(V x) { return reciprocal(set(S(1)) + exp(set(S(0)) - x)); }
+  static MMVIM_HD V sigmoid(V x) {
+    const V d = set(S(1)) + exp(set(S(0)) - x);
+#if defined(MMVIM_AVX512_INTRINSICS)
+    if constexpr (std::is_same_v<S, float>) {
+      // One Newton step is a third of a division; it would make NaN of infinity.
+      const V finite = minimum(set(1e38f), d);
+      const V r = (V)_mm512_rcp14_ps((__m512)finite);
+      return fma(r, fma(set(0) - finite, r, set(1)), r);
+    }
+#endif
+    return reciprocal(d);
+  }
 
   // d silu(x) / dx, given s = sigmoid(x).
   static MMVIM_HD V silu_slope(V x, V s) {
@@ -294,8 +344,9 @@ struct VectorMath {
     const V inverse = reciprocal(set(S(1)) + e);
     const V limit = set(S(20));
     *slope = select(x > limit, set(S(1)), select(x > set(S(0)), inverse, e * inverse));
-    return select(x > limit, x, maximum(set(S(0)), x) + Poly::log1p(e));
+    return softplus_of(x, e);
   }
+  static MMVIM_HD V softplus(V x) { return softplus_of(x, exp(set(S(0)) - absolute(x))); }
 
  private:
   struct FloatPoly {
@@ -304,13 +355,12 @@ struct VectorMath {
     static constexpr int kShift = 23;
     static constexpr float kLn2High = 0.693145751953125f, kLn2Low = 1.42860682030941723212e-6f;
 
-    static MMVIM_HD V exp2_fraction(V f) {
-      V p = fma(set(0.000153533605f), f, set(0.0013398875f));
-      p = fma(p, f, set(0.00961843692f));
-      p = fma(p, f, set(0.0555033237f));
-      p = fma(p, f, set(0.240226477f));
-      p = fma(p, f, set(0.693147182f));
-      return fma(p, f, set(1.f));
+    static constexpr int kDegree = 6;
+    static MMVIM_HD constexpr float exp2_coefficient(int i) {
+      constexpr float c[] = {
+          1.f,           0.693147182f,   0.240226477f, 0.0555033237f, 0.00961843692f,
+          0.0013398875f, 0.000153533605f};
+      return c[i];
     }
     // 0 <= e <= 1
     static MMVIM_HD V log1p(V e) {
@@ -334,7 +384,8 @@ struct VectorMath {
     static constexpr double kLn2Low = 1.90821492927058770002e-10;
 
     // Taylor series; the next term is below 4e-18.
-    static MMVIM_HD V exp2_fraction(V f) {
+    static constexpr int kDegree = 13;
+    static MMVIM_HD constexpr double exp2_coefficient(int i) {
       constexpr double c[] = {1.0,
                               0.693147180559945309,
                               0.240226506959100712,
@@ -349,9 +400,7 @@ struct VectorMath {
                               4.4455382718708115e-10,
                               2.56784359934882051e-11,
                               1.36914888539041289e-12};
-      V p = set(c[13]);
-      for (int i = 12; i >= 0; --i) p = fma(p, f, set(c[i]));
-      return p;
+      return c[i];
     }
     static MMVIM_HD V log1p(V e) {
       double lane[kLanes<double>];
@@ -371,6 +420,26 @@ struct VectorMath {
     using type = D;
   };
   using Poly = typename Choose<S, FloatPoly, DoublePoly>::type;
+
+  static MMVIM_HD V softplus_of(V x, V e) {
+    return select(x > set(S(20)), x, maximum(set(S(0)), x) + Poly::log1p(e));
+  }
+
+  // 2^f for |f| <= 1/2.
+  static MMVIM_HD V exp2_fraction(V f) {
+    V p[1] = {f};
+    exp2_fraction(p);
+    return p[0];
+  }
+  template <int kCount>
+  static MMVIM_HD void exp2_fraction(V (&f)[kCount]) {
+    V p[kCount];
+    for (int i = 0; i < kCount; ++i) p[i] = set(Poly::exp2_coefficient(Poly::kDegree));
+    for (int k = Poly::kDegree - 1; k >= 0; --k) {
+      for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], f[i], set(Poly::exp2_coefficient(k)));
+    }
+    for (int i = 0; i < kCount; ++i) f[i] = p[i];
+  }
 
   static MMVIM_HD V clamp(V x) { return minimum(set(Poly::kMax), maximum(set(Poly::kMin), x)); }
   static MMVIM_HD V power(V shifted) { return from_bits<S>(bits_of<S>(shifted) << Poly::kShift); }

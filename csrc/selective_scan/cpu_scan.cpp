@@ -83,21 +83,28 @@ class TileReader {
 
   int64_t row_of(int64_t step) const { return in_.reverse ? shape_.length - 1 - step : step; }
 
-  // `slope`, where wanted, receives d(delta) / d(raw delta).
+  // `slope`, where wanted, receives d(delta) / d(raw delta); u is left out where `u` is null.
   void read(int64_t first, int64_t steps, S* u, S* delta, S* slope, S* B, S* C,
             const S* bias) const {
     const int64_t n = shape_.states;
     for (int64_t i = 0; i < steps; ++i) {
       const int64_t t = row_of(first + i);
-      row(u + i * padded_, in_.u, t);
+      if (u != nullptr) row(u + i * padded_, in_.u, t);
       S* d = delta + i * padded_;
-      row(d, in_.delta, t);
-      for (int64_t c = 0; c < padded_; c += kLanes<S>) {
-        V v = load(d + c) + load(bias + c);
-        V derivative = M::set(S(1));
-        if (shape_.delta_softplus) v = M::softplus(v, &derivative);
-        store(d + c, v);
-        if (slope != nullptr) store(slope + i * padded_ + c, derivative);
+      const S* raw = row_at(in_.delta, t, d);
+      if (slope == nullptr) {
+        for (int64_t c = 0; c < padded_; c += kLanes<S>) {
+          const V v = load_unaligned(raw + c) + load(bias + c);
+          store(d + c, shape_.delta_softplus ? M::softplus(v) : v);
+        }
+      } else {
+        for (int64_t c = 0; c < padded_; c += kLanes<S>) {
+          V v = load_unaligned(raw + c) + load(bias + c);
+          V derivative = M::set(S(1));
+          if (shape_.delta_softplus) v = M::softplus(v, &derivative);
+          store(d + c, v);
+          store(slope + i * padded_ + c, derivative);
+        }
       }
       states(B + i * n, in_.B, t);
       states(C + i * n, in_.C, t);
@@ -119,6 +126,19 @@ class TileReader {
   void row(S* dst, const View& view, int64_t t) const {
     load_padded(dst, view, block_.batch, t, block_.channel, block_.count,
                 static_cast<int>(padded_));
+  }
+
+  // Whether whole vectors of the computing type lie side by side, to be used where they are.
+  bool in_place(const View& view) const {
+    return view.dtype == kDType<S> && view.stride_d == 1 && block_.count == padded_;
+  }
+  const S* at(const View& view, int64_t t) const {
+    return static_cast<const S*>(view.at(block_.batch, t, block_.channel));
+  }
+  const S* row_at(const View& view, int64_t t, S* buffer) const {
+    if (in_place(view)) return at(view, t);
+    row(buffer, view, t);
+    return buffer;
   }
 
   // A per-channel parameter, zero where absent.
@@ -226,14 +246,17 @@ class ForwardTask {
     for (int64_t first = 0; first < length;) {
       int64_t steps = smaller(kForwardSteps, length - first);
       if (interval > 0) steps = smaller(steps, interval - first % interval);
-      reader.read(first, steps, u_, delta_, nullptr, B_, C_, bias_);
+      const Rows u = rows_of_u(reader, in, first);
+      reader.read(first, steps, u.data == u_ ? u_ : nullptr, delta_, nullptr, B_, C_, bias_);
       for (int64_t v = 0; v < vectors_; ++v) {
         const int64_t lane = v * kLanes<S>, state = v * n_ * kLanes<S>;
-        kernels_.forward({steps, n_, padded_, rate_ + state, u_ + lane, delta_ + lane, B_, C_,
-                          h_ + state, 0, v_ + state, y_ + lane, nullptr});
+        kernels_.forward({steps, n_, padded_, rate_ + state, u.data + lane, u.stride, delta_ + lane,
+                          B_, C_, h_ + state, 0, v_ + state, y_ + lane, nullptr});
       }
       if (a_.out.data != nullptr) {
-        for (int64_t i = 0; i < steps; ++i) finish_row(block, reader, which, first + i, i);
+        for (int64_t i = 0; i < steps; ++i) {
+          finish_row(block, reader, which, first + i, u.data + i * u.stride, y_ + i * padded_);
+        }
       }
       first += steps;
       if (interval > 0 && first % interval == 0 && first < length) {
@@ -251,37 +274,52 @@ class ForwardTask {
     }
   }
 
+  struct Rows {
+    const S* data;
+    int64_t stride;
+  };
+  Rows rows_of_u(const TileReader<S>& reader, const ScanInputs& in, int64_t first) const {
+    if (!reader.in_place(in.u)) return {u_, padded_};
+    return {reader.at(in.u, reader.row_of(first)), in.reverse ? -in.u.stride_l : in.u.stride_l};
+  }
+
   // D u, the sum of both directions, the gate, and the one rounding.
   void finish_row(const Block& block, const TileReader<S>& reader, int which, int64_t step,
-                  int64_t i) {
+                  const S* u, S* y) {
     const int64_t t = reader.row_of(step);
-    S* y = y_ + i * padded_;
-    const S* u = u_ + i * padded_;
-    for (int64_t c = 0; c < padded_; c += kLanes<S>) {
-      store(y + c, M::fma(load(D_ + c), load(u + c), load(y + c)));
-    }
+    const auto each = [&](auto&& f) {
+      for (int64_t c = 0; c < padded_; c += kLanes<S>) f(c);
+    };
+    const auto direct = [&](int64_t c) {
+      return M::fma(load(D_ + c), load_unaligned(u + c), load(y + c));
+    };
     if (a_.directions == 2) {
       S* sum = sum_ + t * padded_;
       if (which == 0) {
-        std::memcpy(sum, y, padded_ * sizeof(S));
+        each([&](int64_t c) { store(sum + c, direct(c)); });
         return;
       }
-      for (int64_t c = 0; c < padded_; c += kLanes<S>) store(y + c, load(sum + c) + load(y + c));
+      each([&](int64_t c) { store(y + c, load(sum + c) + direct(c)); });
+    } else {
+      each([&](int64_t c) { store(y + c, direct(c)); });
     }
     if (a_.pregate.data != nullptr) {
       store_row(a_.pregate.at(block.batch, t, block.channel), a_.pregate.dtype, y, block.count);
     }
+    void* out = a_.out.at(block.batch, t, block.channel);
+    const bool in_place = a_.out.dtype == kDType<S> && block.count == padded_;
+    S* row = in_place ? static_cast<S*>(out) : y;
     const V scale = M::set(S(a_.scale));
     if (a_.z.data != nullptr) {
-      reader.row(line_, a_.z, t);
-      for (int64_t c = 0; c < padded_; c += kLanes<S>) {
-        const V z = load(line_ + c);
-        store(y + c, load(y + c) * scale * (z * M::sigmoid(z)));
-      }
-    } else if (a_.scale != 1.0) {
-      for (int64_t c = 0; c < padded_; c += kLanes<S>) store(y + c, load(y + c) * scale);
+      const S* gate = reader.row_at(a_.z, t, line_);
+      each([&](int64_t c) {
+        const V z = load_unaligned(gate + c);
+        store_unaligned(row + c, load(y + c) * scale * (z * M::sigmoid(z)));
+      });
+    } else {
+      each([&](int64_t c) { store_unaligned(row + c, load(y + c) * scale); });
     }
-    store_row(a_.out.at(block.batch, t, block.channel), a_.out.dtype, y, block.count);
+    if (!in_place) store_row(out, a_.out.dtype, y, block.count);
   }
 
   const ScanForwardArgs& a_;
@@ -423,8 +461,8 @@ class BackwardTask {
 
   ForwardTile<S> recomputed(int64_t vector, int64_t steps, S* h, int64_t h_step) const {
     const int64_t lane = vector * kLanes<S>, state = vector * n_ * kLanes<S>;
-    return {steps, n_, padded_, rate_ + state,   u_ + lane, delta_ + lane, B_,
-            C_,    h,  h_step,  v_work_ + state, y_ + lane, a_kept_};
+    return {steps, n_, padded_, rate_ + state, u_ + lane,       padded_,   delta_ + lane,
+            B_,    C_, h,       h_step,        v_work_ + state, y_ + lane, a_kept_};
   }
 
   void tile(const Block& block, const TileReader<S>& reader, int64_t first, int64_t steps,

@@ -8,6 +8,14 @@ namespace {
 template <class R>
 constexpr bool kKeepsDecay = R::kInputIsDelta;
 
+// States that advance together where the decay is a bare power of two: as many as the registers
+// hold.
+#if defined(MMVIM_AVX512_INTRINSICS)
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 2;
+#endif
+
 template <Discretization kMethod, bool kKeep, class S>
 void forward_tile(const ForwardTile<S>& t) {
   using M = VectorMath<S>;
@@ -17,14 +25,30 @@ void forward_tile(const ForwardTile<S>& t) {
 
   for (int64_t i = 0; i < t.steps; ++i) {
     const V delta = load(t.delta + i * t.row);
-    const V u = load(t.u + i * t.row);
+    const V u = load_unaligned(t.u + i * t.u_row);
     const V x = delta * u;
+    prefetch(t.u + (i + t.steps) * t.u_row);  // the next tile's
     const S* B = t.B + i * t.states;
     const S* C = t.C + i * t.states;
     const S* before = t.h + i * t.h_step;
     S* after = t.h + (i + 1) * t.h_step;
     V y = M::set(S(0));
-    for (int64_t n = 0; n < t.states; ++n) {
+    int64_t n = 0;
+    if constexpr (R::kInputIsDelta) {
+      for (; n + kTogether <= t.states; n += kTogether) {
+        V a[kTogether], h[kTogether];
+        for (int k = 0; k < kTogether; ++k) a[k] = delta * load(t.rate + (n + k) * kWidth);
+        M::exp2(a);
+        for (int k = 0; k < kTogether; ++k) {
+          const int64_t at = (n + k) * kWidth;
+          if constexpr (kKeep) store(t.a + i * t.states * kWidth + at, a[k]);
+          h[k] = M::fma(a[k], load(before + at), x * M::set(B[n + k]));
+          store(after + at, h[k]);
+        }
+        for (int k = 0; k < kTogether; ++k) y = M::fma(h[k], M::set(C[n + k]), y);
+      }
+    }
+    for (; n < t.states; ++n) {
       const Step<V> s = R::step(delta, load(t.rate + n * kWidth));
       if constexpr (kKeep) store(t.a + (i * t.states + n) * kWidth, s.a);
       V h = s.a * load(before + n * kWidth);

@@ -7,13 +7,14 @@
 namespace mmvim {
 namespace MMVIM_ISA {
 
-// Rows of u, delta, y ... are `row` elements apart, rows of B and C `states`. Arrays over states
-// hold one vector per state. Time runs in scan order.
+// Rows of delta, y ... are `row` elements apart, rows of B and C `states`. Arrays over states hold
+// one vector per state. Time runs in scan order.
 template <class S>
 struct ForwardTile {
   int64_t steps, states, row;
   const S* rate;
-  const S* u;
+  const S* u;  // need not be aligned
+  int64_t u_row;
   const S* delta;
   const S* B;
   const S* C;
