@@ -182,10 +182,10 @@ def train(config: Path, processes: int, dtype: str) -> None:
         command += ['--amp-dtype', dtype]
     path = [str(Path(__file__).resolve().parent), os.environ.get('PYTHONPATH')]
     environment = {
-        'PYTHON': sys.executable,
         # torchrun's own choice for more than one process, here for one too.
         'OMP_NUM_THREADS': '1',
         **os.environ,
+        'PYTHON': sys.executable,
         'PYTHONPATH': os.pathsep.join(filter(None, path)),
         'PORT': free_port(),
     }
