@@ -12,8 +12,10 @@ constexpr bool kKeepsDecay = R::kInputIsDelta;
 // hold.
 #if defined(MMVIM_AVX512_INTRINSICS)
 constexpr int kTogether = 4;
-#else
+#elif defined(MMVIM_VECTOR_EXTENSIONS)
 constexpr int kTogether = 2;
+#else
+constexpr int kTogether = 1;
 #endif
 
 template <Discretization kMethod, bool kKeep, class S>
