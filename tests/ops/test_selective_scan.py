@@ -244,15 +244,18 @@ def strided(x, pattern):
     return view
 
 
+# 64 channels fill vectors, which a CPU reads where they lie, aligned or not.
+@pytest.mark.parametrize(('channels', 'reverse'), [(6, False), (64, False), (64, True)])
 @pytest.mark.parametrize('pattern', ['slice', 'channels first', 'time first', 'every other'])
-def test_strides(backend, device, pattern):
+def test_strides(backend, device, pattern, channels, reverse):
     need(backend, 'selective_scan', device, torch.float32)
-    tensors = scan_inputs(2, 13, 6, 4, 2, dtype=torch.float32, device=device)
+    tensors = scan_inputs(2, 19, channels, 4, 2, dtype=torch.float32, device=device)
     layouts = {k: strided(v, pattern) if v.dim() > 2 else v for k, v in tensors.items()}
     assert not layouts['u'].is_contiguous()
-    plain = run(tensors, delta_softplus=True)
+    options = {'delta_softplus': True, 'reverse': reverse}
+    plain = run(tensors, **options)
     inputs = {k: v.requires_grad_() for k, v in layouts.items()}
-    outputs = selective_scan(**inputs, delta_softplus=True, return_last_state=True)
+    outputs = selective_scan(**inputs, **options, return_last_state=True)
     assert outputs[0].is_contiguous()
     results = (*outputs, *gradients(outputs, list(inputs.values())))
     for one, two in zip(plain, results, strict=True):

@@ -1,5 +1,6 @@
 """Data, config and command lines for a run that takes a second."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -41,6 +42,23 @@ default_hooks = dict(checkpoint=dict(type='CheckpointHook', interval=1))
 visualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
 randomness = dict(seed=0)
 """
+
+
+@pytest.fixture(scope='session')
+def load_script():
+    """Import a script of tools/ as a module; sys.path stays as it is."""
+
+    def load(name: str):
+        path = list(sys.path)
+        script = ROOT / 'tools' / name
+        spec = importlib.util.spec_from_file_location(name.replace('/', '_')[:-3], script)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        sys.path[:] = path
+        return module
+
+    return load
 
 
 @pytest.fixture

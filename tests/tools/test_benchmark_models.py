@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import importlib.util
 import math
 import os
 import signal
@@ -20,14 +19,8 @@ SMALL = ('--device', 'cpu', '--batch', 2, '--sizes', 32, '--repeats', 2, '--dtyp
 
 
 @pytest.fixture(scope='module')
-def models():
-    spec = importlib.util.spec_from_file_location('benchmark_models', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
+def models(load_script):
+    return load_script('benchmark/models.py')
 
 
 def test_rows_hold_what_was_measured(tmp_path):

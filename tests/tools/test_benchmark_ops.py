@@ -1,7 +1,6 @@
 """The benchmark of the ops, on the CPU and in miniature."""
 
 import csv
-import importlib.util
 import re
 import sys
 import types
@@ -11,18 +10,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / 'tools' / 'benchmark' / 'ops.py'
 TABLES = ROOT / 'docs' / 'operations' / 'benchmarks'
 
 
 @pytest.fixture(scope='module')
-def bench():
-    spec = importlib.util.spec_from_file_location('benchmark_ops', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
+def bench(load_script):
+    return load_script('benchmark/ops.py')
 
 
 @pytest.fixture

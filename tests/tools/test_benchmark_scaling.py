@@ -2,8 +2,6 @@
 
 import argparse
 import csv
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,15 +23,8 @@ CLASSIFIERS = {
 
 
 @pytest.fixture(scope='module')
-def scaling():
-    script = ROOT / 'tools' / 'benchmark' / 'scaling.py'
-    spec = importlib.util.spec_from_file_location('benchmark_scaling', script)
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
+def scaling(load_script):
+    return load_script('benchmark/scaling.py')
 
 
 @pytest.fixture
