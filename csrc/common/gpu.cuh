@@ -18,8 +18,8 @@
 #define MMVIM_REGISTERS(count) __maxnreg__(count)
 #define MMVIM_UNROLL _Pragma("unroll")
 #define MMVIM_NO_UNROLL _Pragma("unroll 1")
-#define MMVIM_UNROLL_2 _Pragma("unroll 2")
-#define MMVIM_UNROLL_4 _Pragma("unroll 4")
+#define MMVIM_PRAGMA(text) _Pragma(#text)
+#define MMVIM_UNROLL_BY(count) MMVIM_PRAGMA(unroll count)
 
 namespace mmvim {
 namespace gpu {

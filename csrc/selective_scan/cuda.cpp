@@ -263,7 +263,7 @@ struct ForwardCall {
     p.scale = static_cast<float>(scale);
     p.interval = static_cast<int>(interval);
     const Plan plan = plan_forward(p.size, directions, multiprocessor_count());
-    p.directions = plan.joint ? 2 : 1;
+    p.directions = plan.joint == Joint::kNo ? 1 : 2;
     const int64_t limit = kMaxStates;
     const Tensor* results[2] = {out.defined() ? &out : nullptr, nullptr};
     const ChunkMemory workspace(p.chunks, plan, p.size, p.directions, false, like, results);
@@ -273,7 +273,7 @@ struct ForwardCall {
         2 * p.size.batch * plan.chunks * blocks_per_group(p.size, 1, plan.channels);
     Tensor sum, meeting, left;
     if (parts > 1 || directions > p.directions) sum = scratch();
-    if (plan.joint) {
+    if (p.directions == 2) {
       meeting = scratch();
       p.meeting = meeting.mutable_data_ptr<float>();
       left = at::zeros({parts, flags}, like.options().dtype(at::kInt));
@@ -307,7 +307,7 @@ struct ForwardCall {
           p.last_pitch = static_cast<int>(last_state.size(2));
           p.last_drive[0] = last_state.size(2) > states ? state + states + n : nullptr;
         }
-        if (plan.joint) p.left = left.mutable_data_ptr<int>() + part * flags;
+        if (p.directions == 2) p.left = left.mutable_data_ptr<int>() + part * flags;
         p.sum_in = first_direction == 0 && part == 0 ? nullptr : sum.const_data_ptr<float>();
         p.sum_out = last_launch ? nullptr : sum.mutable_data_ptr<float>();
         p.out = last_launch && out.defined() ? out.mutable_data_ptr() : nullptr;

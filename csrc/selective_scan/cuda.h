@@ -129,12 +129,15 @@ struct Finish {
   float* out_ddelta_bias[2] = {};  // or null
 };
 
+// Forward, two directions: a launch for each; or one for both, and the registers of its threads.
+enum class Joint { kNo, kWide, kTight };
+
 // How the work is cut: channels of one block, chunks of the length.
 struct Plan {
-  int channels = 32;  // 32 or 64
+  int channels = 32;  // 32 or 64; joint: 32
   int chunks = 1;
   int chunk_length = 0;
-  bool joint = false;  // forward, two directions: one launch for both
+  Joint joint = Joint::kNo;
 };
 Plan plan_forward(const Sizes& size, int directions, int multiprocessors);
 Plan plan_backward(const Sizes& size, int directions, int multiprocessors);

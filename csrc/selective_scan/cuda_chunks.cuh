@@ -184,7 +184,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     const float* column = columns + slice * kTile * kSlice;
     by_steps<T, kMethod>(quick, [&](auto kind) {
       constexpr bool kQuick = decltype(kind)::value;
-      MMVIM_UNROLL_4
+      MMVIM_UNROLL_BY(4)
       for (int i = 0; i < count; ++i) {
         float B[kSlice], delta[kCpt], x[kCpt];
         load_slice(B, column + i * kSlice);

@@ -34,10 +34,13 @@ int launch_forward_as(const Plan& plan, Forward p, CUstream_st* stream) {
     if (error == 0) error = launch_carry(carry, stream);
     if (error != 0) return error;
   }
+  auto* kernel = forward_kernel<T, kMethod, kCpt, false, kSingleRegisters>;
+  if constexpr (kCpt == 1) {
+    if (plan.joint == Joint::kWide) kernel = forward_kernel<T, kMethod, 1, true, kWideRegisters>;
+    if (plan.joint == Joint::kTight) kernel = forward_kernel<T, kMethod, 1, true, kTightRegisters>;
+  }
   const ForwardShared shared(sizeof(T), slices, 32 * kCpt);
-  return gpu::launch(p.directions == 2 ? forward_kernel<T, kMethod, kCpt, true>
-                                       : forward_kernel<T, kMethod, kCpt, false>,
-                     grid, 32 * slices, shared.total, stream, p);
+  return gpu::launch(kernel, grid, 32 * slices, shared.total, stream, p);
 }
 
 template <class T>

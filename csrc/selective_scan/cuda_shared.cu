@@ -96,7 +96,7 @@ MMVIM_KERNEL void finish_kernel(const MMVIM_GRID_CONSTANT FinishLaunch p) {
       const float* from = (of_A ? p.finish.dA[d] : p.finish.dD[d]) + at;
       float sum = 0.f;
       if (at < columns) {
-        MMVIM_UNROLL_4
+        MMVIM_UNROLL_BY(4)
         for (int64_t row = index / kFinishColumns; row < p.finish.rows;
              row += kFinishThreads / kFinishColumns) {
           sum += from[row * columns];
@@ -139,9 +139,6 @@ int launch_finish_of(const Finish& finish, CUstream_st* stream) {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// At least so many warps a multiprocessor keep it busy.
-constexpr int kBusyWarps = 12;
-
 void set_chunks_of(const Sizes& size, int64_t tiles_each, int granularity, Plan* plan) {
   const int64_t tiles = divide_up(size.length, granularity);
   plan->chunk_length = static_cast<int>(tiles_each) * granularity;
@@ -153,15 +150,18 @@ void set_chunks(const Sizes& size, int64_t count, int granularity, Plan* plan) {
   set_chunks_of(size, divide_up(tiles, count < 1 ? 1 : count), granularity, plan);
 }
 
-// `MMVIM_SCAN_PLAN=<channels>x<chunks>[j]` overrides the plans, for tests and measurements; j:
-// joint.
+// `MMVIM_SCAN_PLAN=<channels>x<chunks>[j|t]` overrides the plans, for tests and measurements; j, t:
+// of 32 channels, joint with more or fewer registers.
 bool plan_from_environment(const Sizes& size, int directions, int granularity, Plan* plan) {
   const char* text = std::getenv("MMVIM_SCAN_PLAN");
   if (text == nullptr) return false;
   char* rest = nullptr;
   plan->channels = std::strtol(text, &rest, 10) == 32 ? 32 : 64;
   set_chunks(size, *rest == 'x' ? std::strtol(rest + 1, &rest, 10) : 1, granularity, plan);
-  plan->joint = directions == 2 && *rest == 'j';
+  if (directions == 2 && (*rest == 'j' || *rest == 't')) {
+    plan->channels = 32;
+    plan->joint = *rest == 'j' ? Joint::kWide : Joint::kTight;
+  }
   return true;
 }
 
@@ -178,8 +178,10 @@ struct Pass {
     const int i = channels / 64;
     return capacity_of(registers[i], shared_bytes[i], slices, multiprocessors);
   }
-  int64_t joint_capacity(int slices, int multiprocessors) const {
-    return capacity_of(kJointRegisters, shared_bytes[0], slices, multiprocessors);
+  // Of two directions side by side.
+  int64_t joint_capacity(Joint joint, int slices, int multiprocessors) const {
+    return capacity_of(joint == Joint::kWide ? kWideRegisters : kTightRegisters, shared_bytes[0],
+                       slices, multiprocessors);
   }
 
  private:
@@ -212,7 +214,6 @@ Plan plan_of(const Sizes& size, int directions, int multiprocessors, const Pass&
   if (plan_from_environment(size, directions, pass.granularity, &plan)) return plan;
   const int slices = slices_of(size);
   const auto blocks = [&](int channels) { return size.batch * channel_blocks(size, channels); };
-  const int64_t busy = static_cast<int64_t>(kBusyWarps) * multiprocessors;
   const int64_t capacity = pass.capacity(32, slices, multiprocessors);
   const auto worth_chunks = [&](int64_t whole) {
     return size.length >= 4 * pass.chunk_steps &&
@@ -220,20 +221,25 @@ Plan plan_of(const Sizes& size, int directions, int multiprocessors, const Pass&
   };
   // Side by side, two directions fill a GPU that one alone leaves idle; to meet costs as much as
   // many steps, and more than chunks of one direction.
-  plan.joint = directions == 2 && size.length >= 2 * pass.chunk_steps &&
-               2 * blocks(32) <= pass.joint_capacity(slices, multiprocessors) &&
-               !worth_chunks(2 * blocks(32));
-  const int together = plan.joint ? 2 : 1;
-  // Two channels a thread share loads of B and C, but one channel a thread makes twice the warps,
-  // and blocks of few warps need those.
-  plan.channels = slices > 2 && together * blocks(64) * slices >= busy ? 64 : 32;
+  if (directions == 2 && size.length >= 2 * pass.chunk_steps && !worth_chunks(2 * blocks(32))) {
+    for (const Joint joint : {Joint::kTight, Joint::kWide}) {
+      const int64_t room = pass.joint_capacity(joint, slices, multiprocessors);
+      if (2 * blocks(32) <= room) plan.joint = joint;
+    }
+  }
   set_chunks(size, 1, pass.granularity, &plan);
-  if (!worth_chunks(together * blocks(32))) return plan;
+  if (plan.joint != Joint::kNo) return plan;
+  // Two channels a thread share loads of B and C, but one channel a thread makes twice the warps,
+  // and a GPU that is half empty, or blocks of few warps, need those.
+  if (slices > 2 && 2 * blocks(64) >= pass.capacity(64, slices, multiprocessors)) {
+    plan.channels = 64;
+  }
+  if (!worth_chunks(blocks(32))) return plan;
   plan.channels = 64;
   set_chunks_of(
       size,
       best_tiles(divide_up(size.length, pass.granularity), pass.chunk_steps / pass.granularity,
-                 together * blocks(64), pass.capacity(64, slices, multiprocessors)),
+                 blocks(64), pass.capacity(64, slices, multiprocessors)),
       pass.granularity, &plan);
   return plan;
 }
