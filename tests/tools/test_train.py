@@ -391,17 +391,21 @@ def compiled(runner):
     return runner.model.backbone._compiled_call_impl is not None
 
 
-def test_compile_leaves_the_results_as_they_are(toy):
+@pytest.mark.parametrize(
+    ('backend', 'flags'),
+    [('eager', ()), ('aot_eager', ('--amp',))],
+    ids=['eager', 'aot_eager, amp'],
+)
+def test_compile_leaves_the_results_as_they_are(toy, backend, flags):
     changes = (
         'train_cfg.max_epochs=2',
         "custom_hooks=[dict(type='EMAHook',momentum=0.1)]",
         'optim_wrapper.accumulative_counts=2',
         'randomness.seed=0',
     )
-    plain = main_train(['config.py', *option(*changes)])
-    runner = main_train(
-        ['config.py', '--work-dir', 'compiled', *option(*changes, "compile=dict(backend='eager')")]
-    )
+    plain = main_train(['config.py', *flags, *option(*changes)])
+    changes = (*changes, f"compile=dict(backend='{backend}')")
+    runner = main_train(['config.py', '--work-dir', 'compiled', *flags, *option(*changes)])
     assert compiled(runner)
     assert not compiled(plain)
     average = hook(runner, 'EMAHook').ema_model.module
