@@ -5,6 +5,9 @@ passes of their own. Here gradients that meet are accumulated by the matrix prod
 and what is cheap to make again is made again: with ``recompute`` a layer keeps its input, the
 low-rank projections, the sum of the scans and the scans' checkpoints (compare section 3.3.2 of Gu
 and Dao, https://arxiv.org/abs/2312.00752).
+
+Without a gradient the same function saves host time: the calls of modules, and checks of what a
+mixer makes itself.
 """
 
 from typing import NamedTuple
@@ -75,6 +78,11 @@ def wants_gradient(x: Tensor, module: nn.Module) -> bool:
     )
 
 
+def is_traced() -> bool:
+    """Whether a compiler or an exporter looks on, for which modules keep their names."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def bimamba(
     x: Tensor,
     in_proj: nn.Linear,
@@ -82,10 +90,13 @@ def bimamba(
     backward: Direction,
     out_proj: nn.Linear,
     options: Options,
+    gradient: bool,
 ) -> Tensor:
     """Mix x (batch, length, channels) along the sequence in both directions."""
     weights = (in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias)
-    return _BiMamba.apply(x, *weights, *forward, *backward, options)
+    if gradient:
+        return _BiMamba.apply(x, *weights, *forward, *backward, options)
+    return _bimamba(x, *weights, (*forward, *backward), options, interval=0)[0]
 
 
 def _prepared(p: Direction, dtype: torch.dtype) -> Direction:
@@ -146,42 +157,45 @@ def _outer(grad: Tensor, x: Tensor) -> Tensor:
     return _rows(grad).t() @ _rows(x)
 
 
+def _bimamba(x, in_weight, in_bias, out_weight, out_bias, parameters, options, interval):
+    """The output, what a backward pass needs always, what without recomputation, and the ops."""
+    dtype = autocast_dtype(x) or x.dtype
+    x = x.to(dtype)
+    given = in_weight, in_bias, out_weight, *parameters
+    in_weight, in_bias, out_weight, *directions = _cast(given, dtype)
+    ops = backends.resolve(options.backend, 'bidirectional_scan', x)
+
+    xz = F.linear(x, in_weight, in_bias)
+    u = _convolved(ops, xz, *directions)
+    low_rank = [F.linear(t, p.x_proj) for t, p in zip(u, directions, strict=True)]
+    delta = [_delta(t, p) for t, p in zip(low_rank, directions, strict=True)]
+    forward, backward = map(_scan_inputs, u, delta, low_rank, directions)
+    gated, *sums = ops.bidirectional_scan(
+        *forward,
+        *backward,
+        xz.chunk(2, dim=-1)[1],
+        options.scale,
+        True,
+        options.discretization,
+        interval,
+    )
+    out = F.linear(gated, out_weight, None if out_bias is None else out_bias.to(dtype))
+    return out, (*given, x, *low_rank, *sums), (xz, *u, *delta, gated), ops
+
+
 class _BiMamba(torch.autograd.Function):
     """in_proj, both convolutions, low-rank projections and scans, gate, out_proj."""
 
     @staticmethod
     def forward(ctx, x, in_weight, in_bias, out_weight, out_bias, *rest):
         *parameters, options = rest
-        ctx.dtypes = [
-            None if t is None else t.dtype
-            for t in (x, in_weight, in_bias, out_weight, out_bias, *parameters)
-        ]
-        dtype = autocast_dtype(x) or x.dtype
-        given = in_weight, in_bias, out_weight, *parameters
-        x = x.to(dtype)
-        in_weight, in_bias, out_weight, *directions = _cast(given, dtype)
-        ops = backends.resolve(options.backend, 'bidirectional_scan', x)
-        interval = default_checkpoint_interval(x)
-
-        xz = F.linear(x, in_weight, in_bias)
-        u = _convolved(ops, xz, *directions)
-        low_rank = [F.linear(t, p.x_proj) for t, p in zip(u, directions, strict=True)]
-        delta = [_delta(t, p) for t, p in zip(low_rank, directions, strict=True)]
-        forward, backward = map(_scan_inputs, u, delta, low_rank, directions)
-        gated, pregate, *checkpoints = ops.bidirectional_scan(
-            *forward,
-            *backward,
-            xz.chunk(2, dim=-1)[1],
-            options.scale,
-            True,
-            options.discretization,
-            interval,
-        )
-        kept = () if options.recompute else (xz, *u, *delta, gated)
-        ctx.save_for_backward(*given, x, *low_rank, pregate, *checkpoints, *kept)
-        ctx.options, ctx.interval = options, interval
+        weights = in_weight, in_bias, out_weight, out_bias
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, *weights, *parameters)]
+        ctx.options, ctx.interval = options, default_checkpoint_interval(x)
+        out, always, kept, ops = _bimamba(x, *weights, parameters, options, ctx.interval)
+        ctx.save_for_backward(*always, *(() if options.recompute else kept))
         ctx.compiled = ops is torch.ops.mmvim
-        return F.linear(gated, out_weight, None if out_bias is None else out_bias.to(dtype))
+        return out
 
     @staticmethod
     def backward(ctx, dy):
@@ -277,13 +291,45 @@ class _BiMamba(torch.autograd.Function):
 
 
 def half_scan(
-    x: Tensor, in_proj: nn.Linear, direction: Direction, out_proj: nn.Linear, options: Options
+    x: Tensor,
+    in_proj: nn.Linear,
+    direction: Direction,
+    out_proj: nn.Linear,
+    options: Options,
+    gradient: bool,
 ) -> Tensor:
     """Mix x (batch, length, channels) as MambaVision does: half of the channels are scanned.
 
     ``direction.taps`` are those of both halves, (2d, w); no layer has a bias but Δ's.
     """
-    return _HalfScan.apply(x, in_proj.weight, out_proj.weight, *direction, options)
+    if gradient:
+        return _HalfScan.apply(x, in_proj.weight, out_proj.weight, *direction, options)
+    return _half_scan(x, in_proj.weight, out_proj.weight, direction, options, interval=0)[0]
+
+
+def _half_scan(x, in_weight, out_weight, parameters, options, interval):
+    """As :func:`_bimamba`."""
+    dtype = autocast_dtype(x) or x.dtype
+    x = x.to(dtype)
+    given = in_weight, None, out_weight, *parameters
+    in_weight, _, out_weight, p = _cast(given, dtype)
+    ops = backends.resolve(options.backend, 'selective_scan', x)
+
+    projected = F.linear(x, in_weight)
+    xz = _centred(ops, projected, p)
+    u, z = xz.chunk(2, dim=-1)
+    low_rank = F.linear(u, p.x_proj)
+    delta = _delta(low_rank, p)
+    y, _, checkpoints = ops.selective_scan(
+        *_plain_scan(u, delta, low_rank, p),
+        True,
+        options.discretization,
+        False,
+        False,
+        interval,
+    )
+    out = F.linear(torch.cat((y, z), dim=-1), out_weight)
+    return out, (*given, x, low_rank, y, checkpoints), (projected, xz, delta), ops
 
 
 class _HalfScan(torch.autograd.Function):
@@ -292,32 +338,14 @@ class _HalfScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, in_weight, out_weight, *rest):
         *parameters, options = rest
-        given = in_weight, None, out_weight, *parameters
         ctx.dtypes = [t if t is None else t.dtype for t in (x, in_weight, out_weight, *parameters)]
-        dtype = autocast_dtype(x) or x.dtype
-        x = x.to(dtype)
-        in_weight, _, out_weight, p = _cast(given, dtype)
-        ops = backends.resolve(options.backend, 'selective_scan', x)
-        interval = default_checkpoint_interval(x)
-
-        projected = F.linear(x, in_weight)
-        xz = _centred(ops, projected, p)
-        u, z = xz.chunk(2, dim=-1)
-        low_rank = F.linear(u, p.x_proj)
-        delta = _delta(low_rank, p)
-        y, _, checkpoints = ops.selective_scan(
-            *_plain_scan(u, delta, low_rank, p),
-            True,
-            options.discretization,
-            False,
-            False,
-            interval,
+        ctx.options, ctx.interval = options, default_checkpoint_interval(x)
+        out, always, kept, ops = _half_scan(
+            x, in_weight, out_weight, parameters, options, ctx.interval
         )
-        kept = () if options.recompute else (projected, xz, delta)
-        ctx.save_for_backward(*given, x, low_rank, y, checkpoints, *kept)
-        ctx.options, ctx.interval = options, interval
+        ctx.save_for_backward(*always, *(() if options.recompute else kept))
         ctx.compiled = ops is torch.ops.mmvim
-        return F.linear(torch.cat((y, z), dim=-1), out_weight)
+        return out
 
     @staticmethod
     def backward(ctx, dy):

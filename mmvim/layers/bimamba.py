@@ -8,7 +8,7 @@ from mmvim._checks import check_choice
 from mmvim.ops.bidirectional import bidirectional_scan_unchecked
 
 from ._common import as_param_dtype
-from ._fused import Direction, Options, bimamba, is_plain, wants_gradient
+from ._fused import Direction, Options, bimamba, is_plain, is_traced, wants_gradient
 from .conv import CausalConv1d
 from .mamba import DeltaProjection, MixerBase
 
@@ -153,8 +153,9 @@ class BiMamba(MixerBase):
             Tensor: (batch, length, d_model).
         """
         self._check_input(x)
-        if wants_gradient(x, self) and self._is_plain():
-            return self._scaled(self._fused(x))
+        gradient = wants_gradient(x, self)
+        if (gradient or not is_traced()) and self._is_plain():
+            return self._scaled(self._fused(x, gradient))
         u, z = self.in_proj(x).chunk(2, dim=-1)
         forward, backward = self._branches(u)
         if self.reverse:
@@ -182,8 +183,8 @@ class BiMamba(MixerBase):
             )
         )
 
-    def _fused(self, x: Tensor) -> Tensor:
-        """The same as step by step, for training (see :mod:`mmvim.layers._fused`)."""
+    def _fused(self, x: Tensor, gradient: bool) -> Tensor:
+        """The same as step by step, in one function (see :mod:`mmvim.layers._fused`)."""
         own, other = (
             Direction(conv.taps, conv.bias, project.weight, dt.weight, dt.bias, a_log, skip)
             for conv, project, dt, a_log, skip in (
@@ -198,7 +199,7 @@ class BiMamba(MixerBase):
             recompute=x.is_cuda if self.recompute is None else self.recompute,
             backend=self._backend,
         )
-        return bimamba(x, self.in_proj, forward, backward, self.out_proj, options)
+        return bimamba(x, self.in_proj, forward, backward, self.out_proj, options, gradient)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

@@ -13,7 +13,7 @@ from mmvim._checks import check_choice, check_flags, check_number, check_positiv
 from mmvim.ops.selective_scan import selective_scan_unchecked
 
 from ._common import as_param_dtype
-from ._fused import Direction, Options, half_scan, is_plain, wants_gradient
+from ._fused import Direction, Options, half_scan, is_plain, is_traced, wants_gradient
 from .conv import CausalConv1d
 from .mamba import DeltaProjection, MixerBase
 
@@ -126,8 +126,9 @@ class MambaVisionMixer(MixerBase):
         self._check_input(x)
         # Depthwise: one convolution of all channels is the two of the halves.
         taps = torch.cat((self.conv1d_x.taps, self.conv1d_z.taps))
-        if wants_gradient(x, self) and self._is_plain():
-            return self._fused(x, taps)
+        gradient = wants_gradient(x, self)
+        if (gradient or not is_traced()) and self._is_plain():
+            return self._fused(x, taps, gradient)
         xz = ops.causal_conv1d(
             self.in_proj(x),
             taps,
@@ -163,8 +164,8 @@ class MambaVisionMixer(MixerBase):
             and is_plain(self.dt_proj, DeltaProjection)
         )
 
-    def _fused(self, x: Tensor, taps: Tensor) -> Tensor:
-        """The same as step by step, for training (see :mod:`mmvim.layers._fused`)."""
+    def _fused(self, x: Tensor, taps: Tensor, gradient: bool) -> Tensor:
+        """The same as step by step, in one function (see :mod:`mmvim.layers._fused`)."""
         direction = Direction(
             taps,
             None,
@@ -176,7 +177,7 @@ class MambaVisionMixer(MixerBase):
         )
         recompute = x.is_cuda if self.recompute is None else self.recompute
         options = Options(1.0, self.discretization, recompute, self._backend)
-        return half_scan(x, self.in_proj, direction, self.out_proj, options)
+        return half_scan(x, self.in_proj, direction, self.out_proj, options, gradient)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

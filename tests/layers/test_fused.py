@@ -44,19 +44,19 @@ def step_by_step(mixer):
         handle.remove()
 
 
+OPTIONS = [
+    {},
+    {'merge': 'sum', 'bias': True, 'conv_bias': False},
+    {'reverse': True, 'layer_scale': 0.3},
+    {'discretization': 'foh_hold', 'd_conv': 2},
+    {'kind': MambaVisionMixer},
+    {'kind': MambaVisionMixer, 'double_dt_bias': False, 'dt_init': 'proper'},
+]
+
+
 @pytest.mark.parametrize('backend', ['auto', 'torch'])
 @pytest.mark.parametrize('recompute', [True, False])
-@pytest.mark.parametrize(
-    'options',
-    [
-        {},
-        {'merge': 'sum', 'bias': True, 'conv_bias': False},
-        {'reverse': True, 'layer_scale': 0.3},
-        {'discretization': 'foh_hold', 'd_conv': 2},
-        {'kind': MambaVisionMixer},
-        {'kind': MambaVisionMixer, 'double_dt_bias': False, 'dt_init': 'proper'},
-    ],
-)
+@pytest.mark.parametrize('options', OPTIONS)
 def test_equals_step_by_step(options, recompute, backend):
     mixer = make(recompute=recompute, ops_backend=backend, **options)
     x = torch.randn(2, 37, 12, dtype=torch.float64)
@@ -68,6 +68,35 @@ def test_equals_step_by_step(options, recompute, backend):
     assert grads.keys() == expected.keys()
     for name in grads:
         torch.testing.assert_close(grads[name], expected[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('options', OPTIONS)
+def test_without_a_gradient_equals_step_by_step(options, autocast):
+    dtype = torch.float32 if autocast else torch.float64
+    mixer, x = make(dtype, **options), torch.randn(2, 37, 12, dtype=dtype)
+    with torch.no_grad(), torch.autocast('cpu', autocast, enabled=autocast is not None):
+        y = mixer(x)
+        with step_by_step(mixer):
+            expected = mixer(x)
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer])
+def test_tracers_see_the_modules(kind, monkeypatch):
+    mixer, x = make(kind=kind).eval(), torch.randn(2, 9, 12, dtype=torch.float64)
+    for name in ('_bimamba', '_half_scan'):
+        monkeypatch.delattr(f'mmvim.layers._fused.{name}')
+    with torch.no_grad():
+        for traced in (
+            torch.jit.trace(mixer, (x,), check_trace=False),
+            torch.compile(mixer, backend='eager', fullgraph=True),
+            torch.export.export(mixer, (x,), strict=False).module(),
+        ):
+            assert traced(x).shape == x.shape
+        with pytest.raises(NameError):
+            mixer(x)
 
 
 @pytest.mark.parametrize('recompute', [True, False])

@@ -155,7 +155,11 @@ def _on_reference_scan(build: Builder) -> Builder:
             self.model = model
 
         def forward(self, x: Tensor) -> Tensor:
-            with mock.patch('mmvim.layers.bimamba.bidirectional_scan_unchecked', reference):
+            with (
+                mock.patch('mmvim.layers.bimamba.bidirectional_scan_unchecked', reference),
+                # Step by step, or the scan's function is not called.
+                mock.patch('mmvim.layers.BiMamba._is_plain', return_value=False),
+            ):
                 return self.model(x)
 
     def wrapped(side: int) -> nn.Module:
