@@ -409,5 +409,6 @@ def _centred(ops: object, x: Tensor, p: Direction) -> Tensor:
 
 def _plain_scan(u: Tensor, delta: Tensor, low_rank: Tensor, p: Direction) -> tuple:
     """Inputs of a scan without gate and state, in the op's order."""
-    inputs = _scan_inputs(u, delta, low_rank, p)
-    return *inputs[:6], None, inputs.delta_bias, None
+    # Not a slice: the compiler of torch 2.6 cannot cut named tuples.
+    u, delta, a, b, c, skip, delta_bias = _scan_inputs(u, delta, low_rank, p)
+    return u, delta, a, b, c, skip, None, delta_bias, None

@@ -43,6 +43,9 @@ from ..utils.checkpoint import (
     unwrap_state_dict,
 )
 
+# torch 2.6 compiles a recomputation that updates batch norm's statistics once more, 2.14 does not;
+# versions in between are not known.
+_COMPILED_KEEPS_BUFFERS = torch.__version__ >= (2, 14)
 _NUM_STAGES = 4
 _NUM_CONV_STAGES = 2
 _BLOCK_KEY = r'levels\.(\d+)\.blocks\.\d+\.'
@@ -224,9 +227,10 @@ class Stage(nn.Module):
 
 def _run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    # Compiled, a recomputation repeats no update of a buffer (and takes no context_fn).
-    if not norms or torch.compiler.is_compiling():
+    if not norms:
         return checkpoint(block, x, use_reentrant=False)
+    if torch.compiler.is_compiling():  # which takes no context_fn
+        return checkpoint(block, x, use_reentrant=False) if _COMPILED_KEEPS_BUFFERS else block(x)
     return checkpoint(
         block,
         x,
