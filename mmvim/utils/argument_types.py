@@ -89,9 +89,9 @@ def _allowed(declared: Any) -> tuple[type, ...] | None:
         return (type(None),)
     if declared in (bool, int, float):
         return (int, float)
-    if declared in (str, os.PathLike) or (
-        inspect.isclass(declared) and issubclass(declared, os.PathLike)
-    ):
+    # list[int] counts as a class in Python 3.10.
+    is_class = inspect.isclass(declared) and typing.get_origin(declared) is None
+    if declared in (str, os.PathLike) or (is_class and issubclass(declared, os.PathLike)):
         return (str, Path)
     origin = typing.get_origin(declared) or declared
     if origin in (typing.Union, types.UnionType):
@@ -103,7 +103,7 @@ def _allowed(declared: Any) -> tuple[type, ...] | None:
         return (list, tuple, set)
     if origin in _MAPPINGS:
         return (dict,)
-    anything = not inspect.isclass(declared) or declared in (object, type, Any, Callable)
+    anything = not is_class or declared in (object, type, Any, Callable)
     if anything or getattr(declared, '_is_protocol', False):
         return None
     # What a config describes by a dict, or an object of that class.
@@ -115,5 +115,11 @@ def _described(parameter: inspect.Parameter) -> str:
         return f'{type(parameter.default).__name__}, as {parameter.default!r} is'
     if isinstance(parameter.annotation, str):
         return parameter.annotation
-    text = inspect.formatannotation(parameter.annotation)
-    return text.replace('typing.', '').replace('NoneType', 'None')
+    return _written(parameter.annotation)
+
+
+def _written(declared: Any) -> str:
+    """A declaration as source says it; unions the same whether declared by Union, Optional or |."""
+    if typing.get_origin(declared) in (typing.Union, types.UnionType):
+        return ' | '.join(_written(part) for part in typing.get_args(declared))
+    return inspect.formatannotation(declared).replace('typing.', '').replace('NoneType', 'None')

@@ -74,6 +74,7 @@ def test_values_that_do_not_fit():
     assert misfits(declared, {'step': 3}) == [f'step=3 must be dict | {__name__}.Base | None']
     assert misfits(declared, {'width': None, 'step': None}) == ['width=None must be int']
     assert misfits(declared, {'width': None}, none=False) == []
+    assert misfits(Part, {'size': 'x'}) == ["size='x' must be int | tuple[int, int]"]
     # An unknown name in one declaration hides no other.
     wrong = {'kind': [7], 'size': 'x', 'place': 7, 'mode': 7, 'table': []}
     assert [text.split('=')[0] for text in misfits(Part, wrong)] == list(wrong)
