@@ -7,6 +7,7 @@ weights come from. Everything else is the config's own.
 import importlib.util
 import math
 import numbers
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -101,7 +102,7 @@ def shrink(cfg: Config, data: MiniatureData, work_dir: Path, shallow: bool = Tru
     cfg.log_level = 'WARNING'
     cfg.default_hooks.checkpoint.save_optimizer = False
     # Visualizers are kept by name for the life of the process, folder included.
-    cfg.visualizer.name = str(work_dir)
+    cfg.visualizer.name = uuid.uuid4().hex
     for name in ('train', 'val', 'test'):
         loader = cfg[f'{name}_dataloader']
         loader.update(

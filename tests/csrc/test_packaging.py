@@ -41,7 +41,7 @@ def checkout(root, tmp_path):
     return target
 
 
-def setup(checkout, *arguments, **environment):
+def run_setup(checkout, *arguments, **environment):
     result = subprocess.run(
         [sys.executable, 'setup.py', '-q', *arguments],
         cwd=checkout,
@@ -59,7 +59,7 @@ def wheel_of(checkout):
 
 
 def test_wheel_without_kernels(checkout, root, tmp_path):
-    setup(checkout, 'bdist_wheel', MMVIM_SKIP_BUILD='1')
+    run_setup(checkout, 'bdist_wheel', MMVIM_SKIP_BUILD='1')
     wheel = wheel_of(checkout)
     assert wheel.name.endswith('-py3-none-any.whl')
     site = tmp_path / 'site'
@@ -93,7 +93,7 @@ def test_wheel_without_kernels(checkout, root, tmp_path):
 
 
 def test_source_distribution_is_complete(checkout, root):
-    setup(checkout, 'sdist')
+    run_setup(checkout, 'sdist')
     (path,) = (checkout / 'dist').glob('*.tar.gz')
     with tarfile.open(path) as archive:
         names = {n.partition('/')[2] for n in archive.getnames()}
@@ -105,7 +105,7 @@ def test_source_distribution_is_complete(checkout, root):
 
 
 def test_failing_compiler_does_not_fail_the_installation(checkout):
-    result = setup(checkout, 'build_ext', '--inplace', CXX='no-such-compiler')
+    result = run_setup(checkout, 'build_ext', '--inplace', CXX='no-such-compiler')
     assert 'installs without compiled kernels' in result.stderr
     assert not (checkout / 'mmvim' / '_C.so').exists()
     info = json.loads((checkout / 'mmvim' / '_build_info.json').read_text())
@@ -115,7 +115,7 @@ def test_failing_compiler_does_not_fail_the_installation(checkout):
 def test_failing_build_keeps_an_earlier_library(checkout):
     (checkout / 'mmvim' / '_C.so').write_text('earlier')
     (checkout / 'mmvim' / '_build_info.json').write_text('{"torch": "earlier"}')
-    setup(checkout, 'build_ext', '--inplace', CXX='no-such-compiler')
+    run_setup(checkout, 'build_ext', '--inplace', CXX='no-such-compiler')
     assert (checkout / 'mmvim' / '_C.so').read_text() == 'earlier'
     assert 'earlier' in (checkout / 'mmvim' / '_build_info.json').read_text()
 
@@ -127,7 +127,7 @@ def test_compiled_wheel(checkout, root, tmp_path):
     if objects.is_dir():  # what an earlier installation compiled
         (checkout / 'build').mkdir()
         (checkout / 'build' / 'objects').symlink_to(objects)
-    setup(checkout, 'bdist_wheel', MMVIM_FORCE_CUDA='0')
+    run_setup(checkout, 'bdist_wheel', MMVIM_FORCE_CUDA='0')
     wheel = wheel_of(checkout)
     tags = wheel.stem.split('-')[-3:]
     assert tags[:2] == ['py3', 'none']

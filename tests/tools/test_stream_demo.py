@@ -117,7 +117,10 @@ def test_no_part_of_an_output_is_left(clip, tmp_path, capfd):
     (tmp_path / 'cut.mkv').write_bytes(content)
     with av.open(str(clip)) as source, av.open(str(tmp_path / 'cut.mkv'), 'w') as target:
         video = source.streams.video[0]
-        copy = target.add_stream_from_template(video)
+        if hasattr(target, 'add_stream_from_template'):
+            copy = target.add_stream_from_template(video)
+        else:  # PyAV before 14
+            copy = target.add_stream(template=video)
         for packet in source.demux(video):
             if packet.dts is not None:
                 packet.stream = copy
