@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,16 @@ def test_parts_of_a_step(models):
     assert models.part_of('nvjet_sm90_tst_192x192_64x4') == 'matrix products'
     assert models.part_of('vectorized_elementwise_kernel') == 'elementwise'
     assert models.sized(models.MODELS['vim-t'], 448, None) == ((3, 448, 448), 32)
+
+
+def test_the_reference_peer_runs_the_reference_scan(models, monkeypatch):
+    calls = []
+    interface = types.ModuleType('mamba_ssm.ops.selective_scan_interface')
+    interface.selective_scan_ref = lambda u, *_: calls.append(u.shape) or u
+    for name in ('mamba_ssm', 'mamba_ssm.ops'):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    net = models._on_reference_scan(models.MODELS['vim-t'].build)(32).eval()
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 32, 32))
+    assert len(calls) == 2 * 24
