@@ -1,10 +1,11 @@
 import os
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from video_files import coded_frames, write_video
+from video_files import coded_frames, set_display_matrix, write_video
 
 from mmvim.datasets.video import VideoReader, VideoSampleError
 
@@ -51,6 +52,54 @@ def test_colours_and_channel_order(tmp_path):
     with VideoReader(write_video(tmp_path / 'a.mp4', frames)) as video:
         colour = video.frames([1]).float().mean((0, 2, 3))
     np.testing.assert_allclose(colour, [200, 100, 40], atol=6)
+
+
+def quadrants():
+    """Frames whose four quarters have levels of their own."""
+    frames = np.zeros((3, 48, 64, 3), np.uint8)
+    for level, (y, x) in zip((30, 90, 150, 210), ((0, 0), (0, 32), (24, 0), (24, 32)), strict=True):
+        frames[:, y : y + 24, x : x + 32] = level
+    return frames
+
+
+@pytest.mark.parametrize(
+    ('matrix', 'shown'),
+    [
+        ((1, 0, 0, 1), [[30, 90], [150, 210]]),
+        ((0, 1, -1, 0), [[150, 30], [210, 90]]),  # a quarter turn clockwise
+        ((-1, 0, 0, -1), [[210, 150], [90, 30]]),
+        ((0, -1, 1, 0), [[90, 210], [30, 150]]),
+        ((-1, 0, 0, 1), [[90, 30], [210, 150]]),  # a mirror
+        ((1, 0, 0, -1), [[150, 210], [30, 90]]),
+        ((0, 1, 1, 0), [[30, 150], [90, 210]]),
+        ((0, -1, -1, 0), [[210, 90], [150, 30]]),
+    ],
+)
+def test_turned_as_the_header_says(matrix, shown, tmp_path):
+    path = set_display_matrix(write_video(tmp_path / 'a.mp4', quadrants()), *matrix)
+    with VideoReader(path) as video:
+        picture = video.frames([1])[0].float().mean(0)
+        first = next(iter(video))
+    height, width = picture.shape
+    assert (height, width) == ((64, 48) if matrix[0] == 0 else (48, 64))
+    assert first.shape == (height, width, 3)
+    for each in (picture.numpy(), first.mean(-1)):
+        seen = each.reshape(2, height // 2, 2, width // 2).mean((1, 3))
+        np.testing.assert_allclose(seen, shown, atol=6)
+    cv2 = pytest.importorskip('cv2')
+    peer = cv2.VideoCapture(str(path)).read()[1]
+    if matrix in ((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)):  # all that it knows
+        np.testing.assert_allclose(first.mean(-1), peer.mean(-1), atol=6)
+
+
+def test_square_pixels(tmp_path):
+    path = write_video(tmp_path / 'a.mp4', quadrants(), pixel_aspect=Fraction(3, 2))
+    with VideoReader(path) as video:
+        assert video.frames([0, 2]).shape == (2, 3, 48, 96)
+    set_display_matrix(path, 0, 1, -1, 0)
+    with VideoReader(path) as video:
+        assert video.frames([0]).shape == (1, 3, 96, 48)
+        assert next(iter(video)).shape == (96, 48, 3)
 
 
 def test_variable_rate(tmp_path):

@@ -24,7 +24,7 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmvim.datasets.video import VideoSampleError
+from mmvim.datasets.video import VideoReader
 from mmvim.datasets.video.reader import require_av
 from mmvim.engine.errors import UserError, reported_errors
 from mmvim.models import GraphedStream
@@ -70,17 +70,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def read_file(path: str) -> Iterator[np.ndarray]:
     """Frames of a video file, (height, width, 3) uint8 RGB."""
-    av = require_av()
-    if not Path(path).is_file():
-        raise UserError(f'the video {path!r} does not exist')
-    try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise VideoSampleError(f'{path!r} has no video stream')
-            for frame in container.decode(video=0):
-                yield frame.to_ndarray(format='rgb24')
-    except av.error.FFmpegError as error:
-        raise VideoSampleError(f'cannot read the video {path!r}: {error}') from error
+    with VideoReader(path) as video:
+        yield from video
 
 
 def read_camera(index: int) -> Iterator[np.ndarray]:

@@ -7,6 +7,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +38,33 @@ def require_av() -> ModuleType:
     return av
 
 
+def _as_shown(frame: Any, size: tuple[int, int]) -> np.ndarray:
+    """A decoded frame as (height, width, 3) RGB of ``size``, then turned as its header says.
+
+    The display matrix (ISO/IEC 14496-12, 8.3.2) takes the place (x, y) of a pixel to
+    (a x + c y, b x + d y); it is stored as a, b, 0, c, d, 0, ...
+    """
+    width, height = size
+    picture = frame.to_ndarray(format='rgb24', width=width, height=height)
+    for item in frame.side_data:
+        if getattr(item.type, 'name', None) == 'DISPLAYMATRIX':
+            a, b, _, c, d = np.frombuffer(bytes(item), np.int32, count=5).tolist()
+            if abs(b) + abs(c) > abs(a) + abs(d):
+                picture, a, d = picture.transpose(1, 0, 2), c, b
+            picture = picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+    return np.ascontiguousarray(picture)
+
+
 class VideoReader:
     """Frames of the first video stream of a file, by their number.
 
     Opening reads the file's packets once without decoding them, which gives the number of frames
     and the time at which each is shown. So frames are counted as they are stored, also where their
     rate varies. :meth:`frames` then decodes from the nearest keyframe before each wanted frame.
+
+    Frames come as a player shows them: turned and mirrored as the header's display matrix says
+    (phones write one; other angles than quarter turns are rounded to one), and stretched in width
+    to square pixels. Interlaced frames are left woven.
 
     Args:
         path (str | os.PathLike): A regular file.
@@ -138,10 +160,10 @@ class VideoReader:
         Raises:
             VideoSampleError: A frame cannot be decoded.
         """
-        size: dict[str, int] = {}
+        size = None
         for frame in self._decode_from(None):
-            size = size or {'width': frame.width, 'height': frame.height}
-            yield frame.to_ndarray(format='rgb24', **size)
+            size = size or self._square_size(frame)
+            yield _as_shown(frame, size)
 
     @property
     def timestamps(self) -> np.ndarray:
@@ -182,13 +204,18 @@ class VideoReader:
                 f'frames {wanted[0]} .. {wanted[-1]} of {self.path!r}, which has {self._count}'
             )
         decoded = self._by_time(wanted) if self._seekable else self._by_order(wanted)
-        size = {}
+        size = None
         pictures = {}
         for index, frame in zip(wanted, decoded, strict=True):
             # A stream may change its size; all frames get the first one's.
-            size = size or {'width': frame.width, 'height': frame.height}
-            pictures[index] = torch.from_numpy(frame.to_ndarray(format='rgb24', **size))
+            size = size or self._square_size(frame)
+            pictures[index] = torch.from_numpy(_as_shown(frame, size))
         return torch.stack([pictures[int(i)] for i in indices]).permute(0, 3, 1, 2)
+
+    def _square_size(self, frame: Any) -> tuple[int, int]:
+        """Width and height of a frame, as it is stored, with square pixels."""
+        ratio = self._stream.sample_aspect_ratio or 1
+        return max(round(frame.width * ratio), 1), frame.height
 
     def _by_order(self, wanted: list[int]) -> Iterator:
         remaining = iter(wanted)
