@@ -35,22 +35,7 @@ X86 = platform.machine().lower() in ('x86_64', 'amd64')
 LIBRARY_NAME = '_C.pyd' if WINDOWS else '_C.so'
 INFO_NAME = '_build_info.json'
 
-# Compiled once for each instruction set; the best one is chosen at run time.
-_CPU_KERNELS = (
-    'common/rows.cpp',
-    'selective_scan/cpu_tile.cpp',
-    'selective_scan/cpu_scan.cpp',
-    'causal_conv1d/cpu_conv.cpp',
-    'add_rms_norm/cpu_norm.cpp',
-)
-_CPU_GLUE = (
-    'common/runtime.cpp',
-    'selective_scan/cpu.cpp',
-    'causal_conv1d/cpu.cpp',
-    'add_rms_norm/cpu.cpp',
-)
-_CPU_PLAIN = ('common/isa.cpp',)
-
+# The CPU kernels are compiled once for each of these; the best one is chosen at run time.
 _ISA_FLAGS = {
     'portable': ((), ()),
     'avx2': (('-mavx2', '-mfma', '-mf16c'), ('/arch:AVX2',)),
@@ -67,8 +52,8 @@ _MSVC_FLAGS = (
     *('/wd4190', '/wd4624', '/wd4067', '/wd4068'),
 )
 _NVCC_FLAGS = ('-O3', '-std=c++17')
-# Slow to optimise at -O3 and not worth it: the outer loops of the scan, and the glue.
-_O2_SOURCES = frozenset({'selective_scan/cpu_scan.cpp', *_CPU_GLUE})
+# Slow to optimise at -O3 and not worth it, as is the glue: the outer loops of the scan.
+_O2_KERNELS = ('selective_scan/cpu_scan.cpp',)
 
 _NAMED_ARCHITECTURES = {
     'Turing': '7.5+PTX',
@@ -91,8 +76,21 @@ class Unit:
     """One call of a compiler."""
 
     source: str
-    kind: str  # 'kernel', 'plain', 'glue', 'cuda' or 'cuda-glue'
     isa: str = ''
+
+    @property
+    def kind(self) -> str:
+        """How to compile it: 'cuda', 'cuda-glue', 'kernel' or 'glue', as its name says.
+
+        ``*.cu`` are CUDA kernels, ``cuda*.cpp`` what calls them; ``cpu_*.cpp`` are CPU kernels, any
+        other ``.cpp`` calls them. Kernels include no header of torch.
+        """
+        name = self.source.rpartition('/')[2]
+        if name.endswith('.cu'):
+            return 'cuda'
+        if name.startswith('cuda'):
+            return 'cuda-glue'
+        return 'kernel' if name.startswith('cpu_') else 'glue'
 
     @property
     def label(self) -> str:
@@ -116,24 +114,20 @@ def isas() -> tuple[str, ...]:
 
 def units(cuda: bool) -> list[Unit]:
     """Everything to compile, the slowest first."""
-    found = []
-    if cuda:
-        found += [Unit(s, 'cuda') for s in cuda_sources()]
-        found += [Unit(_relative(p), 'cuda-glue') for p in sorted(ROOT.glob('*/cuda*.cpp'))]
-    found += [Unit(s, 'glue') for s in _CPU_GLUE]
-    found += [Unit(s, 'kernel', isa) for s in _CPU_KERNELS for isa in isas()]
-    found += [Unit(s, 'plain') for s in _CPU_PLAIN]
-    return found
-
-
-def cuda_sources() -> list[str]:
-    """The plain CUDA sources, which include no header of torch."""
-    return [_relative(p) for p in sorted(ROOT.glob('*/*.cu'))]
+    kinds = ('cuda', 'cuda-glue', 'glue', 'kernel') if cuda else ('glue', 'kernel')
+    found = [Unit(_relative(p)) for p in sorted(ROOT.rglob('*')) if p.suffix in ('.cpp', '.cu')]
+    return [
+        Unit(unit.source, isa)
+        for kind in kinds
+        for unit in found
+        if unit.kind == kind
+        for isa in (isas() if kind == 'kernel' else ('',))
+    ]
 
 
 def sources_hash(cuda: bool) -> str:
     """Changes whenever something changes that is compiled, or how."""
-    flags = (_CXX_FLAGS, _MSVC_FLAGS, _ISA_FLAGS, _NVCC_FLAGS, sorted(_O2_SOURCES))
+    flags = (_CXX_FLAGS, _MSVC_FLAGS, _ISA_FLAGS, _NVCC_FLAGS, _O2_KERNELS)
     digest = hashlib.sha256(repr(flags).encode())
     for path in sorted(ROOT.rglob('*')):
         if path.suffix not in ('.h', '.cpp', '.cu', '.cuh'):
@@ -339,7 +333,8 @@ class _Compiler:
             flags = [*_MSVC_FLAGS, f'/std:{standard}', *flags]
             flags += [f'/D{d}' for d in defines] + [f'/I{i}' for i in includes]
             return [self.cxx, *flags, '/c', source, f'/Fo{out}']
-        base = [('-O2' if unit.source in _O2_SOURCES and f == '-O3' else f) for f in _CXX_FLAGS]
+        slow = unit.kind != 'kernel' or unit.source in _O2_KERNELS
+        base = [('-O2' if slow and f == '-O3' else f) for f in _CXX_FLAGS]
         flags = [*base, f'-std={standard}', *flags, *(f'-D{d}' for d in defines)]
         for i in includes:
             flags += ['-isystem', str(i)]

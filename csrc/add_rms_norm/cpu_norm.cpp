@@ -1,6 +1,6 @@
 #include <initializer_list>
 
-#include "../common/rows.h"
+#include "../common/cpu_rows.h"
 #include "cpu_kernels.h"
 
 namespace mmvim {

@@ -2,7 +2,7 @@
 // with the halo that the filters need, into arrays of the computing type.
 #include <initializer_list>
 
-#include "../common/rows.h"
+#include "../common/cpu_rows.h"
 #include "cpu_kernels.h"
 
 namespace mmvim {

@@ -3,7 +3,7 @@
 // applied, so that the inner loops (cpu_tile.cpp) know nothing of types, strides and directions.
 #include <initializer_list>
 
-#include "../common/rows.h"
+#include "../common/cpu_rows.h"
 #include "cpu_kernels.h"
 #include "cpu_tile.h"
 

@@ -24,13 +24,6 @@ from types import ModuleType
 import torch
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_OPS = (
-    'selective_scan',
-    'bidirectional_scan',
-    'causal_conv1d',
-    'bidirectional_conv1d',
-    'add_rms_norm',
-)
 _DTYPES = {
     'cpu': (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     'cuda': (torch.float32, torch.bfloat16, torch.float16),
@@ -131,7 +124,7 @@ def backend_info() -> BackendInfo:
         compiler=_info.get('compiler'),
     )
     for device, dtypes in _DTYPES.items():
-        ops = [op for op in _OPS if (op, device) in _supported]
+        ops = sorted(op for op, where in _supported if where == device)
         info[f'{device}_kernels'] = ops
         info[f'{device}_dtypes'] = [str(d).removeprefix('torch.') for d in dtypes] if ops else []
     info['cpu_instruction_set'] = _instruction_set()
@@ -275,10 +268,11 @@ def _library_name() -> str:
 def _find_kernels() -> None:
     """Ask the dispatcher what the library registered."""
     global _gpus_checked
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    for op in _OPS:
-        for device, key in (('cpu', 'CPU'), ('cuda', 'CUDA')):
-            if has_kernel(f'mmvim::{op}', key):
+    for device, key in (('cpu', 'CPU'), ('cuda', 'CUDA')):
+        for name in torch._C._dispatch_get_registrations_for_dispatch_key(key):
+            namespace, _, op = name.partition('::')
+            # The gradients of an op are not chosen apart from it.
+            if namespace == 'mmvim' and not op.endswith('_backward'):
                 _supported[op, device] = _DTYPES[device]
     _gpus_checked = False
 
@@ -294,8 +288,8 @@ def _check_gpus() -> None:
         if _gpus_checked:
             return
         if any(device == 'cuda' for _, device in _supported) and not _gpu_is_covered():
-            for op in _OPS:
-                _supported.pop((op, 'cuda'), None)
+            for key in [key for key in _supported if key[1] == 'cuda']:
+                del _supported[key]
         _gpus_checked = True
 
 

@@ -32,8 +32,10 @@ def test_without_cuda_no_cuda_source(builder):
 
 
 def test_cuda_sources_include_no_torch_header(builder):
-    for source in builder.cuda_sources():
-        for path in builder._dependencies(builder.ROOT / source):
+    for unit in builder.units(cuda=True):
+        if unit.kind != 'cuda':
+            continue
+        for path in builder._dependencies(builder.ROOT / unit.source):
             text = path.read_text()
             assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)/', text), path
 
@@ -54,7 +56,7 @@ def test_hash_follows_the_sources_that_are_compiled(csrc):
     copy = load_module('mmvim_build_copy', csrc / 'build.py')
     cpu, everything = copy.sources_hash(False), copy.sources_hash(True)
     assert cpu == copy.sources_hash(False) != everything
-    source = csrc / copy.cuda_sources()[0]
+    source = csrc / next(u.source for u in copy.units(cuda=True) if u.kind == 'cuda')
     source.write_text(source.read_text() + '\n')
     assert copy.sources_hash(False) == cpu
     assert copy.sources_hash(True) != everything
@@ -66,8 +68,8 @@ def test_hash_follows_the_sources_that_are_compiled(csrc):
 
 def test_objects_follow_headers_and_flags(csrc):
     copy = load_module('mmvim_build_copy', csrc / 'build.py')
-    unit = copy.Unit('selective_scan/cpu_tile.cpp', 'kernel', 'portable')
-    other = copy.Unit('common/isa.cpp', 'plain')
+    unit = copy.Unit('selective_scan/cpu_tile.cpp', 'portable')
+    other = copy.Unit('common/isa.cpp')
     out = Path('object')
 
     def name(u, *flags):
@@ -114,7 +116,7 @@ def test_one_failing_file_stops_the_build(csrc, tmp_path):
     (csrc / 'common' / 'isa.cpp').write_text('#error stop here\n')
     with pytest.raises(copy.BuildError, match=r'(?s)common/isa.cpp does not compile.*stop here'):
         copy.compile_units(
-            copy._Compiler(None), [copy.Unit('common/isa.cpp', 'plain')], tmp_path / 'o', print
+            copy._Compiler(None), [copy.Unit('common/isa.cpp')], tmp_path / 'o', print
         )
     assert list((tmp_path / 'o').iterdir()) == []
     del sys.modules['mmvim_build_copy']
@@ -123,7 +125,7 @@ def test_one_failing_file_stops_the_build(csrc, tmp_path):
 @needs_compiler
 def test_objects_are_kept_and_used_again(builder, tmp_path):
     lines = []
-    unit = builder.Unit('common/isa.cpp', 'plain')
+    unit = builder.Unit('common/isa.cpp')
     compiler = builder._Compiler(None)
     first = builder.compile_units(compiler, [unit], tmp_path, lines.append)
     assert first[0].is_file()

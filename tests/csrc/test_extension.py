@@ -311,7 +311,7 @@ def test_gpu_without_code_is_not_served(extension, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda i: (8, 0))
-    for op in extension._OPS:
+    for op in ('selective_scan', 'causal_conv1d'):
         extension._supported[op, 'cuda'] = extension._DTYPES['cuda']
     assert not extension.supports('selective_scan', 'cuda', torch.float32)
     assert 'compiled for 9.0, but GPU 0 is 8.0' in extension._info['no_cuda']
@@ -330,8 +330,10 @@ def test_kernels_are_found_without_asking_a_gpu(extension, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', capability)
-    monkeypatch.setattr(torch._C, '_dispatch_has_kernel_for_dispatch_key', lambda *_: True)
+    registered = 'torch._C._dispatch_get_registrations_for_dispatch_key'
+    monkeypatch.setattr(registered, lambda key: ['mmvim::selective_scan', 'aten::add.Tensor'])
     extension._find_kernels()
+    assert set(extension._supported) == {('selective_scan', 'cpu'), ('selective_scan', 'cuda')}
     assert not extension.supports('selective_scan', 'cpu', torch.int64)
     assert asked == []
     for _ in range(2):
@@ -351,8 +353,16 @@ def test_what_is_loaded():
     info = real.backend_info()
     assert info['reason'] is None
     assert info['cpu_instruction_set'] in ('portable', 'avx2', 'avx512')
-    assert set(info['cpu_kernels']) == set(real._OPS)
-    for op in real._OPS:
+    # The namespace of the PyTorch implementations holds all that Python has defined.
+    defined = {
+        name.removeprefix('mmvim_torch::')
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith('mmvim_torch::')
+    }
+    registered = torch._C._dispatch_get_registrations_for_dispatch_key('CPU')
+    assert {name.removeprefix('mmvim::') for name in registered if 'mmvim::' in name} == defined
+    assert set(info['cpu_kernels']) == {op for op in defined if not op.endswith('_backward')}
+    for op in info['cpu_kernels']:
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             assert real.supports(op, 'cpu', dtype)
         assert not real.supports(op, 'cpu', torch.int64)

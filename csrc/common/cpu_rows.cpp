@@ -1,4 +1,4 @@
-#include "rows.h"
+#include "cpu_rows.h"
 
 namespace mmvim {
 namespace MMVIM_ISA {
