@@ -23,7 +23,7 @@ from mmvim.ops._library import compute_dtype
 from mmvim.ops.discretization import coefficients
 
 # The modules of mmvim.ops that look up the implementation of a scan.
-_CALLERS = ('selective_scan', 'bidirectional')
+_CALLERS = ('selective_scan', 'bidirectional_scan')
 
 
 @dataclass(frozen=True)

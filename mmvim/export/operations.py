@@ -22,7 +22,7 @@ from mmvim.ops.discretization import coefficients
 
 KINDS = ('graph', 'onnx', 'script')
 # The modules of mmvim.ops that look up the implementation that their functions call.
-_CALLERS = ('selective_scan', 'bidirectional', 'causal_conv1d', 'add_norm')
+_CALLERS = ('selective_scan', 'bidirectional_scan', 'causal_conv1d', 'add_rms_norm')
 
 Loop = Callable[..., Tensor]
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from mmvim.ops import backend as backends
 from mmvim.ops._autocast import autocast_dtype
 from mmvim.ops._library import compute_dtype
-from mmvim.ops.bidirectional import ScanInputs
+from mmvim.ops.bidirectional_scan import ScanInputs
 from mmvim.ops.selective_scan import default_checkpoint_interval
 
 

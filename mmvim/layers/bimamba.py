@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from mmvim import ops
 from mmvim._checks import check_choice
-from mmvim.ops.bidirectional import bidirectional_scan_unchecked
+from mmvim.ops.bidirectional_scan import bidirectional_scan_unchecked
 
 from ._common import as_param_dtype
 from ._fused import Direction, Options, bimamba, is_plain, is_traced, wants_gradient

@@ -5,9 +5,9 @@ compiled one for CPU and CUDA. Layout is (batch, length, channels) throughout.
 """
 
 from . import extension
-from .add_norm import add_rms_norm
+from .add_rms_norm import add_rms_norm
 from .backend import get_backend, set_backend, use_backend
-from .bidirectional import ScanInputs, bidirectional_scan
+from .bidirectional_scan import ScanInputs, bidirectional_scan
 from .causal_conv1d import bidirectional_conv1d, causal_conv1d
 from .compat import (
     SelectiveScanCuda,

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 from . import _validation as check
 from ._autocast import autocast_dtype, to_activation, to_parameter
 from ._library import compute_dtype, define
-from ._scan import checkpoint_shape, scan_backward, scan_forward
 from .backend import resolve
 from .discretization import TWO_TAP
+from .selective_scan_torch import checkpoint_shape, scan_backward, scan_forward
 
 # Steps between the states that forward keeps for backward: memory against recomputation.
 CHECKPOINT_INTERVAL = {'cpu': 16, 'cuda': 32}

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from . import _validation as check
 from ._autocast import autocast_dtype, to_activation, to_parameter
 from ._library import compute_dtype, define
-from ._scan import checkpoint_shape, scan_backward, scan_forward
 from .backend import resolve
 from .selective_scan import checkpoint_interval, gate_backward, grouped
+from .selective_scan_torch import checkpoint_shape, scan_backward, scan_forward
 
 
 class ScanInputs(NamedTuple):
