@@ -17,12 +17,14 @@ def classifier(kind='mmvim.VideoClassifier', **kwargs):
     model = MODELS.build(
         dict(
             type=kind,
-            backbone=BACKBONE,
-            head=dict(
-                type='LinearClsHead', num_classes=5, in_channels=16,
-                loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
-            ),
-            **kwargs,
+            **{
+                'backbone': BACKBONE,
+                'head': dict(
+                    type='LinearClsHead', num_classes=5, in_channels=16,
+                    loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
+                ),
+                **kwargs,
+            },
         )
     )  # fmt: skip
     with torch.no_grad():
@@ -92,6 +94,41 @@ def test_averages_the_views_probabilities(views_per_step):
             torch.testing.assert_close(sample.pred_score, expected, rtol=1e-4, atol=1e-6)
             assert int(sample.pred_label) == int(expected.argmax())
             assert int(sample.gt_label) == (1, 4)[i]
+
+
+HEADS = {
+    'MultiLabelLinearClsHead': (dict(num_classes=5, in_channels=16, thr=0.5), torch.sigmoid),
+    'LinearRegressionHead': (dict(num_classes=5, in_channels=16), lambda x: x),
+    'StackedLinearClsHead': (
+        dict(num_classes=5, in_channels=16, mid_channels=[8]),
+        lambda x: x.softmax(-1),
+    ),
+}
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_averages_what_the_head_predicts(head):
+    options, predict = HEADS[head]
+    model = classifier(head=dict(type=head, **options))
+    equal = batch(1)
+    equal['inputs'] = equal['inputs'].expand(-1, 4, -1, -1, -1, -1)
+    data = batch(3)
+    with torch.no_grad():
+        one = model.test_step(batch())
+        for a, b in zip(model.test_step(equal), one, strict=True):
+            torch.testing.assert_close(a.pred_score, b.pred_score, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(a.pred_label, b.pred_label, rtol=1e-4, atol=1e-5)
+        clips = model.data_preprocessor(data)['inputs']
+        for i, sample in enumerate(model.test_step(data)):
+            expected = predict(model(clips[i])).mean(0)
+            torch.testing.assert_close(sample.pred_score, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_refuses_views_of_heads_it_cannot_merge():
+    tasks = dict(a=dict(type='LinearClsHead', num_classes=5))
+    model = classifier(head=dict(type='MultiTaskHead', task_heads=tasks, in_channels=16))
+    with pytest.raises(TypeError, match='head=MultiTaskHead cannot merge views'):
+        model.test_step({'inputs': batch(2)['inputs']})
 
 
 @pytest.mark.parametrize('kind', ['mmvim.VideoClassifier', 'ImageClassifier'])

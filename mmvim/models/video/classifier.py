@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import torch
-from mmpretrain.models import ImageClassifier
+from mmpretrain.models import ClsHead, ImageClassifier, MultiLabelClsHead, heads
 from torch import Tensor
 
 from mmvim._checks import check_positive
+
+# OpenMMLab's own mmpretrain has none.
+_REGRESSION = getattr(heads, 'RegressionHead', ())
 
 
 class VideoClassifier(ImageClassifier):
     """mmpretrain's ``ImageClassifier`` for videos of one or several views.
 
     Training and heads are ``ImageClassifier``'s. Predictions for inputs (batch, views, channels,
-    frames, height, width) are the mean of the views' class probabilities.
+    frames, height, width) are the mean of the views' predictions: of the softmax of a ``ClsHead``,
+    the sigmoid of a ``MultiLabelClsHead``, the values of a ``RegressionHead``.
 
     Args:
         views_per_step (int, optional): Most views that pass the network at once in evaluation;
@@ -46,17 +50,35 @@ class VideoClassifier(ImageClassifier):
             inputs (Tensor): (batch, views, channels, frames, height, width), or without views.
             data_samples (list, optional): Get the predictions. Defaults to new ones.
 
+        Raises:
+            TypeError: The head is of another kind and there are views.
+
         Returns:
             list: mmpretrain's ``DataSample`` with 'pred_score' and 'pred_label' of each video.
         """
         if inputs.dim() != 6:
             return super().predict(inputs, data_samples, **kwargs)
+        if not isinstance(self.head, (ClsHead, MultiLabelClsHead)):
+            raise TypeError(
+                f'head={type(self.head).__name__} cannot merge views; allowed are subclasses of '
+                "mmpretrain's ClsHead and MultiLabelClsHead, or clips without views"
+            )
         views = inputs.shape[1]
         clips = inputs.flatten(0, 1)
         scores = [
             self.head(self.extract_feat(part)).float()
             for part in clips.split(self.views_per_step or len(clips))
         ]
-        probabilities = torch.cat(scores).softmax(-1).unflatten(0, (-1, views)).mean(1)
-        # The head takes the softmax of what it gets, which gives these probabilities back.
-        return self.head._get_predictions(probabilities.log(), data_samples, **kwargs)
+        merged = self._mean_of_views(torch.cat(scores).unflatten(0, (-1, views)))
+        return self.head._get_predictions(merged, data_samples, **kwargs)
+
+    def _mean_of_views(self, scores: Tensor) -> Tensor:
+        """Scores (batch, classes) that predict the mean of what (batch, views, classes) predict.
+
+        A head turns scores into predictions itself, so the mean is put back through the inverse.
+        """
+        if isinstance(self.head, MultiLabelClsHead):
+            return scores.sigmoid().mean(1).logit()
+        if isinstance(self.head, _REGRESSION):
+            return scores.mean(1)
+        return scores.softmax(-1).mean(1).log()
