@@ -3,6 +3,7 @@
 # usage: setup_venv.sh install|build VENV
 #   install  the environment, PyTorch, the OpenMMLab packages, mmvim's dependencies
 #   build    mmvim itself in editable mode, with the extension when a compiler is there
+# pip writes to VENV/pip.log, whose end is shown when it fails.
 # environment: PYTHON (python3), TORCH_SPEC ('torch torchvision'), PIP_ARGS (for every pip install,
 # such as --index-url ...), EXTRAS (onedl,quickstart,dev), NEEDED_MIB (10240, free disk asked for)
 set -u
@@ -57,14 +58,17 @@ pip_install() {
   what=$1
   shift
   say "installing $what"
+  printf '\n==> %s\n' "$what" >>"$LOG"
   # Word splitting is wanted: PIP_ARGS and TORCH_SPEC hold several arguments.
   # shellcheck disable=SC2086
-  "$VENV/bin/python" -m pip install $PIP_ARGS "$@" ||
-    die "could not install $what (pip's message is above)" \
+  "$VENV/bin/python" -m pip install $PIP_ARGS "$@" >>"$LOG" 2>&1 || {
+    tail -n 20 "$LOG" >&2
+    die "could not install $what (the end of pip's output is above, all of it in $LOG)" \
       'no network or a proxy: check that pip reaches its index; pip reads pip.conf and PIP_INDEX_URL' \
       "another index or wheel folder: make PIP_ARGS='--index-url URL' or PIP_ARGS='--find-links DIR' ..." \
       'no space left: df -h . "${TMPDIR:-/tmp}"; TMPDIR=/other/disk moves pip'"'"'s scratch space' \
       "no matching torch: your Python may be too new or too old: make PYTHON=python3.12 ... after rm -r $VENV"
+  }
 }
 
 # opencv-python (which mmcv asks for) needs a desktop's libGL; the headless build does not.
@@ -78,9 +82,10 @@ check_cv2() {
 install() {
   make_venv
   check_disk
-  pip_install 'pip, setuptools, wheel and ninja' -q --upgrade 'pip>=23.1' 'setuptools>=77' wheel ninja
+  : >"$LOG"
+  pip_install 'pip, setuptools, wheel and ninja' --upgrade 'pip>=23.1' 'setuptools>=77' wheel ninja
   # shellcheck disable=SC2086
-  pip_install "PyTorch ($TORCH_SPEC; several GB for the CUDA build)" $TORCH_SPEC
+  pip_install "PyTorch ($TORCH_SPEC; several GB for the CUDA build; log: $LOG)" $TORCH_SPEC
   # With build isolation: mmcv then builds without torch and skips its operators, which would take
   # an hour; mmvim supplies them from torchvision.
   pip_install "the OpenMMLab packages and mmvim's dependencies [$EXTRAS]" -e ".[$EXTRAS]"
@@ -93,11 +98,12 @@ build() {
       'install one (Debian, Ubuntu: apt-get install g++) and run make setup again for the compiled ones'
   fi
   pip_install 'mmvim, compiling its extension where a compiler is there (minutes)' \
-    -q --no-build-isolation --no-deps -e .
+    --no-build-isolation --no-deps -e .
 }
 
 [ $# -eq 2 ] || die 'usage: setup_venv.sh install|build VENV'
 VENV=$2
+LOG=$VENV/pip.log
 case $1 in
   install) install ;;
   build) build ;;

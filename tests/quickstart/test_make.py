@@ -61,7 +61,8 @@ def venv(tmp_path) -> Path:
         tmp_path / 'venv' / 'bin' / 'python',
         f'echo "$@" >> {tmp_path}/log\n'
         'case "$*" in *"import torch"*) exit 1 ;; esac\n'
-        'case "$*" in *" install "*) exit ${PIP_EXIT:-0} ;; esac\n'
+        'case "$*" in *" install "*) seq -f "pip says %g" 500; echo "pip fails" >&2; '
+        'exit ${PIP_EXIT:-0} ;; esac\n'
         'exit 0',
     )
     return tmp_path / 'venv'
@@ -114,6 +115,27 @@ def test_a_failing_pip_says_what_to_do(repository, venv):
     assert done.returncode == 1
     assert 'no network or a proxy' in done.stderr
     assert 'PIP_ARGS' in done.stderr
+    assert f'all of it in {venv}/pip.log' in done.stderr
+    assert 'pip says 500\npip fails\n' in done.stderr
+    assert 'pip says 1\n' not in done.stderr
+    assert 'pip says 1\n' in (venv / 'pip.log').read_text()
+
+
+@pytest.mark.parametrize('step', ['install', 'build'])
+def test_a_pip_that_succeeds_is_quiet(repository, venv, step):
+    done = set_up(repository, step, venv, NEEDED_MIB='1')
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''
+    assert all(line.startswith('==> ') for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) <= 4
+    log = (venv / 'pip.log').read_text()
+    assert log.count('pip fails') == log.count('==> ') == done.stdout.count('installing')
+
+
+def test_every_installation_begins_its_log_anew(repository, venv):
+    for step in ('install', 'build', 'install'):
+        set_up(repository, step, venv, NEEDED_MIB='1')
+    assert (venv / 'pip.log').read_text().count('==> ') == 3
 
 
 def test_install_takes_torch_first_and_the_rest_with_build_isolation(repository, venv):
