@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PYTHON = ('python',)
 SHELL = ('shell', 'sh', 'bash')
+PATTERNS = ('*.md', 'docs/**/*.md', 'configs/*/README.md', 'csrc/*.md')
 
 _FENCE = re.compile(r'^(?P<indent> *)```(?P<language>\w*|\{[\w-]+\}.*)[ \t]*$')
 #: <!-- not run: needs a GPU --> before a block.
@@ -29,8 +30,7 @@ class Block:
 
 
 def documents() -> list[Path]:
-    found = [ROOT / 'README.md', *ROOT.glob('docs/**/*.md'), *ROOT.glob('configs/*/README.md')]
-    found += ROOT.glob('csrc/*.md')
+    found = [p for pattern in PATTERNS for p in ROOT.glob(pattern)]
     return sorted(p for p in found if '_build' not in p.parts)
 
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import pytest
 import torch
-from documents import PYTHON, ROOT, SHELL, blocks_of, commands
+from documents import PYTHON, ROOT, SHELL, blocks_of, commands, documents
 from script_runner import run_script
 
 MAKEFILE = (ROOT / 'Makefile').read_text()
@@ -143,11 +143,12 @@ def links(path: Path) -> list[str]:
     return re.findall(r'\]\(([^)#\s]+)[^)]*\)', text)
 
 
-def test_links_of_the_readme_lead_somewhere():
-    for link in links(ROOT / 'README.md'):
-        assert '://' in link or (ROOT / link).exists(), link
+@pytest.mark.parametrize('path', documents(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for link in links(path):
+        assert '://' in link or (path.parent / link).exists(), link
 
 
-def test_the_readme_shows_the_measured_figures():
+def test_the_picture_of_the_claim_shows_the_measured_figures():
     result = run_script('misc/claim_picture.py', '--check')
     assert result.returncode == 0, result.stdout
