@@ -29,7 +29,7 @@ ENTRIES = (
 @pytest.fixture
 def checkout(root, tmp_path):
     """A clean copy of what packaging needs."""
-    target = tmp_path / 'checkout'
+    target = tmp_path / 'mmvim'
     ignore = shutil.ignore_patterns(
         '__pycache__', '_C.*', '_build_info.json', '.mim', '*.egg-info', '*.o'
     )
@@ -118,6 +118,30 @@ def test_failing_build_keeps_an_earlier_library(checkout):
     run_setup(checkout, 'build_ext', '--inplace', CXX='no-such-compiler')
     assert (checkout / 'mmvim' / '_C.so').read_text() == 'earlier'
     assert 'earlier' in (checkout / 'mmvim' / '_build_info.json').read_text()
+
+
+def test_editable_installation_from_any_folder(checkout, tmp_path):
+    """The package is found where the checkout itself looks like a package of its name, too."""
+    run_setup(checkout, 'editable_wheel', MMVIM_SKIP_BUILD='1')
+    site = tmp_path / 'site'
+    with zipfile.ZipFile(wheel_of(checkout)) as archive:
+        archive.extractall(site)
+    code = f'import site; site.addsitedir({str(site)!r}); import mmvim; print(mmvim.__file__)'
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    for folder in (checkout.parent, checkout, elsewhere):
+        (folder / 'script.py').write_text(code)
+        for arguments in (['script.py'], ['-c', code]):
+            # Without site-packages, in which mmvim may be installed as well.
+            result = subprocess.run(
+                [sys.executable, '-S', *arguments],
+                cwd=folder,
+                env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
+                capture_output=True,
+                text=True,
+            )
+            assert result.returncode == 0, result.stderr
+            assert result.stdout.strip() == str(checkout / 'mmvim' / '__init__.py')
 
 
 @pytest.mark.slow
