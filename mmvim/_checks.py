@@ -12,10 +12,15 @@ def check_choice(name: str, value: object, allowed: tuple) -> None:
         raise ValueError(f'{name}={value!r} is unknown; allowed: {options}')
 
 
+def is_positive(value: object) -> bool:
+    """Whether ``value`` is a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
 def check_positive(**sizes: int) -> None:
     """Raise ValueError for the first size that is not a positive integer."""
     for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not is_positive(value):
             raise ValueError(f'{name}={value!r} must be a positive integer')
 
 

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layouts import enlarge
-
 #: The dots per inch of pictures.
 DPI = 100
 
@@ -26,6 +24,13 @@ def _save(figure, out: str | Path) -> Path:
     figure.savefig(out, dpi=DPI)
     _pyplot().close(figure)
     return Path(out)
+
+
+def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize maps (..., rows, columns) bilinearly to an image's height and width."""
+    flat = maps.reshape(-1, 1, *maps.shape[-2:]).float()
+    large = torch.nn.functional.interpolate(flat, size, mode='bilinear', align_corners=False)
+    return large.reshape(*maps.shape[:-2], *size)
 
 
 def draw_maps(

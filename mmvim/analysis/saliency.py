@@ -6,9 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from mmvim.models.backbones import MambaVision
-
-from .layouts import backbone_of, layout_of
+from .subjects import backbone_of
 
 
 def effective_receptive_field(backbone: nn.Module, images: Tensor) -> Tensor:
@@ -73,14 +71,8 @@ def high_contribution_area(
 
 
 def default_cam_layer(model: nn.Module) -> str:
-    """Where CAM looks: before the last mixer, or, for a MambaVision, after the last stage.
-
-    After the last layer of a classifier that reads a class token, the patches have no influence.
-    """
-    backbone = backbone_of(model)
-    if isinstance(backbone, MambaVision):
-        return f'backbone.levels.{backbone.out_indices[-1]}'
-    return f'backbone.layers.{backbone.out_indices[-1]}.norm'
+    """Where CAM looks: where the backbone says, which is as late as patches have an influence."""
+    return f'backbone.{backbone_of(model).cam_layer}'
 
 
 def class_activation_map(
@@ -130,8 +122,8 @@ def class_activation_map(
         maps = (weights * values).sum(1)
     else:
         weights = gradient.mean(dim=1, keepdim=True)
-        backbone = backbone_of(model)
-        maps = layout_of(backbone, images.shape, layer).to_map((weights * values).sum(-1))
+        layout = backbone_of(model).token_layout(images.shape, layer)
+        maps = layout.to_map((weights * values).sum(-1))
     maps = maps.detach().clamp(min=0)
     largest = maps.flatten(1).amax(1).clamp(min=torch.finfo(maps.dtype).tiny)
     maps = maps / largest.view(-1, *(1,) * (maps.dim() - 1))

@@ -13,10 +13,21 @@ from mmvim.apis.inferencers.common import find_images, read_image
 from mmvim.apis.model_zoo import get_model
 from mmvim.apis.videos import SUFFIXES as VIDEO_SUFFIXES
 from mmvim.apis.videos import find_videos
-
-from .layouts import backbone_of
+from mmvim.models.backbones.base import Backbone
 
 DEFAULT_SIDE = 224
+
+
+def backbone_of(model: nn.Module) -> Backbone:
+    """The backbone of a model of a task library, or the model itself.
+
+    Raises:
+        ValueError: It is none of mmvim's.
+    """
+    backbone = getattr(model, 'backbone', model)
+    if not isinstance(backbone, Backbone):
+        raise ValueError(f'{type(backbone).__name__} is no backbone of mmvim')
+    return backbone
 
 
 def open_model(cfg: Config, weights: Any = None, **backbone: Any) -> nn.Module:

@@ -18,12 +18,12 @@ from mmvim.analysis import (
     record_scans,
     state_norms,
 )
-from mmvim.analysis.layouts import Layout, layout_of
 from mmvim.analysis.saliency import default_cam_layer, high_contribution_area
 from mmvim.apis import build_model
 from mmvim.layers import BiMamba, Mamba, MambaVisionMixer
 from mmvim.layers.mambavision import window_partition
 from mmvim.models import MambaVision, VideoMamba, Vim
+from mmvim.models.backbones.base import TokenLayout
 
 pytest.importorskip('matplotlib')
 QUICKSTART = TOOLS.parent / 'configs' / 'quickstart'
@@ -125,7 +125,7 @@ def test_layout_of_vim(place):
     images = torch.rand(2, 3, 24, 40)
     scans = record_scans(model, images)
     assert [s.layer for s in scans] == ['layers.0.mixer'] * 2 + ['layers.1.mixer'] * 2
-    layout = layout_of(model, images.shape, scans[0].layer)
+    layout = model.token_layout(images.shape, scans[0].layer)
     assert layout.size == (3, 5)
     length = scans[0].u.shape[1]
     patches = [i for i in range(length) if i not in layout.class_tokens]
@@ -141,7 +141,7 @@ def test_layout_of_clips_and_windows():
     model = VideoMamba(ARCH, img_size=16, patch_size=8, num_frames=4, tubelet_size=2).eval()
     clip = torch.rand(1, 3, 4, 16, 24)
     (scan, *_) = record_scans(model, clip)
-    maps = layout_of(model, clip.shape, scan.layer).to_map(torch.arange(13.0)[None])
+    maps = model.token_layout(clip.shape, scan.layer).to_map(torch.arange(13.0)[None])
     assert maps[0].tolist() == [[[1, 2, 3], [4, 5, 6]], [[7, 8, 9], [10, 11, 12]]]
 
     arch = dict(depths=(1, 1, 2, 2), embed_dims=8, stem_dims=4, num_heads=(1, 1))
@@ -149,7 +149,7 @@ def test_layout_of_clips_and_windows():
     images = torch.rand(2, 3, 70, 100)
     scans = record_scans(model, images)
     assert [s.layer for s in scans] == ['levels.2.blocks.0.mixer', 'levels.3.blocks.0.mixer']
-    layouts = [layout_of(model, images.shape, s.layer) for s in scans]
+    layouts = [model.token_layout(images.shape, s.layer) for s in scans]
     assert [(x.size, x.window) for x in layouts] == [((5, 7), (2, 2)), ((3, 4), (3, 4))]
     for scan, layout in zip(scans, layouts, strict=True):
         known = torch.rand(2, 1, *layout.size)
@@ -157,7 +157,7 @@ def test_layout_of_clips_and_windows():
         assert tokens.shape == scan.u.shape[:2]
         assert torch.equal(layout.to_map(tokens), known[:, 0])
     with pytest.raises(ValueError, match='in no stage that has tokens'):
-        layout_of(model, images.shape, 'levels.1')
+        model.token_layout(images.shape, 'levels.1')
 
 
 def test_receptive_field_of_a_convolution():
@@ -235,7 +235,7 @@ def test_cam(kind):
 
 def test_values_of_a_layout_without_class_tokens_are_means():
     matrices = torch.rand(2, 4, 4)
-    torch.testing.assert_close(Layout((2, 2)).to_rows(matrices), matrices.mean(1))
+    torch.testing.assert_close(TokenLayout((2, 2)).to_rows(matrices), matrices.mean(1))
 
 
 @pytest.fixture

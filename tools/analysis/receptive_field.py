@@ -11,10 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from mmvim.analysis import command_line
-from mmvim.analysis.layouts import backbone_of
 from mmvim.analysis.pictures import draw_fields
 from mmvim.analysis.saliency import effective_receptive_field, high_contribution_area
-from mmvim.analysis.subjects import open_model, read_picture, size_for, to_input
+from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
 from mmvim.apis.inferencers.common import find_images
 from mmvim.engine.errors import UserError
 

@@ -9,11 +9,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis import command_line
-from mmvim.analysis.layouts import Layout, backbone_of, layout_of
 from mmvim.analysis.pictures import draw_maps
 from mmvim.analysis.scans import Scan, hidden_attention, record_scans
-from mmvim.analysis.subjects import open_model, read_picture, size_for, to_input
+from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
 from mmvim.engine.errors import UserError
+from mmvim.models.backbones.base import TokenLayout
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def values(scan: Scan, layout: Layout, args: argparse.Namespace):
+def values(scan: Scan, layout: TokenLayout, args: argparse.Namespace):
     """The map of one scan, of the first image."""
     if args.what == 'delta':
         return layout.to_map(scan.delta.mean(-1))[0]
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f'--layers {args.layers}: the model has mixers 0 .. {len(names) - 1}')
     rows = []
     for i in args.layers:
-        layout = layout_of(backbone, images.shape, names[i])
+        layout = backbone.token_layout(images.shape, names[i])
         maps = {s.direction: values(s, layout, args) for s in scans if s.layer == names[i]}
         if len(maps) > 1 and args.what == 'attention':
             maps['both'] = maps['forward'] + maps['backward']

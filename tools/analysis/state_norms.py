@@ -10,10 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis import command_line
-from mmvim.analysis.layouts import backbone_of
 from mmvim.analysis.pictures import draw_norms
 from mmvim.analysis.scans import record_scans, state_norms
-from mmvim.analysis.subjects import open_model, read_picture, size_for, to_input
+from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
 
 
 def parse_args() -> argparse.Namespace:

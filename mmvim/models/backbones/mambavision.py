@@ -6,22 +6,15 @@ https://arxiv.org/abs/2407.08083. This is a new implementation that reads the of
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import logging
 import re
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
-from mmvim._checks import check_choice, check_flags, check_indices, check_number, check_positive
+from mmvim._checks import check_flags, check_number, check_positive, is_positive
 from mmvim.layers import (
     Attention,
     DropPath,
@@ -35,23 +28,13 @@ from mmvim.layers._fused import is_plain
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
 
-from ..utils.checkpoint import (
-    keys_under,
-    layer_count,
-    rename_keys,
-    size_mismatches,
-    unwrap_state_dict,
-)
+from ..utils.checkpoint import keys_under
+from .base import Backbone, TokenLayout, recomputed
 
-# torch 2.6 compiles a recomputation that updates batch norm's statistics once more, 2.14 does not;
-# versions in between are not known.
-_COMPILED_KEEPS_BUFFERS = torch.__version__ >= (2, 14)
 _NUM_STAGES = 4
 _NUM_CONV_STAGES = 2
-_BLOCK_KEY = r'levels\.(\d+)\.blocks\.\d+\.'
 _DT_BIAS_KEY = r'levels\.\d+\.blocks\.\d+\.mixer\.dt_proj\.bias$'
 _SINGLE_DT_BIAS = 'single_dt_bias'
-_HEAD_KEYS = ('head.weight', 'head.bias')
 _ENCODER = 'encoder.'
 
 Window = tuple[int, int] | None
@@ -218,42 +201,12 @@ class Stage(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            if self.with_cp and self.training and torch.is_grad_enabled():
-                x = _run_checkpointed(block, x)
-            else:
-                x = block(x)
+            x = recomputed(block, x) if self.with_cp and self.training else block(x)
         return x
 
 
-def _run_checkpointed(block: nn.Module, x: Tensor) -> Tensor:
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        return checkpoint(block, x, use_reentrant=False)
-    if torch.compiler.is_compiling():  # which takes no context_fn
-        return checkpoint(block, x, use_reentrant=False) if _COMPILED_KEEPS_BUFFERS else block(x)
-    return checkpoint(
-        block,
-        x,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(norms)),
-    )
-
-
-@contextlib.contextmanager
-def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Keep a block's second pass from counting its batch twice in the running statistics."""
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
 @MODELS.register_module()
-class MambaVision(BaseModule):
+class MambaVision(Backbone):
     """MambaVision backbone.
 
     A convolutional stem, two stages of convolutions and two stages of tokens, whose first blocks
@@ -352,7 +305,14 @@ class MambaVision(BaseModule):
             'window_sizes': (16, 8), 'drop_path_rate': 0.5, 'layer_scale': 1e-5,
         },
     }  # fmt: skip
+    arch_required = ('depths', 'embed_dims', 'stem_dims', 'num_heads')
+    arch_optional = {  # noqa: RUF012
+        'window_sizes': (14, 7), 'mlp_ratio': 4, 'drop_path_rate': 0.0, 'layer_scale': None,
+        'd_state': 8, 'd_conv': 3, 'expand': 1,
+    }  # fmt: skip
     OUT_TYPES = ('avg_featmap', 'featmap')
+    _stages = 'levels'
+    _block_parameter = 'norm1.weight'
 
     def __init__(
         self,
@@ -373,12 +333,17 @@ class MambaVision(BaseModule):
         ops_backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
-        check_choice('out_type', out_type, self.OUT_TYPES)
-        check_choice('out_norm', out_norm, ('final', 'separate', 'none'))
+        super().__init__(
+            arch,
+            out_type=out_type,
+            out_indices=out_indices,
+            out_norm=out_norm,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
         check_positive(in_channels=in_channels)
-        check_flags(double_dt_bias=double_dt_bias, with_cp=with_cp)
-        self.arch = self._parse_arch(arch)
+        check_flags(double_dt_bias=double_dt_bias)
         if layer_scale == 'auto':
             layer_scale = self.arch['layer_scale']
         if drop_path_rate is None:
@@ -390,15 +355,9 @@ class MambaVision(BaseModule):
         if window_sizes is None:
             window_sizes = self.arch['window_sizes']
         self.window_sizes = self._parse_windows(window_sizes)
-        self.depths: tuple[int, ...] = self.arch['depths']
         self.embed_dims = [self.arch['embed_dims'] * 2**i for i in range(_NUM_STAGES)]
-        self.out_type = out_type
-        self.out_norm = out_norm
         self.layer_scale = layer_scale
         self.double_dt_bias = double_dt_bias
-        self.frozen_stages = frozen_stages
-        self.with_cp = with_cp
-        self.out_indices = self._parse_out_indices(out_indices)
 
         self.patch_embed = Stem(in_channels, self.arch['stem_dims'], self.embed_dims[0])
         last = max(sum(self.depths) - 1, 1)
@@ -448,104 +407,27 @@ class MambaVision(BaseModule):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        self._freeze_stages()
+        self._finish()
 
     def _parse_arch(self, arch: str | dict) -> dict:
-        if isinstance(arch, str):
-            check_choice('arch', arch, tuple(self.arch_zoo))
-            arch = self.arch_zoo[arch]
-        if not isinstance(arch, Mapping):
-            raise TypeError(f'arch={arch!r} must be one of {sorted(self.arch_zoo)} or a dict')
-        needed = {'depths', 'embed_dims', 'stem_dims', 'num_heads'}
-        optional = {
-            'window_sizes': (14, 7), 'mlp_ratio': 4, 'drop_path_rate': 0.0, 'layer_scale': None,
-            'd_state': 8, 'd_conv': 3, 'expand': 1,
-        }  # fmt: skip
-        unknown, missing = set(arch) - needed - set(optional), needed - set(arch)
-        if unknown or missing:
-            raise ValueError(
-                f'arch has unknown keys {sorted(unknown)} and lacks {sorted(missing)}; '
-                f'allowed: {sorted(needed | set(optional))}'
-            )
-        arch = {**optional, **arch}
-        for key in ('embed_dims', 'stem_dims'):
-            if not _is_positive(arch[key]):
-                raise ValueError(f'arch[{key!r}]={arch[key]!r} must be a positive integer')
-        depths = arch['depths']
-        if not _is_sequence(depths, _NUM_STAGES) or not all(map(_is_positive, depths)):
-            raise ValueError(f"arch['depths']={depths!r} must be {_NUM_STAGES} positive integers")
+        arch = super()._parse_arch(arch)
+        check_positive(**{"arch['stem_dims']": arch['stem_dims']})
+        if not _is_sequence(arch['depths'], _NUM_STAGES):
+            raise ValueError(f"arch['depths']={arch['depths']!r} must be {_NUM_STAGES} integers")
         heads = _of_token_stages("arch['num_heads']", arch['num_heads'])
-        if not all(map(_is_positive, heads)):
+        if not all(map(is_positive, heads)):
             raise ValueError(f"arch['num_heads']={arch['num_heads']!r} must be positive integers")
         check_number("arch['drop_path_rate']", arch['drop_path_rate'], 0, 1)
         check_number("arch['mlp_ratio']", arch['mlp_ratio'], 0)
         if int(arch['mlp_ratio'] * arch['embed_dims']) < 1:
             raise ValueError(f"arch['mlp_ratio']={arch['mlp_ratio']!r} leaves the MLPs no channel")
-        return {**arch, 'depths': tuple(depths), 'num_heads': heads}
+        return {**arch, 'num_heads': heads}
 
     def _parse_windows(self, window_sizes: Sequence) -> tuple[Window, ...]:
         return tuple(
             None if window is None else to_2tuple('window_sizes', window)
             for window in _of_token_stages('window_sizes', window_sizes)
         )
-
-    def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
-        given = check_indices('out_indices', out_indices)
-        indices = tuple(i + _NUM_STAGES if i < 0 else i for i in given)
-        if not indices or any(not 0 <= i < _NUM_STAGES for i in indices):
-            raise ValueError(f'out_indices={out_indices!r} must be stages, 0 .. {_NUM_STAGES - 1}')
-        if any(a >= b for a, b in itertools.pairwise(indices)):
-            raise ValueError(f'out_indices={out_indices!r} must be ascending, each stage once')
-        return indices
-
-    def _freeze_stages(self) -> None:
-        stages = self.frozen_stages
-        if not isinstance(stages, int) or not -1 <= stages <= _NUM_STAGES:
-            raise ValueError(f'frozen_stages={stages!r} must be in -1 .. {_NUM_STAGES}')
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        modules = [self.patch_embed, *self.levels[: self.frozen_stages]]
-        if self.frozen_stages == _NUM_STAGES:
-            modules += [m for name, m in self.named_children() if 'norm' in name]
-        return modules
-
-    def train(self, mode: bool = True) -> MambaVision:
-        """Switch to training mode; frozen parts stay in evaluation mode."""
-        super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
-        return self
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Return the depth of a parameter, for layer-wise learning-rate decay.
-
-        Args:
-            param_name (str): Full name of the parameter.
-            prefix (str): What stands before this backbone's own names, such as ``'backbone.'``.
-                Defaults to ''.
-
-        Returns:
-            tuple[int, int]: The depth, and the number of depths. Depth 0 is the stem, ``i + 1``
-            block ``i`` of all stages together, a stage's downsampling that of its last block, and
-            the last everything after the blocks, other modules of the model included.
-        """
-        num_depths = sum(self.depths) + 2
-        if not param_name.startswith(prefix):
-            return num_depths - 1, num_depths
-        name = param_name[len(prefix) :]
-        if name.startswith('patch_embed.'):
-            return 0, num_depths
-        match = re.match(r'levels\.(\d+)\.(?:blocks\.(\d+)|downsample)\.', name)
-        if not match:
-            return num_depths - 1, num_depths
-        stage = int(match[1])
-        if match[2] is None:
-            return sum(self.depths[: stage + 1]), num_depths
-        return sum(self.depths[:stage]) + int(match[2]) + 1, num_depths
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the features.
@@ -576,128 +458,57 @@ class MambaVision(BaseModule):
             x = self.norm(x)
         return x if self.out_type == 'featmap' else x.mean(dim=(2, 3))
 
-    def _load_from_state_dict(
-        self,
-        state_dict: MutableMapping[str, Any],
-        prefix: str,
-        local_metadata: dict,
-        *args: Any,
-    ) -> None:
-        """Fit an official checkpoint to this model before loading it."""
-        if not prefix:
-            _unwrap(state_dict)
-        self._fit_state_dict(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def token_layout(self, shape: Sequence[int], layer: str) -> TokenLayout:
+        """Return how the tokens of a layer lie in the images; convolutional stages have none."""
+        match = re.search(r'levels\.(\d+)', layer)
+        stage = int(match[1]) if match else -1
+        if stage < 0 or not self.levels[stage].windowed:
+            raise ValueError(f'{layer!r} is in no stage that has tokens: levels.2 or levels.3')
+        size = tuple(-(-side // 2 ** (2 + stage)) for side in shape[-2:])
+        return TokenLayout(size, window=self.levels[stage].window or size)
 
-    def _checkpoint_filter(
-        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any
-    ) -> None:
-        """Let a classifier load an official checkpoint, its head included.
+    def _unwrap(self, state_dict: MutableMapping[str, Any]) -> None:
+        """Of a model with an encoder, keep only that."""
+        super()._unwrap(state_dict)
+        keys = keys_under(state_dict, _ENCODER)
+        if self._has_blocks(keys):
+            weights = {key: state_dict[_ENCODER + key] for key in keys}
+            state_dict.clear()
+            state_dict.update(weights)
 
-        mmpretrain's ``ImageClassifier`` calls this before loading. Keys of the bare official model
-        get the names that they have in a classifier.
-        """
-        if not prefix:
-            _unwrap(state_dict)
-        keys = keys_under(state_dict, prefix)
-        if any(k.startswith('backbone.') for k in keys) or not layer_count(keys, _BLOCK_KEY):
-            return
-        heads = {k: k.replace('head.', 'head.fc.') for k in _HEAD_KEYS}
-        names = {prefix + k: prefix + heads.get(k, f'backbone.{k}') for k in keys}
-        rename_keys(state_dict, names)
+    def _is_dropped(self, key: str) -> bool:
+        unwanted = self.out_norm != 'final' and key.startswith('norm.')
+        return unwanted or super()._is_dropped(key)
 
-    def _fit_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
-        keys = keys_under(state_dict, prefix)
-        own = {name for name, _ in itertools.chain(self.named_parameters(), self.named_buffers())}
-        if any('_flat_param' in key for key in keys) or not own:
-            return  # shards of FSDP's own format
-        self._check_keys(keys, own, prefix)
-        unwanted = list(_HEAD_KEYS)
-        if self.out_norm != 'final':
-            unwanted += [key for key in keys if key.startswith('norm.')]
-        for key in unwanted:
-            if state_dict.pop(prefix + key, None) is not None:
-                print_log(
-                    f"MambaVision: '{key}' of the checkpoint has no place in this model and is not "
-                    'loaded',
-                    logger='current',
-                    level=logging.DEBUG,
-                )
-        wrong = size_mismatches(self, state_dict, prefix)
-        if wrong:
-            name, given, expected = wrong[0]
-            more = f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''
-            self._reject(f'{prefix}{name} is {given} there and {expected} here{more}')
-        self._fit_dt_bias(state_dict, prefix)
+    def _describe(self) -> str:
+        return f'{super()._describe()}, layer_scale={self.layer_scale}'
 
-    def _reject(self, reason: str) -> None:
-        raise ValueError(
-            f'the checkpoint does not fit this MambaVision (embed_dims={self.embed_dims[0]}, '
-            f'depths={self.depths}, layer_scale={self.layer_scale}): {reason}'
-        )
-
-    def _check_keys(self, keys: list[str], own: set[str], prefix: str) -> None:
-        if prefix and not keys:
-            self._reject(
-                f"it has no key that starts with '{prefix}' (weights of a backbone alone go into "
-                "the backbone's init_cfg=dict(type='Pretrained', checkpoint=…))"
-            )
-        depths = tuple(
-            layer_count(keys, rf'levels\.{i}\.blocks\.(\d+)\.norm1\.weight$')
-            for i in range(_NUM_STAGES)
-        )
-        foreign = [k for k in keys if k not in own and k not in _HEAD_KEYS]
-        foreign = [k for k in foreign if k != _SINGLE_DT_BIAS and not k.startswith('norm.')]
-        if foreign and not layer_count(keys, _BLOCK_KEY):
-            found = next(filter(None, (re.match(rf'(.*\.){_BLOCK_KEY}', k) for k in keys)), None)
-            hint = (
-                f"; a MambaVision's keys stand under '{prefix}{found[1]}': give that prefix"
-                if found
-                else ''
-            )
-            self._reject(f"its keys are another model's: {', '.join(foreign[:3])} …{hint}")
-        if not any(depths):
-            return
-        if depths != self.depths:
-            self._reject(f'its depths are {depths}')
+    def _check_structure(self, keys: list[str]) -> None:
+        super()._check_structure(keys)
         scaled = any(k.endswith('.gamma_1') for k in keys)
         if scaled != (self.layer_scale is not None):
             self._reject(f'it has {"a" if scaled else "no"} layer scale')
 
-    def _fit_dt_bias(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+    def _translate(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
         """Convert the biases of Δ between being added once and twice."""
-        biases = [k for k in keys_under(state_dict, prefix) if re.match(_DT_BIAS_KEY, k)]
         key = prefix + _SINGLE_DT_BIAS
         double = key not in state_dict
-        if not biases or double == self.double_dt_bias:
+        if double == self.double_dt_bias:
             return
         if self.double_dt_bias:
             del state_dict[key]
-        else:
+        biases = [k for k in keys_under(state_dict, prefix) if re.match(_DT_BIAS_KEY, k)]
+        if not biases:
+            return
+        if not self.double_dt_bias:
             state_dict[key] = torch.ones((), dtype=torch.long)
         factor = 2.0 if double else 0.5
         for name in biases:
             state_dict[prefix + name] = state_dict[prefix + name] * factor
-        print_log(
-            f'MambaVision: the checkpoint adds the bias of Δ {"twice" if double else "once"} and '
-            f'this model {"once" if double else "twice"}; its biases are multiplied by {factor:g}',
-            logger='current',
-            level=logging.INFO,
+        self._log(
+            f'the checkpoint adds the bias of Δ {"twice" if double else "once"} and this model '
+            f'{"once" if double else "twice"}; its biases are multiplied by {factor:g}'
         )
-
-
-def _unwrap(state_dict: MutableMapping[str, Any]) -> None:
-    """Unwrap as :func:`unwrap_state_dict`; of a model with an encoder, keep only that."""
-    unwrap_state_dict(state_dict)
-    keys = keys_under(state_dict, _ENCODER)
-    if layer_count(keys, _BLOCK_KEY):
-        weights = {key: state_dict[_ENCODER + key] for key in keys}
-        state_dict.clear()
-        state_dict.update(weights)
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_sequence(value: object, *lengths: int) -> bool:

@@ -10,32 +10,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmvim._checks import check_choice, check_flags, check_number, check_positive
+from mmvim._checks import check_choice, check_flags, check_positive
 from mmvim.layers import (
     PatchEmbed,
     TubeletEmbed,
-    resize_pos_embed,
+    insert_tokens,
     resize_temporal_pos_embed,
+    split_tokens,
+    token_positions,
 )
-from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
 
-from ..utils.backbone import LAYER_KEY, MambaBackbone
-from ..utils.checkpoint import keys_under, layer_count, strip_prefixes, unwrap_state_dict
+from ..utils.checkpoint import keys_under, strip_prefixes
+from .base import PlainBackbone
 
 _PATCH_WEIGHT = 'patch_embed.proj.weight'
 _TEMPORAL = 'temporal_pos_embedding'
 
 
 @MODELS.register_module()
-class VideoMamba(MambaBackbone):
+class VideoMamba(PlainBackbone):
     """VideoMamba backbone, for images or for videos.
 
     A class token and the patches, frame after frame and each frame in raster order, pass a stack
@@ -130,7 +132,7 @@ class VideoMamba(MambaBackbone):
     }
     OUT_TYPES = ('pooled', 'featmap', 'frame_featmap', 'raw')
     POOLS = ('cls', 'avg', 'cls+avg', 'cls_cat_avg')
-    _token_names = ('cls_token', 'pos_embed', _TEMPORAL)
+    _stem = (*PlainBackbone._stem, _TEMPORAL)
     _released_cls_token = 'head'
 
     def __init__(
@@ -166,18 +168,19 @@ class VideoMamba(MambaBackbone):
         ops_backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
         check_choice('inflation', inflation, ('center', 'average'))
         check_choice('cls_token', cls_token, ('head', 'none'))
-        check_choice('out_type', out_type, self.OUT_TYPES)
         check_choice('pool', pool, (None, *self.POOLS))
-        check_choice('out_norm', out_norm, ('final', 'shared', 'separate', 'none'))
         check_choice('bimamba', bimamba, ('v2', 'none'))
-        check_choice('merge', merge, (None, 'sum', 'mean'))
         check_flags(keep_temporal=keep_temporal)
-        check_number('drop_rate', drop_rate, 0, 1)
         if merge is not None and bimamba == 'none':
             raise ValueError(f"merge={merge!r} has no effect with bimamba='none'")
+        if num_frames is not None:
+            check_positive(num_frames=num_frames)
+        elif tubelet_size != 1:
+            raise ValueError(f'tubelet_size={tubelet_size!r} needs num_frames, which is None')
+        elif out_type == 'frame_featmap':
+            raise ValueError("out_type='frame_featmap' needs num_frames, which is None")
         if discretization == 'rk4' and dt_init == 'official':
             print_log(
                 "VideoMamba: discretization='rk4' grows without bound for a large Δ, and "
@@ -185,59 +188,46 @@ class VideoMamba(MambaBackbone):
                 logger='current',
                 level=logging.WARNING,
             )
-        self.arch = self._parse_arch(arch)
-        self.embed_dims: int = self.arch['embed_dims']
-        self.num_layers: int = self.arch['depth']
-        self.num_frames = num_frames
-        self.tubelet_size = tubelet_size
-        self.inflation = inflation
-        self.cls_token_place = cls_token
-        self.out_type = out_type
-        self.out_norm = out_norm
-        self.interpolate_mode = interpolate_mode
-        self.bimamba = bimamba
-        self.frozen_stages = frozen_stages
-        self.with_cp = with_cp
-        self.out_indices = self._parse_out_indices(out_indices)
-        self.pool = self._parse_pool(pool)
-        self.keep_temporal = self._parse_keep_temporal(keep_temporal)
-
-        size = in_channels, self.embed_dims, patch_size, stride
-        if self.is_video:
-            check_positive(num_frames=num_frames)
-            self.patch_embed = TubeletEmbed(*size, tubelet_size)
-            self.num_steps = self.patch_embed.steps(num_frames)
-        elif tubelet_size != 1:
-            raise ValueError(f'tubelet_size={tubelet_size!r} needs num_frames, which is None')
-        elif out_type == 'frame_featmap':
-            raise ValueError("out_type='frame_featmap' needs num_frames, which is None")
-        else:
-            self.patch_embed = PatchEmbed(*size)
-        # torch's own initialisation, as the official model leaves it.
-        self.patch_embed.proj.reset_parameters()
-        self.img_size = to_2tuple('img_size', img_size)
-        self.grid = self.patch_embed.grid(*self.img_size)
-        if cls_token == 'head':
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
-        num_tokens = math.prod(self.grid) + self.num_extra_tokens
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, self.embed_dims))
-        if self.is_video:
-            self.temporal_pos_embedding = nn.Parameter(
-                torch.zeros(1, self.num_steps, self.embed_dims)
-            )
-        self.drop_after_pos = nn.Dropout(drop_rate)
-        self._build_layers(
+        super().__init__(
+            arch,
+            img_size,
+            patch_size,
+            stride,
+            in_channels,
+            patch_embed=partial(
+                _patch_embed, tubelet_size=None if num_frames is None else tubelet_size
+            ),
+            cls_token=cls_token,
+            out_type=out_type,
+            out_indices=out_indices,
+            out_norm=out_norm,
+            interpolate_mode=interpolate_mode,
+            bimamba=bimamba,
             merge=merge or 'sum',
             norm=norm,
             norm_eps=norm_eps,
             residual_in_fp32=residual_in_fp32,
-            drop_path_rate=drop_path_rate,
-            ops_backend=ops_backend,
-            recompute=recompute,
             layer_scale=layer_scale,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
             discretization=discretization,
             dt_init=dt_init,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            recompute=recompute,
+            ops_backend=ops_backend,
+            init_cfg=init_cfg,
         )
+        self.num_frames = num_frames
+        self.tubelet_size = tubelet_size
+        self.inflation = inflation
+        self.pool = self._parse_pool(pool)
+        self.keep_temporal = self._parse_keep_temporal(keep_temporal)
+        if self.is_video:
+            self.num_steps = self.patch_embed.steps(num_frames)
+            self.temporal_pos_embedding = nn.Parameter(
+                torch.zeros(1, self.num_steps, self.embed_dims)
+            )
         self._reset_projections(dt_init)
         self._finish()
 
@@ -280,101 +270,87 @@ class VideoMamba(MambaBackbone):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _reset_tokens_and_outputs(self) -> None:
-        super()._reset_tokens_and_outputs()
+    def _finish(self) -> None:
+        super()._finish()
         if self.cls_token_place != 'none':
             nn.init.zeros_(self.cls_token)
         if self.is_video:
             nn.init.zeros_(self.temporal_pos_embedding)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features.
-
-        Args:
-            x (Tensor): (batch, in_channels, height, width), or (batch, in_channels, frames,
-                height, width) if the model has ``num_frames``.
-
-        Returns:
-            tuple[Tensor, ...]: One output, as ``out_type`` says, for each of ``out_indices``.
-
-        Raises:
-            ValueError: If the shape is wrong, the image is smaller than a patch, or the number of
-                frames is no multiple of ``tubelet_size``.
-        """
-        hidden, grid = self._embed(x)
-        residual = None
-        outputs = []
-        for i in range(self.out_indices[-1] + 1):
-            hidden, residual = self._run_layer(self.layers[i], hidden, residual)
-            # What a layer makes is dropped once, for its output and for the next layer.
-            hidden = self._drop_path_after(i)(hidden)
-            if i in self.out_indices:
-                outputs.append(self._output(self._stream(i, hidden, residual), grid))
-        return tuple(outputs)
-
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Make (batch, class token + steps * rows * columns, channels), and (rows, columns)."""
         patches, grid = self.patch_embed(x)
-        pos_embed = resize_pos_embed(
-            self.pos_embed, self.grid, grid, self.cls_token_place, self.interpolate_mode
-        )
-        start = self.num_extra_tokens
-        patches = patches + pos_embed[:, start:]
+        temporal = None
         if self.is_video:
             temporal = resize_temporal_pos_embed(self.temporal_pos_embedding, patches.shape[1])
-            patches = (patches + temporal.unsqueeze(2)).flatten(1, 2)
-        if start:
-            token = (self.cls_token + pos_embed[:, :1]).to(patches.dtype)
-            patches = torch.cat((token.expand(patches.shape[0], -1, -1), patches), dim=1)
-        return self.drop_after_pos(patches.contiguous()), grid
+        return self._with_positions(patches, grid, temporal), grid
+
+    def _with_positions(
+        self,
+        patches: Tensor,
+        grid: tuple[int, int],
+        temporal: Tensor | None,
+        with_token: bool = True,
+    ) -> Tensor:
+        """Make tokens (batch, length, channels) of patches (batch, [steps,] patches, channels).
+
+        ``temporal`` is (1, steps, channels), ``with_token`` whether the class token comes first.
+        """
+        positions = token_positions(self.cls_token_place, math.prod(grid))
+        spatial, of_tokens = split_tokens(self._resized_pos_embed(grid), positions)
+        hidden = patches + spatial
+        if temporal is not None:
+            hidden = hidden + temporal.unsqueeze(2)
+        hidden = hidden.flatten(1, -2)
+        if with_token:
+            tokens = [(self.cls_token + x).to(hidden.dtype) for x in of_tokens]
+            hidden = insert_tokens(hidden, tokens, positions)
+        return self.drop_after_pos(hidden.contiguous())
 
     def _output(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Make an output out of all tokens ``x`` (batch, length, channels)."""
         if self.out_type == 'raw':
             return x
+        patches, tokens = self._split(x)
         if self.out_type == 'pooled':
-            return self._pooled(x, grid)
-        patches = x[:, self.num_extra_tokens :].transpose(1, 2)
+            return self._pooled(patches, tokens, grid)
+        patches = patches.transpose(1, 2)
         if not self.is_video:
             return patches.unflatten(2, grid)
         maps = patches.unflatten(2, (-1, *grid))
         return maps if self.out_type == 'featmap' else maps.transpose(1, 2).flatten(0, 1)
 
-    def _pooled(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        token, patches = x[:, 0], x[:, self.num_extra_tokens :]
+    def _pooled(self, patches: Tensor, tokens: list[Tensor], grid: tuple[int, int]) -> Tensor:
         if self.pool == 'cls':
-            return token
+            return tokens[0].squeeze(1)
         if self.keep_temporal:
             mean = patches.unflatten(1, (-1, math.prod(grid))).mean(dim=2)
-            token = token.unsqueeze(1).expand_as(mean)
         else:
             mean = patches.mean(dim=1)
         if self.pool == 'avg':
             return mean
+        token = tokens[0].expand(-1, mean.shape[1], -1) if self.keep_temporal else tokens[0][:, 0]
         return token + mean if self.pool == 'cls+avg' else torch.cat((token, mean), dim=-1)
 
     def _unwrap(self, state_dict: MutableMapping[str, Any]) -> None:
-        unwrap_state_dict(state_dict)
+        super()._unwrap(state_dict)
         strip_prefixes(state_dict, ('encoder.',))
 
-    def _load_from_state_dict(
-        self, state_dict: MutableMapping[str, Any], prefix: str, *args: Any
-    ) -> None:
+    def _translate(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
         if not prefix:
-            self._unwrap(state_dict)
             strip_prefixes(state_dict, ('backbone.',))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _is_dropped(self, key: str) -> bool:
         # distill_head is what the official self-distillation trains beside the head.
-        return key.startswith(('head.', 'distill_head.'))
+        return key.startswith(('head.', 'distill_head.')) or super()._is_dropped(key)
 
     def _describe(self) -> str:
         frames = f', num_frames={self.num_frames}, tubelet_size={self.tubelet_size}'
         return super()._describe() + (frames if self.is_video else '')
 
-    def _fit_own(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+    def _fit_own(
+        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping
+    ) -> None:
         """Inflate an image model's weights; resize a temporal position embedding."""
+        super()._fit_own(state_dict, prefix, local_metadata)
         weight = state_dict.get(prefix + _PATCH_WEIGHT)
         temporal = state_dict.get(prefix + _TEMPORAL)
         if not self.is_video:
@@ -383,24 +359,19 @@ class VideoMamba(MambaBackbone):
             return
         if weight is not None and weight.dim() == 4:
             state_dict[prefix + _PATCH_WEIGHT] = self._inflate(weight)
-            whole = layer_count(keys_under(state_dict, prefix), LAYER_KEY)
-            if temporal is None and whole:
+            if temporal is None and self._has_blocks(keys_under(state_dict, prefix)):
                 state_dict[prefix + _TEMPORAL] = torch.zeros_like(self.temporal_pos_embedding)
-            print_log(
-                f"VideoMamba: inflated an image model's weights ({self.inflation}) to tubelets of "
-                f'{self.tubelet_size} frames',
-                logger='current',
-                level=logging.INFO,
+            self._log(
+                f"inflated an image model's weights ({self.inflation}) to tubelets of "
+                f'{self.tubelet_size} frames'
             )
         if temporal is None or temporal.dim() != 3 or temporal.shape[2] != self.embed_dims:
             return  # a wrong size is reported with the others
         if temporal.shape[1] != self.num_steps:
             state_dict[prefix + _TEMPORAL] = resize_temporal_pos_embed(temporal, self.num_steps)
-            print_log(
-                f'VideoMamba: resized the temporal position embedding from {temporal.shape[1]} to '
-                f'{self.num_steps} steps',
-                logger='current',
-                level=logging.INFO,
+            self._log(
+                f'resized the temporal position embedding from {temporal.shape[1]} to '
+                f'{self.num_steps} steps'
             )
 
     def _inflate(self, weight: Tensor) -> Tensor:
@@ -411,3 +382,10 @@ class VideoMamba(MambaBackbone):
         inflated = weight.new_zeros(*weight.shape[:2], frames, *weight.shape[2:])
         inflated[:, :, frames // 2] = weight
         return inflated
+
+
+def _patch_embed(*sizes: Any, tubelet_size: int | None) -> PatchEmbed:
+    embed = PatchEmbed(*sizes) if tubelet_size is None else TubeletEmbed(*sizes, tubelet_size)
+    # torch's own initialisation, as the official model leaves it.
+    embed.proj.reset_parameters()
+    return embed

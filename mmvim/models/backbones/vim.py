@@ -10,32 +10,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmvim._checks import check_choice, check_flags, check_number, check_positive
-from mmvim.layers import (
-    CLS_TOKEN_PLACES,
-    PatchEmbed,
-    apply_rotary,
-    insert_tokens,
-    resize_pos_embed,
-    rotary_table_2d,
-    split_tokens,
-    token_positions,
-)
-from mmvim.layers.patch_embed import to_2tuple
+from mmvim._checks import check_choice, check_flags, check_positive
+from mmvim.layers import CLS_TOKEN_PLACES, apply_rotary, rotary_table_2d, token_positions
 from mmvim.registry import MODELS
 
-from ..utils.backbone import MambaBackbone
+from .base import PlainBackbone
 
 
 @MODELS.register_module(name=['Vim', 'VisionMamba'])
-class Vim(MambaBackbone):
+class Vim(PlainBackbone):
     """Vision Mamba backbone.
 
     Patches and a class token pass a stack of pre-norm bidirectional Mamba blocks. Images of any
@@ -160,21 +150,11 @@ class Vim(MambaBackbone):
         ops_backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
         check_choice('cls_token', cls_token, CLS_TOKEN_PLACES)
-        check_choice('out_type', out_type, self.OUT_TYPES)
         check_choice('pool', pool, (None, 'mean', 'max', 'last', 'all'))
-        check_choice('out_norm', out_norm, ('final', 'shared', 'separate', 'none'))
         check_choice('bimamba', bimamba, ('v1', 'v2', 'none'))
-        check_choice('merge', merge, (None, 'mean', 'sum'))
-        check_flags(
-            abs_pos_embed=abs_pos_embed,
-            rope=rope,
-            rope_residual=rope_residual,
-            if_bidirectional=if_bidirectional,
-        )
+        check_flags(rope=rope, rope_residual=rope_residual, if_bidirectional=if_bidirectional)
         check_positive(rope_pt_size=rope_pt_size)
-        check_number('drop_rate', drop_rate, 0, 1)
         if pool is not None and (cls_token != 'none' or out_type != 'cls_token'):
             raise ValueError(
                 f'pool={pool!r} has no effect with cls_token={cls_token!r} and '
@@ -191,68 +171,53 @@ class Vim(MambaBackbone):
                 logger='current',
                 level=logging.WARNING,
             )
-        self.arch = self._parse_arch(arch)
-        self.embed_dims: int = self.arch['embed_dims']
-        self.num_layers: int = self.arch['depth']
+        super().__init__(
+            arch,
+            img_size,
+            patch_size,
+            stride,
+            in_channels,
+            cls_token=cls_token,
+            out_type=out_type,
+            out_indices=out_indices,
+            out_norm=out_norm,
+            abs_pos_embed=abs_pos_embed,
+            interpolate_mode=interpolate_mode,
+            bimamba=bimamba,
+            merge=merge,
+            reverse_odd=if_bidirectional,
+            norm=norm,
+            norm_eps=norm_eps,
+            residual_in_fp32=residual_in_fp32,
+            layer_scale=layer_scale,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            discretization=discretization,
+            dt_init=dt_init,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            recompute=recompute,
+            ops_backend=ops_backend,
+            init_cfg=init_cfg,
+        )
         if rope and self.embed_dims % 4:
             raise ValueError(
                 f'rope=True needs embed_dims to be a multiple of 4, not {self.embed_dims}'
             )
         if if_bidirectional and self.num_layers % 2:
             raise ValueError(f'if_bidirectional=True needs an even depth, not {self.num_layers}')
-        self.cls_token_place = cls_token
-        self.out_type = out_type
-        self.pool = pool or 'mean'
-        self.out_norm = out_norm
-        self.rope = rope
-        self.rope_residual = rope_residual
-        self.rope_pt_size = rope_pt_size
-        self.interpolate_mode = interpolate_mode
-        self.bimamba = bimamba
-        self.merge = merge
-        self.if_bidirectional = if_bidirectional
-        self.frozen_stages = frozen_stages
-        self.with_cp = with_cp
-        self.out_indices = self._parse_out_indices(out_indices)
-
-        self.patch_embed = PatchEmbed(in_channels, self.embed_dims, patch_size, stride)
-        self.img_size = to_2tuple('img_size', img_size)
-        self.grid = self.patch_embed.grid(*self.img_size)
-        if cls_token == 'double':
-            self.cls_token_head = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
-            self.cls_token_tail = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
-        elif cls_token != 'none':
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dims))
-        if abs_pos_embed:
-            num_tokens = math.prod(self.grid) + self.num_extra_tokens
-            self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, self.embed_dims))
-        else:
-            self.register_parameter('pos_embed', None)
-        self.drop_after_pos = nn.Dropout(drop_rate)
-
-        self._build_layers(
-            merge=merge,
-            norm=norm,
-            norm_eps=norm_eps,
-            residual_in_fp32=residual_in_fp32,
-            drop_path_rate=drop_path_rate,
-            ops_backend=ops_backend,
-            recompute=recompute,
-            reverse_odd=if_bidirectional,
-            layer_scale=layer_scale,
-            discretization=discretization,
-            dt_init=dt_init,
-        )
-        self._finish()
-
-    def _parse_out_indices(self, out_indices: int | Sequence[int]) -> tuple[int, ...]:
-        indices = super()._parse_out_indices(out_indices)
-        if self.if_bidirectional and any(i % 2 == 0 for i in indices):
+        if if_bidirectional and any(i % 2 == 0 for i in self.out_indices):
             raise ValueError(
                 f'out_indices={out_indices!r}: with if_bidirectional=True layers (0, 1), (2, 3) … '
                 'form pairs and only the second of a pair, an odd index, has an output'
             )
-        return indices
+        self.pool = pool or 'mean'
+        self.rope = rope
+        self.rope_residual = rope_residual
+        self.rope_pt_size = rope_pt_size
+        self.merge = merge
+        self.if_bidirectional = if_bidirectional
+        self._finish()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the features.
@@ -267,10 +232,9 @@ class Vim(MambaBackbone):
             ValueError: If the shape is wrong or the image is smaller than a patch.
         """
         hidden, grid = self._embed(x)
-        residual = None
-        positions = token_positions(self.cls_token_place, math.prod(grid))
-        table = None
+        residual, table = None, None
         if self.rope:
+            positions = token_positions(self.cls_token_place, math.prod(grid))
             table = rotary_table_2d(
                 self.embed_dims, grid, self.rope_pt_size, positions, device=x.device
             )
@@ -284,56 +248,34 @@ class Vim(MambaBackbone):
             if self.if_bidirectional:
                 hidden, residual = self._run_pair(last, hidden, residual)
             else:
-                hidden, residual = self._run_layer(self.layers[last], hidden, residual)
+                hidden, residual = self._run_layer(last, hidden, residual)
                 # What a layer makes is dropped once, for its output and for the next layer.
                 hidden = self._drop_path_after(last)(hidden)
             if last in self.out_indices:
-                outputs.append(self._output(last, hidden, residual, grid, positions))
+                # The layers of a pair drop their input themselves, each anew.
+                out = self._drop_path_after(last)(hidden) if self.if_bidirectional else hidden
+                outputs.append(self._output(self._stream(last, out, residual), grid))
         return tuple(outputs)
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        patches, grid = self.patch_embed(x)
-        if self.cls_token_place == 'double':
-            tokens = [self.cls_token_head, self.cls_token_tail]
-        else:
-            tokens = [] if self.cls_token_place == 'none' else [self.cls_token]
-        positions = token_positions(self.cls_token_place, math.prod(grid))
-        hidden = insert_tokens(patches, tokens, positions).contiguous()
-        if self.pos_embed is not None:
-            hidden = hidden + resize_pos_embed(
-                self.pos_embed, self.grid, grid, self.cls_token_place, self.interpolate_mode
-            )
-        return self.drop_after_pos(hidden), grid
 
     def _run_pair(
         self, second: int, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Run the layer before ``second``, and ``second``, which reads from the end, and merge."""
         (hidden, residual), (hidden_b, residual_b) = (
-            self._run_layer(layer, layer.drop_path(hidden), residual)
-            for layer in self.layers[second - 1 : second + 1]
+            self._run_layer(i, self.layers[i].drop_path(hidden), residual)
+            for i in (second - 1, second)
         )
         hidden, residual = hidden + hidden_b, residual + residual_b
         return (hidden / 2, residual / 2) if self.merge == 'mean' else (hidden, residual)
 
-    def _output(
-        self,
-        index: int,
-        hidden: Tensor,
-        residual: Tensor,
-        grid: tuple[int, int],
-        positions: tuple[int, ...],
-    ) -> Tensor:
-        """Make the output of layer ``index`` out of its hidden state and residual."""
-        if self.if_bidirectional:
-            hidden = self._drop_path_after(index)(hidden)
-        x = self._stream(index, hidden, residual)
+    def _output(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.out_type == 'raw':
             return x
-        if self.out_type == 'cls_token' and positions:
+        if self.out_type == 'cls_token' and self.num_extra_tokens:
+            positions = token_positions(self.cls_token_place, math.prod(grid))
             tokens = [x[:, p] for p in positions]
             return tokens[0] if len(tokens) == 1 else (tokens[0] + tokens[1]) / 2
-        patches, _ = split_tokens(x, positions)
+        patches, _ = self._split(x)
         if self.out_type == 'featmap':
             return patches.transpose(1, 2).unflatten(2, grid)
         pool = 'mean' if self.out_type == 'avg_featmap' else self.pool
@@ -343,8 +285,11 @@ class Vim(MambaBackbone):
             return patches.amax(dim=1)
         return patches[:, -1] if pool == 'last' else patches
 
-    def _fit_own(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+    def _fit_own(
+        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping
+    ) -> None:
         """Drop the tables of rotary angles, which are computed here, after comparing them."""
+        super()._fit_own(state_dict, prefix, local_metadata)
         cos = state_dict.pop(f'{prefix}rope.freqs_cos', None)
         state_dict.pop(f'{prefix}rope.freqs_sin', None)
         if cos is None:

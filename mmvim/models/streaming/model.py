@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from functools import partial
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mmvim._checks import check_choice, check_positive
-from mmvim.layers import MambaState, resize_pos_embed
+from mmvim.layers import MambaState
 from mmvim.layers.mamba import _TWO_TAP
 from mmvim.registry import MODELS
 
@@ -156,21 +156,18 @@ class StreamingVideoMamba(VideoMamba):
             raise ValueError(f'{name}={frames} is no multiple of tubelet_size={self.tubelet_size}')
         return frames // self.tubelet_size
 
-    def _fit_state_dict(
-        self, state_dict: MutableMapping, prefix: str, local_metadata: Mapping
-    ) -> None:
+    def _translate(self, state_dict: MutableMapping, prefix: str) -> None:
+        super()._translate(state_dict, prefix)
         if self.drop_backward:
             dropped = [k for k in state_dict if re.match(re.escape(prefix) + _BACKWARD_KEYS, k)]
             for key in dropped:
                 del state_dict[key]
             if dropped:
-                print_log(
-                    f'StreamingVideoMamba: left out {len(dropped)} tensors of the backward '
-                    'direction; the model is another one than the checkpoint is of',
-                    logger='current',
-                    level=30,
+                self._log(
+                    f'left out {len(dropped)} tensors of the backward direction; the model is '
+                    'another one than the checkpoint is of',
+                    logging.WARNING,
                 )
-        super()._fit_state_dict(state_dict, prefix, local_metadata)
 
     @property
     def _signature(self) -> str:
@@ -263,20 +260,9 @@ class StreamingVideoMamba(VideoMamba):
     ) -> tuple[Tensor, tuple[int, int]]:
         """Embed the frames from step ``start`` on; the class token goes before step 0."""
         patches, grid = self.patch_embed(x)
-        pos_embed = resize_pos_embed(
-            self.pos_embed, self.grid, grid, self.cls_token_place, self.interpolate_mode
-        )
-        extra = self.num_extra_tokens
-        patches = patches + pos_embed[:, extra:]
-        if positions_in_time:
-            if temporal is None:
-                temporal = self._temporal(start, patches.shape[1])
-            patches = patches + temporal.unsqueeze(2)
-        tokens = patches.flatten(1, 2)
-        if extra and start == 0:
-            token = (self.cls_token + pos_embed[:, :1]).to(tokens.dtype)
-            tokens = torch.cat((token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
-        return self.drop_after_pos(tokens.contiguous()), grid
+        if positions_in_time and temporal is None:
+            temporal = self._temporal(start, patches.shape[1])
+        return self._with_positions(patches, grid, temporal, with_token=start == 0), grid
 
     def _run(self, hidden: Tensor, mix: Mix, recompute: bool = False) -> Tensor:
         """Run all layers with ``mix(index, normed)`` in place of their mixers, and the norm."""
