@@ -7,23 +7,18 @@ Hidden Attention of Mamba Models, https://arxiv.org/abs/2403.01590).
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmvim.layers.mamba import MixerBase
+from mmvim.ops import intercept_ops
 from mmvim.ops._library import compute_dtype
 from mmvim.ops.discretization import coefficients
-
-# The modules of mmvim.ops that look up the implementation of a scan.
-_CALLERS = ('selective_scan', 'bidirectional_scan')
 
 
 @dataclass(frozen=True)
@@ -108,43 +103,30 @@ def _recorded(model: nn.Module, scans: list[Scan]) -> Iterator[None]:
         u, B, C = (x.to(dtype) for x in (u, B, C))
         scans.append(Scan(current[0], reverse, u, delta, A, B, C, D, method))
 
-    def selective_scan(real: Callable, *args: Any) -> Any:
+    def selective_scan(op: Callable, *args: Any) -> Any:
         u, delta, A, B, C, D, _, bias, state, softplus, method, reverse, *_ = args
         if state is not None:
             raise ValueError('a scan that continues from a state has no hidden attention')
         keep(reverse, softplus, method, u, delta, A, B, C, D, bias)
-        return real(*args)
+        return op(*args)
 
-    def bidirectional_scan(real: Callable, *args: Any) -> Any:
+    def bidirectional_scan(op: Callable, *args: Any) -> Any:
         softplus, method = args[16], args[17]
         keep(False, softplus, method, *args[:7])
         keep(True, softplus, method, *args[7:14])
-        return real(*args)
-
-    def wrapped(original: Callable, *args: Any) -> SimpleNamespace:
-        ops = original(*args)
-        return SimpleNamespace(
-            selective_scan=functools.partial(selective_scan, ops.selective_scan),
-            bidirectional_scan=functools.partial(bidirectional_scan, ops.bidirectional_scan),
-        )
+        return op(*args)
 
     def enter(name: str, *_: Any) -> None:
         current[0] = name
 
-    def nothing(*_: Any) -> None:
-        """A hook on each part of a mixer keeps it from running as one fused function."""
-
     with contextlib.ExitStack() as stack:
-        for caller in _CALLERS:
-            module = importlib.import_module(f'mmvim.ops.{caller}')
-            resolve = functools.partial(wrapped, module.resolve)
-            stack.enter_context(mock.patch.object(module, 'resolve', resolve))
+        stack.enter_context(
+            intercept_ops(selective_scan=selective_scan, bidirectional_scan=bidirectional_scan)
+        )
         for name, mixer in model.named_modules():
             if isinstance(mixer, MixerBase):
                 hook = functools.partial(enter, name)
                 stack.callback(mixer.register_forward_pre_hook(hook).remove)
-                for part in mixer.children():
-                    stack.callback(part.register_forward_pre_hook(nothing).remove)
         yield
 
 

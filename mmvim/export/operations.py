@@ -6,23 +6,18 @@ a graph does not grow with the number of tokens and any number of them can be fe
 direction is the loop walked from its end.
 """
 
-import contextlib
 import functools
-import importlib
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from unittest import mock
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmvim.ops import intercept_ops
 from mmvim.ops._library import compute_dtype
 from mmvim.ops.discretization import coefficients
 
 KINDS = ('graph', 'onnx', 'script')
-# The modules of mmvim.ops that look up the implementation that their functions call.
-_CALLERS = ('selective_scan', 'bidirectional_scan', 'causal_conv1d', 'add_rms_norm')
 
 Loop = Callable[..., Tensor]
 
@@ -154,6 +149,7 @@ def _gated(y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _selective_scan(
     kind,
+    _,
     u,
     delta,
     A,
@@ -176,8 +172,8 @@ def _selective_scan(
     return _gated(y, z, u.dtype), nothing, nothing
 
 
-def _bidirectional_scan(kind, *inputs):
-    z, scale, delta_softplus, discretization, _ = inputs[14:]
+def _bidirectional_scan(kind, _, *inputs):
+    z, scale, delta_softplus, discretization = inputs[14:18]
     y, y_b = (
         _direction(kind, *inputs[start : start + 7], delta_softplus, discretization, reverse)
         for start, reverse in ((0, False), (7, True))
@@ -188,7 +184,7 @@ def _bidirectional_scan(kind, *inputs):
     return (_gated(y, z, inputs[0].dtype),)
 
 
-def _causal_conv1d(x, weight, bias, initial_state, mode, silu, return_last_state):
+def _causal_conv1d(_, x, weight, bias, initial_state, mode, silu, return_last_state):
     if initial_state is not None or return_last_state:
         raise UnsupportedExport('a convolution with states (streaming) cannot be exported')
     dtype = compute_dtype(x.dtype)
@@ -203,14 +199,14 @@ def _causal_conv1d(x, weight, bias, initial_state, mode, silu, return_last_state
     return out.transpose(1, 2).to(x.dtype), x.new_empty(0)
 
 
-def _bidirectional_conv1d(x, weight_f, bias_f, weight_b, bias_b, silu):
+def _bidirectional_conv1d(_, x, weight_f, bias_f, weight_b, bias_b, silu):
     return (
-        _causal_conv1d(x, weight_f, bias_f, None, 'causal', silu, False)[0],
-        _causal_conv1d(x, weight_b, bias_b, None, 'reverse', silu, False)[0],
+        _causal_conv1d(None, x, weight_f, bias_f, None, 'causal', silu, False)[0],
+        _causal_conv1d(None, x, weight_b, bias_b, None, 'reverse', silu, False)[0],
     )
 
 
-def _add_rms_norm(x, residual, weight, eps, residual_in_fp32):
+def _add_rms_norm(_, x, residual, weight, eps, residual_in_fp32):
     dtype = compute_dtype(x.dtype)
     total = x.to(dtype) if residual is None else x.to(dtype) + residual.to(dtype)
     rstd = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
@@ -218,9 +214,8 @@ def _add_rms_norm(x, residual, weight, eps, residual_in_fp32):
     return (total * rstd * weight).to(x.dtype), total.to(kept), rstd.squeeze(-1)
 
 
-@contextlib.contextmanager
-def portable_ops(kind: str = 'graph') -> Iterator[None]:
-    """Have the functions of :mod:`mmvim.ops` call what exporters understand.
+def portable_ops(kind: str = 'graph') -> intercept_ops:
+    """Have the functions of :mod:`mmvim.ops` call what exporters understand, in a ``with`` block.
 
     Args:
         kind: 'graph' for ``torch.export`` and what starts from it, 'onnx' where that becomes ONNX
@@ -232,19 +227,10 @@ def portable_ops(kind: str = 'graph') -> Iterator[None]:
     """
     if kind not in KINDS:
         raise ValueError(f'kind must be one of {KINDS}, got {kind!r}')
-    ops = SimpleNamespace(
+    return intercept_ops(
         selective_scan=functools.partial(_selective_scan, kind),
         bidirectional_scan=functools.partial(_bidirectional_scan, kind),
         causal_conv1d=_causal_conv1d,
         bidirectional_conv1d=_bidirectional_conv1d,
         add_rms_norm=_add_rms_norm,
     )
-
-    def resolve(*_: object) -> SimpleNamespace:
-        return ops
-
-    with contextlib.ExitStack() as stack:
-        for name in _CALLERS:
-            module = importlib.import_module(f'mmvim.ops.{name}')
-            stack.enter_context(mock.patch.object(module, 'resolve', resolve))
-        yield

@@ -5,11 +5,12 @@ from torch import Tensor, nn
 
 from mmvim import ops
 from mmvim._checks import check_choice
+from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.bidirectional_scan import bidirectional_scan_unchecked
+from mmvim.ops.mixers import Direction, Options, bimamba
 
-from ._common import as_param_dtype
-from ._fused import Direction, Options, bimamba, is_plain, is_traced, wants_gradient
 from .conv import CausalConv1d
+from .fusion import parts
 from .mamba import DeltaProjection, MixerBase
 
 
@@ -41,6 +42,18 @@ class BiMamba(MixerBase):
     Raises:
         ValueError: If an argument is not among the allowed ones.
     """
+
+    # v1, which has fewer, is not fused.
+    _fused_parts = parts(
+        in_proj=nn.Linear,
+        conv1d=CausalConv1d,
+        conv1d_b=CausalConv1d,
+        x_proj=nn.Linear,
+        x_proj_b=nn.Linear,
+        dt_proj=DeltaProjection,
+        dt_proj_b=DeltaProjection,
+        out_proj=nn.Linear,
+    )
 
     def __init__(
         self,
@@ -121,7 +134,7 @@ class BiMamba(MixerBase):
             u = self.conv1d(u)
             own = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
             # torch.compile of torch 2.6 traces neither _replace nor a slice of a named tuple.
-            A = -torch.exp(as_param_dtype(self.A_b_log))
+            A = -torch.exp(as_compute_dtype(self.A_b_log))
             other = ops.ScanInputs(own.u, own.delta, A, own.B, own.C, own.D, own.delta_bias)
             return own, other
         first, second = self.conv1d, self.conv1d_b
@@ -134,7 +147,7 @@ class BiMamba(MixerBase):
             second.taps,
             second.bias,
             activation='silu',
-            backend=self._backend,
+            backend=self.ops_backend,
         )
         if self.reverse:
             u, u_b = u_b, u
@@ -153,9 +166,8 @@ class BiMamba(MixerBase):
             Tensor: (batch, length, d_model).
         """
         self._check_input(x)
-        gradient = wants_gradient(x, self)
-        if (gradient or not is_traced()) and self._is_plain():
-            return self._scaled(self._fused(x, gradient))
+        if self._may_fuse(x):
+            return self._scaled(self._fused(x))
         u, z = self.in_proj(x).chunk(2, dim=-1)
         forward, backward = self._branches(u)
         if self.reverse:
@@ -167,24 +179,12 @@ class BiMamba(MixerBase):
             scale=0.5 if self.merge == 'mean' else 1.0,
             delta_softplus=True,
             discretization=self.discretization,
-            backend=self._backend,
+            backend=self.ops_backend,
         )
         return self._project_out(y)
 
-    def _is_plain(self) -> bool:
-        """Whether this mixer is the v2 of its parameters, without anything put around its parts."""
-        return (
-            self.bimamba == 'v2'
-            and all(is_plain(m, CausalConv1d) for m in (self.conv1d, self.conv1d_b))
-            and all(is_plain(m, DeltaProjection) for m in (self.dt_proj, self.dt_proj_b))
-            and all(
-                is_plain(m, nn.Linear)
-                for m in (self.in_proj, self.x_proj, self.x_proj_b, self.out_proj)
-            )
-        )
-
-    def _fused(self, x: Tensor, gradient: bool) -> Tensor:
-        """The same as step by step, in one function (see :mod:`mmvim.layers._fused`)."""
+    def _fused(self, x: Tensor) -> Tensor:
+        """The same as step by step, in one function (see :mod:`mmvim.ops.mixers`)."""
         own, other = (
             Direction(conv.taps, conv.bias, project.weight, dt.weight, dt.bias, a_log, skip)
             for conv, project, dt, a_log, skip in (
@@ -197,9 +197,11 @@ class BiMamba(MixerBase):
             scale=0.5 if self.merge == 'mean' else 1.0,
             discretization=self.discretization,
             recompute=x.is_cuda if self.recompute is None else self.recompute,
-            backend=self._backend,
+            backend=self.ops_backend,
         )
-        return bimamba(x, self.in_proj, forward, backward, self.out_proj, options, gradient)
+        in_proj, out_proj = self.in_proj, self.out_proj
+        weights = in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias
+        return bimamba(x, *weights, forward, backward, options)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from mmvim import ops
 from mmvim._checks import check_choice, check_positive
-
-from ._common import resolve_backend
+from mmvim.ops.backend import BACKENDS
 
 
 class CausalConv1d(nn.Module):
@@ -52,8 +51,8 @@ class CausalConv1d(nn.Module):
         self.kernel_size = kernel_size
         self.activation = activation
         self.mode = mode
+        check_choice('ops_backend', ops_backend, BACKENDS)
         self.ops_backend = ops_backend
-        self._backend = resolve_backend(ops_backend)
         self.weight = nn.Parameter(torch.empty(dim, 1, kernel_size, device=device, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
@@ -110,7 +109,7 @@ class CausalConv1d(nn.Module):
             mode=self.mode,
             initial_state=state,
             return_last_state=return_state,
-            backend=self._backend,
+            backend=self.ops_backend,
         )
 
     def step(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
+from mmvim.ops._library import as_compute_dtype
+from mmvim.ops.backend import BACKENDS
 from mmvim.ops.selective_scan import selective_scan_unchecked
 
-from ._common import as_param_dtype, resolve_backend
 from .conv import CausalConv1d
+from .fusion import Fusable
 
 _TWO_TAP = ('foh_hold', 'tustin')
 
@@ -95,7 +97,7 @@ class DeltaProjection(nn.Module):
         return f'rank={self.rank}, dim={self.dim}, init={self.init!r}'
 
 
-class MixerBase(nn.Module):
+class MixerBase(Fusable):
     """Parameters and pieces that :class:`Mamba` and :class:`mmvim.layers.BiMamba` share."""
 
     def __init__(
@@ -139,8 +141,8 @@ class MixerBase(nn.Module):
         self.discretization = discretization
         self.dt_init = dt_init
         self.reverse = reverse
+        check_choice('ops_backend', ops_backend, BACKENDS)
         self.ops_backend = ops_backend
-        self._backend = resolve_backend(ops_backend)
         self._factory = {'device': device, 'dtype': dtype}
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **self._factory)
@@ -185,11 +187,11 @@ class MixerBase(nn.Module):
         return ops.ScanInputs(
             u=u,
             delta=dt_proj(low_rank),
-            A=-torch.exp(as_param_dtype(a_log)),
+            A=-torch.exp(as_compute_dtype(a_log)),
             B=b,
             C=c,
-            D=as_param_dtype(skip),
-            delta_bias=as_param_dtype(dt_proj.bias),
+            D=as_compute_dtype(skip),
+            delta_bias=as_compute_dtype(dt_proj.bias),
         )
 
     def _project_out(self, y: Tensor) -> Tensor:
@@ -298,7 +300,7 @@ class Mamba(MixerBase):
             return_last_state=return_state,
             discretization=self.discretization,
             reverse=self.reverse,
-            backend=self._backend,
+            backend=self.ops_backend,
         )
         if not return_state:
             return self._project_out(y)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
+from mmvim.ops._library import as_compute_dtype
+from mmvim.ops.mixers import Direction, Options, half_scan
 from mmvim.ops.selective_scan import selective_scan_unchecked
 
-from ._common import as_param_dtype
-from ._fused import Direction, Options, half_scan, is_plain, is_traced, wants_gradient
 from .conv import CausalConv1d
+from .fusion import parts
 from .mamba import DeltaProjection, MixerBase
 
 
@@ -49,6 +50,15 @@ class MambaVisionMixer(MixerBase):
     Raises:
         ValueError: If an argument is not among the allowed ones.
     """
+
+    _fused_parts = parts(
+        in_proj=nn.Linear,
+        conv1d_x=CausalConv1d,
+        conv1d_z=CausalConv1d,
+        x_proj=nn.Linear,
+        dt_proj=DeltaProjection,
+        out_proj=nn.Linear,
+    )
 
     def __init__(
         self,
@@ -126,15 +136,14 @@ class MambaVisionMixer(MixerBase):
         self._check_input(x)
         # Depthwise: one convolution of all channels is the two of the halves.
         taps = torch.cat((self.conv1d_x.taps, self.conv1d_z.taps))
-        gradient = wants_gradient(x, self)
-        if (gradient or not is_traced()) and self._is_plain():
-            return self._fused(x, taps, gradient)
+        if self._may_fuse(x):
+            return self._fused(x, taps)
         xz = ops.causal_conv1d(
             self.in_proj(x),
             taps,
             activation='silu',
             mode='same',
-            backend=self._backend,
+            backend=self.ops_backend,
         )
         u, z = xz.chunk(2, dim=-1)
         inputs = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
@@ -148,24 +157,16 @@ class MambaVisionMixer(MixerBase):
             delta_bias=self._delta_bias(),
             delta_softplus=True,
             discretization=self.discretization,
-            backend=self._backend,
+            backend=self.ops_backend,
         )
         return self.out_proj(torch.cat((y, z), dim=-1))
 
     def _delta_bias(self) -> Tensor:
-        bias = as_param_dtype(self.dt_proj.bias)
+        bias = as_compute_dtype(self.dt_proj.bias)
         return 2 * bias if self.double_dt_bias else bias
 
-    def _is_plain(self) -> bool:
-        """Whether this mixer is what its parameters say, without anything put around its parts."""
-        return (
-            all(is_plain(m, CausalConv1d) for m in (self.conv1d_x, self.conv1d_z))
-            and all(is_plain(m, nn.Linear) for m in (self.in_proj, self.x_proj, self.out_proj))
-            and is_plain(self.dt_proj, DeltaProjection)
-        )
-
-    def _fused(self, x: Tensor, taps: Tensor, gradient: bool) -> Tensor:
-        """The same as step by step, in one function (see :mod:`mmvim.layers._fused`)."""
+    def _fused(self, x: Tensor, taps: Tensor) -> Tensor:
+        """The same as step by step, in one function (see :mod:`mmvim.ops.mixers`)."""
         direction = Direction(
             taps,
             None,
@@ -176,8 +177,8 @@ class MambaVisionMixer(MixerBase):
             self.D,
         )
         recompute = x.is_cuda if self.recompute is None else self.recompute
-        options = Options(1.0, self.discretization, recompute, self._backend)
-        return half_scan(x, self.in_proj, direction, self.out_proj, options, gradient)
+        options = Options(1.0, self.discretization, recompute, self.ops_backend)
+        return half_scan(x, self.in_proj.weight, self.out_proj.weight, direction, options)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from mmvim._checks import check_positive
 from mmvim.ops._autocast import autocast_dtype
 
-from ._fused import is_plain, wants_gradient
+from .fusion import Fusable, parts
 
 
-class Mlp(nn.Module):
+class Mlp(Fusable):
     """Two linear layers with a GELU between them.
 
     In training the GELU is computed again in the backward pass instead of being kept: of what a
@@ -21,6 +21,8 @@ class Mlp(nn.Module):
         hidden (int): Channels between the layers.
     """
 
+    _fused_parts = parts(fc1=nn.Linear, act=nn.GELU, fc2=nn.Linear)
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         check_positive(dim=dim, hidden=hidden)
@@ -30,9 +32,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., dim)."""
-        linears = self.fc1, self.fc2
-        plain = is_plain(self.act, nn.GELU) and all(is_plain(m, nn.Linear) for m in linears)
-        if wants_gradient(x, self) and plain:
+        if self._wants_gradient(x) and self._may_fuse(x):
+            linears = self.fc1, self.fc2
             return _Mlp.apply(x, *(p for m in linears for p in (m.weight, m.bias)))
         return self.fc2(self.act(self.fc1(x)))
 

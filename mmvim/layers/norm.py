@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
-
-from ._common import as_param_dtype, resolve_backend
+from mmvim.ops._library import as_compute_dtype
+from mmvim.ops.backend import BACKENDS
 
 
 class RMSNorm(nn.Module):
@@ -39,8 +39,8 @@ class RMSNorm(nn.Module):
         self.dim = dim
         self.eps = eps
         self.residual_in_fp32 = residual_in_fp32
+        check_choice('ops_backend', ops_backend, BACKENDS)
         self.ops_backend = ops_backend
-        self._backend = resolve_backend(ops_backend)
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
@@ -67,7 +67,7 @@ class RMSNorm(nn.Module):
             residual,
             eps=self.eps,
             residual_in_fp32=self.residual_in_fp32,
-            backend=self._backend,
+            backend=self.ops_backend,
         )
         return (out, residual) if return_residual else out
 
@@ -103,10 +103,10 @@ class LayerNorm(nn.LayerNorm):
         self, x: Tensor, residual: Tensor | None = None, return_residual: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Normalise ``x + residual``; arguments and results as in :meth:`RMSNorm.forward`."""
-        total = as_param_dtype(x)
+        total = as_compute_dtype(x)
         if residual is not None:
             total = total + residual
-        weight, bias = as_param_dtype(self.weight), as_param_dtype(self.bias)
+        weight, bias = as_compute_dtype(self.weight), as_compute_dtype(self.bias)
         out = F.layer_norm(total, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
         if not return_residual:
             return out

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from mmvim._checks import check_positive
 from mmvim.ops._autocast import autocast_dtype
 
-from ._fused import is_plain
+from .fusion import Fusable, parts
 
 
 def to_2tuple(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -18,17 +18,6 @@ def to_2tuple(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in pair):
         raise ValueError(f'{name}={value!r} must be a positive integer or a pair of them')
     return pair
-
-
-def embed_patches(x: Tensor, proj: nn.Conv2d | nn.Conv3d) -> Tensor:
-    """Apply a convolution to (batch, channels, …) as a layer of tokens (batch, …, channels).
-
-    On a CUDA device a convolution whose windows neither overlap nor skip is one matrix product: for
-    patches of 16 pixels cuDNN's choices take several times as long.
-    """
-    if x.is_cuda and proj.kernel_size == proj.stride and is_plain(proj, type(proj)):
-        return _matrix_product(x, proj)
-    return proj(x).movedim(1, -1)
 
 
 def _matrix_product(x: Tensor, proj: nn.Conv2d | nn.Conv3d) -> Tensor:
@@ -44,7 +33,7 @@ def _matrix_product(x: Tensor, proj: nn.Conv2d | nn.Conv3d) -> Tensor:
     return F.linear(patches.flatten(1 + len(size)), proj.weight.flatten(1), proj.bias)
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Fusable):
     """Cut an image into patches and embed each with one linear map.
 
     Patches do not reach beyond the image: rows and columns that do not fill a patch are left out,
@@ -57,6 +46,8 @@ class PatchEmbed(nn.Module):
         stride (int | tuple, optional): Distance of patches; smaller than ``patch_size`` makes
             them overlap. Defaults to None, which means ``patch_size``.
     """
+
+    _fused_parts = parts(proj=nn.Conv2d)
 
     def __init__(
         self,
@@ -114,4 +105,15 @@ class PatchEmbed(nn.Module):
                 f'got {tuple(x.shape)}'
             )
         grid = self.grid(x.shape[2], x.shape[3])
-        return embed_patches(x, self.proj).flatten(1, 2), grid
+        return self._embed(x).flatten(1, 2), grid
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Apply the convolution to (batch, channels, …) as a layer of tokens (batch, …, channels).
+
+        On a CUDA device a convolution whose windows neither overlap nor skip is one matrix product:
+        for patches of 16 pixels cuDNN's choices take several times as long.
+        """
+        proj = self.proj
+        if x.is_cuda and self._is_plain() and proj.kernel_size == proj.stride:
+            return _matrix_product(x, proj)
+        return proj(x).movedim(1, -1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import as_param_dtype
+from mmvim.ops._library import as_compute_dtype
 
 RESIZE_MODES = ('bicubic', 'bilinear', 'nearest', 'nearest-exact', 'area')
 CLS_TOKEN_PLACES = ('middle', 'head', 'tail', 'double', 'none')
@@ -90,7 +90,7 @@ def resize_pos_embed(
     patches, tokens = split_tokens(pos_embed, token_positions(place, source[0] * source[1]))
     grid = patches.transpose(1, 2).reshape(1, -1, *source)
     align = None if mode in ('nearest', 'nearest-exact', 'area') else False
-    grid = F.interpolate(as_param_dtype(grid), size=tuple(target), mode=mode, align_corners=align)
+    grid = F.interpolate(as_compute_dtype(grid), size=tuple(target), mode=mode, align_corners=align)
     patches = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
     return insert_tokens(patches, tokens, token_positions(place, target[0] * target[1]))
 

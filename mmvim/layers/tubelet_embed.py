@@ -4,9 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvim._checks import check_positive
+from mmvim.ops._library import as_compute_dtype
 
-from ._common import as_param_dtype
-from .patch_embed import PatchEmbed, embed_patches
+from .fusion import parts
+from .patch_embed import PatchEmbed
 
 
 class TubeletEmbed(PatchEmbed):
@@ -23,6 +24,8 @@ class TubeletEmbed(PatchEmbed):
             ``patch_size``.
         tubelet_size (int): Frames of a tubelet. Defaults to 1.
     """
+
+    _fused_parts = parts(proj=nn.Conv3d)
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class TubeletEmbed(PatchEmbed):
             )
         self.steps(x.shape[2])
         grid = self.grid(x.shape[3], x.shape[4])
-        return embed_patches(x, self.proj).flatten(2, 3), grid
+        return self._embed(x).flatten(2, 3), grid
 
 
 def resize_temporal_pos_embed(pos_embed: Tensor, length: int) -> Tensor:
@@ -91,6 +94,6 @@ def resize_temporal_pos_embed(pos_embed: Tensor, length: int) -> Tensor:
     """
     if pos_embed.shape[1] == length:
         return pos_embed
-    series = as_param_dtype(pos_embed).transpose(1, 2)
+    series = as_compute_dtype(pos_embed).transpose(1, 2)
     series = F.interpolate(series, size=length, mode='linear', align_corners=False)
     return series.transpose(1, 2).to(pos_embed.dtype)

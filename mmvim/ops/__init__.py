@@ -6,7 +6,7 @@ compiled one for CPU and CUDA. Layout is (batch, length, channels) throughout.
 
 from . import extension
 from .add_rms_norm import add_rms_norm
-from .backend import get_backend, set_backend, use_backend
+from .backend import get_backend, intercept_ops, set_backend, use_backend
 from .bidirectional_scan import ScanInputs, bidirectional_scan
 from .causal_conv1d import bidirectional_conv1d, causal_conv1d
 from .compat import (
@@ -32,6 +32,7 @@ __all__ = [
     'causal_conv1d_fn',
     'causal_conv1d_update',
     'get_backend',
+    'intercept_ops',
     'selective_scan',
     'selective_scan_fn',
     'set_backend',

@@ -124,3 +124,8 @@ def define(
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of parameters and of all arithmetic for activations of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def as_compute_dtype(x: Tensor) -> Tensor:
+    """``x`` in the dtype of parameters and arithmetic beside it: float64 stays, else float32."""
+    return x.to(compute_dtype(x.dtype))

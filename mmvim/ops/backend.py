@@ -1,23 +1,29 @@
-"""Which implementation runs: compiled kernels or PyTorch.
+"""Which implementation runs: compiled kernels, PyTorch, or what a caller puts in their place.
 
 Precedence: the ``backend=`` argument of a function > :func:`use_backend` > :func:`set_backend` >
 the environment variable ``MMVIM_BACKEND`` (read at import) > ``'auto'``.
+:func:`intercept_ops` stands before whichever of them was chosen.
 """
 
+import functools
 import os
 import threading
 import warnings
+from collections.abc import Callable
 
 import torch
 
 from . import extension
 
 BACKENDS = ('auto', 'compiled', 'torch')
+# Newer than the oldest torch supported; an exported graph is for inference.
+is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 class _Scope(threading.local):
     # Not a context variable, which torch.compile can only trace since 2026.
     name: str | None = None
+    interceptors: tuple[dict[str, Callable], ...] = ()
 
 
 _scope = _Scope()
@@ -76,6 +82,65 @@ class use_backend:
         _scope.name = self._outer.pop()
 
 
+class intercept_ops:
+    """See or replace calls of ops for a block of code, in this thread only.
+
+    Blocks nest: the op of an inner block's function is the outer block's function. Mixers call op
+    by op inside (see :class:`mmvim.layers.fusion.Fusable`). Gradients of what a replaced op
+    computes are those of the function; the backward ops are not intercepted.
+
+    Args:
+        **functions: For the name of an op (``'selective_scan'``, ``'bidirectional_scan'``,
+            ``'causal_conv1d'``, ``'bidirectional_conv1d'``, ``'add_rms_norm'``) a function that is
+            called in its place, with the op and then the op's arguments, all by position and in
+            the order of its schema. It returns what the op returns.
+
+    Raises:
+        ValueError: If there is no op of a name, or it is a backward op.
+
+    Example:
+        >>> def timed(op, *args):
+        ...     start = time.perf_counter()
+        ...     out = op(*args)
+        ...     print(time.perf_counter() - start)
+        ...     return out
+        >>> with intercept_ops(selective_scan=timed):
+        ...     model(x)
+    """
+
+    def __init__(self, **functions: Callable) -> None:
+        for name in functions:
+            if name.endswith('_backward') or not hasattr(torch.ops.mmvim, name):
+                raise ValueError(f'{name!r} is no op that can be intercepted')
+        self._functions = functions
+        self._outer = []
+
+    def __enter__(self) -> None:
+        self._outer.append(_scope.interceptors)
+        _scope.interceptors = (*_scope.interceptors, self._functions)
+
+    def __exit__(self, *exception: object) -> None:
+        _scope.interceptors = self._outer.pop()
+
+
+def is_intercepted() -> bool:
+    """Whether this thread is inside :func:`intercept_ops`."""
+    return bool(_scope.interceptors)
+
+
+class _Intercepted:
+    """A namespace of ops, some of them replaced."""
+
+    def __init__(self, ops: object, functions: dict[str, Callable]) -> None:
+        self._ops = ops
+        self._functions = functions
+
+    def __getattr__(self, name: str) -> Callable:
+        op = getattr(self._ops, name)
+        function = self._functions.get(name)
+        return op if function is None else functools.partial(function, op)
+
+
 def _compiled(requested: str, op: str, device_type: str, dtype: torch.dtype) -> bool:
     """Whether ``op`` is to run compiled. What is installed does not change while a graph lives."""
     global _warned
@@ -103,7 +168,7 @@ _compiled._dynamo_marked_constant = True
 
 
 def resolve(backend: str | None, op: str, tensor: torch.Tensor) -> object:
-    """The namespace of ops (``torch.ops.mmvim`` or ``torch.ops.mmvim_torch``) to call.
+    """The namespace of ops to call: ``torch.ops.mmvim`` or ``torch.ops.mmvim_torch``, intercepted.
 
     Args:
         backend: The caller's ``backend=`` argument; None and ``'auto'`` state no preference, so the
@@ -118,6 +183,8 @@ def resolve(backend: str | None, op: str, tensor: torch.Tensor) -> object:
     if backend is not None:
         _checked(backend, 'backend')
     requested = get_backend() if backend is None or backend == 'auto' else backend
-    if _compiled(requested, op, tensor.device.type, tensor.dtype):
-        return torch.ops.mmvim
-    return torch.ops.mmvim_torch
+    compiled = _compiled(requested, op, tensor.device.type, tensor.dtype)
+    ops = torch.ops.mmvim if compiled else torch.ops.mmvim_torch
+    for functions in _scope.interceptors:
+        ops = _Intercepted(ops, functions)
+    return ops

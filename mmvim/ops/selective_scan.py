@@ -7,16 +7,13 @@ from torch.nn import functional as F
 from . import _validation as check
 from ._autocast import autocast_dtype, to_activation, to_parameter
 from ._library import compute_dtype, define
-from .backend import resolve
+from .backend import is_exporting, resolve
 from .discretization import TWO_TAP
 from .selective_scan_torch import checkpoint_shape, scan_backward, scan_forward
 
 # Steps between the states that forward keeps for backward: memory against recomputation.
 CHECKPOINT_INTERVAL = {'cpu': 16, 'cuda': 32}
 _CHECKPOINT_INTERVAL_ELSEWHERE = 16
-
-# Newer than the oldest torch supported; an exported graph is for inference.
-_is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
 def selective_scan(
@@ -157,7 +154,7 @@ def grouped(x: object) -> object:
 
 def checkpoint_interval(*inputs: Tensor | None) -> int:
     """Steps between checkpoints: 0, nothing kept, unless a gradient will be asked for."""
-    if _is_exporting() or not torch.is_grad_enabled():
+    if is_exporting() or not torch.is_grad_enabled():
         return 0
     if not any(x is not None and x.requires_grad for x in inputs):
         return 0

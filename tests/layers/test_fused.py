@@ -8,6 +8,7 @@ from torch import nn
 
 from mmvim.layers import BiMamba, MambaVisionMixer, Mlp
 from mmvim.layers.patch_embed import _matrix_product
+from mmvim.ops import intercept_ops
 
 
 def make(dtype=torch.float64, kind=BiMamba, **options):
@@ -36,12 +37,11 @@ def run(mixer, x, autocast=None):
 
 @contextlib.contextmanager
 def step_by_step(mixer):
-    """A hook that changes nothing makes the mixer call its parts."""
-    handle = mixer.in_proj.register_forward_hook(lambda *_: None)
+    mixer.fused = False
     try:
         yield
     finally:
-        handle.remove()
+        mixer.fused = True
 
 
 OPTIONS = [
@@ -87,7 +87,7 @@ def test_without_a_gradient_equals_step_by_step(options, autocast):
 def test_tracers_see_the_modules(kind, monkeypatch):
     mixer, x = make(kind=kind).eval(), torch.randn(2, 9, 12, dtype=torch.float64)
     for name in ('_bimamba', '_half_scan'):
-        monkeypatch.delattr(f'mmvim.layers._fused.{name}')
+        monkeypatch.delattr(f'mmvim.ops.mixers.{name}')
     with torch.no_grad():
         for traced in (
             torch.jit.trace(mixer, (x,), check_trace=False),
@@ -142,7 +142,7 @@ def test_a_frozen_mixer_keeps_nothing(kind, monkeypatch):
     expected = mixer(x).detach()
     mixer.requires_grad_(False)
     for name in ('_BiMamba', '_HalfScan'):
-        monkeypatch.delattr(f'mmvim.layers._fused.{name}')
+        monkeypatch.delattr(f'mmvim.ops.mixers.{name}')
     y = mixer(x)
     assert not y.requires_grad
     torch.testing.assert_close(y, expected)
@@ -188,6 +188,21 @@ def test_what_is_put_around_a_part_is_called():
     assert calls == ['hook', 'adapter']
 
 
+@pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer])
+def test_intercepted_ops_are_called(kind):
+    calls = []
+
+    def counted(op, *args):
+        calls.append(op)
+        return op(*args)
+
+    mixer, x = make(kind=kind), torch.randn(1, 5, 12, dtype=torch.float64)
+    scan = 'bidirectional_scan' if kind is BiMamba else 'selective_scan'
+    with intercept_ops(**{scan: counted}):
+        mixer(x)
+    assert len(calls) == 1
+
+
 def test_compiles_in_one_graph():
     mixer, x = make(recompute=True), torch.randn(2, 9, 12, dtype=torch.float64)
     _, dx, grads = run(mixer, x)
@@ -209,9 +224,8 @@ def test_mlp():
     torch.manual_seed(0)
     mlp, x = Mlp(6, 20).double(), torch.randn(2, 3, 6, dtype=torch.float64)
     y, dx, grads = run(mlp, x)
-    handle = mlp.act.register_forward_hook(lambda *_: None)
-    expected_y, expected_dx, expected = run(mlp, x)
-    handle.remove()
+    with step_by_step(mlp):
+        expected_y, expected_dx, expected = run(mlp, x)
     torch.testing.assert_close(y, expected_y)
     torch.testing.assert_close(dx, expected_dx)
     for name in expected:

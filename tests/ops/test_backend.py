@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvim import ops
 from mmvim.ops import backend as backend_module
-from mmvim.ops import extension, get_backend, set_backend, use_backend
+from mmvim.ops import extension, get_backend, intercept_ops, set_backend, use_backend
 
 
 class Calls(TorchDispatchMode):
@@ -177,6 +177,43 @@ def test_compiled_that_is_not_there_is_an_error():
         with pytest.raises(RuntimeError, match=rf"'compiled'.* {op} .*torch.float32.*the reason"):
             function(backend='compiled')
     assert dispatched(call_causal_conv1d)[0] == 'mmvim_torch::causal_conv1d'
+
+
+@pytest.mark.parametrize('op', CALLS)
+def test_ops_are_seen_and_replaced(op):
+    calls = []
+
+    def outer(real, *args):
+        calls.append('outer')
+        return real(*args)
+
+    def inner(real, *args):
+        calls.append('inner')
+        return tuple(2 * x for x in real(*args))
+
+    def first():
+        out = CALLS[op]()
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    torch.manual_seed(0)
+    expected = first()
+    with intercept_ops(**{op: outer}):
+        with intercept_ops(**{op: inner}):
+            torch.manual_seed(0)
+            torch.testing.assert_close(first(), 2 * expected)
+        assert calls == ['inner', 'outer']
+        torch.manual_seed(0)
+        torch.testing.assert_close(first(), expected)
+    assert calls == ['inner', 'outer', 'outer']
+    torch.manual_seed(0)
+    torch.testing.assert_close(first(), expected)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize('name', ['scan', 'selective_scan_backward'])
+def test_only_ops_can_be_intercepted(name):
+    with pytest.raises(ValueError, match=f"'{name}' is no op that can be intercepted"):
+        intercept_ops(**{name: print})
 
 
 @pytest.mark.parametrize('choose', [set_backend, use_backend])

@@ -38,7 +38,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -49,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmvim
-from mmvim.ops import backend_info
+from mmvim.ops import backend_info, intercept_ops
 
 CLASSES = 1000
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
@@ -135,19 +134,21 @@ class Sequence(nn.Module):
 def _on_reference_scan(build: Builder) -> Builder:
     """The same model, whose scans are mamba_ssm's reference implementation in PyTorch."""
 
-    def reference(forward, backward, z, *, scale, delta_softplus, **_) -> Tensor:
+    def reference(_, *inputs) -> tuple[Tensor]:
         interface = importlib.import_module('mamba_ssm.ops.selective_scan_interface')
+        z, scale, delta_softplus = inputs[14:17]
         total = 0
-        for inputs, reverse in ((forward, False), (backward, True)):
+        for start, reverse in ((0, False), (7, True)):
+            u, delta, a, b, c, skip, delta_bias = inputs[start : start + 7]
             u, delta, b, c = (
                 (x.flip(1) if reverse else x).transpose(1, 2)
-                for x in (inputs.u, inputs.delta, inputs.B, inputs.C)
+                for x in (u, delta, b.squeeze(2), c.squeeze(2))
             )
             y = interface.selective_scan_ref(
-                u, delta, inputs.A, b, c, inputs.D, None, inputs.delta_bias, delta_softplus
+                u, delta, a, b, c, skip, None, delta_bias, delta_softplus
             ).transpose(1, 2)
             total = total + (y.flip(1) if reverse else y)
-        return scale * total * F.silu(z)
+        return (scale * total * F.silu(z),)
 
     class OnReference(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -155,11 +156,7 @@ def _on_reference_scan(build: Builder) -> Builder:
             self.model = model
 
         def forward(self, x: Tensor) -> Tensor:
-            with (
-                mock.patch('mmvim.layers.bimamba.bidirectional_scan_unchecked', reference),
-                # Step by step, or the scan's function is not called.
-                mock.patch('mmvim.layers.BiMamba._is_plain', return_value=False),
-            ):
+            with intercept_ops(bidirectional_scan=reference):
                 return self.model(x)
 
     def wrapped(side: int) -> nn.Module:

@@ -24,7 +24,7 @@ from mmvim.layers import (
     window_partition,
     window_reverse,
 )
-from mmvim.layers._fused import is_plain
+from mmvim.layers.fusion import Fusable, parts
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.registry import MODELS
 
@@ -84,16 +84,6 @@ class Downsample(nn.Module):
         return self.reduction(x)
 
 
-def _conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """``norm(conv(x))``; on a CUDA device without the pass that adds the convolution's bias."""
-    # With fixed statistics in training the bias has a gradient, which the mean would not pass on.
-    exact = norm.training or not (torch.is_grad_enabled() and conv.bias.requires_grad)
-    plain = is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)
-    if x.is_cuda and plain and exact and norm.track_running_stats:
-        return _without_bias(x, conv, norm)
-    return norm(conv(x))
-
-
 def _without_bias(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     """``norm(conv(x))`` with the convolution's bias subtracted from the mean instead of added."""
     x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
@@ -114,8 +104,12 @@ def _without_bias(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     return out
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Fusable):
     """Residual block of two convolutions."""
+
+    _fused_parts = parts(
+        conv1=nn.Conv2d, norm1=nn.BatchNorm2d, conv2=nn.Conv2d, norm2=nn.BatchNorm2d
+    )
 
     def __init__(self, dim: int, drop_path: float, layer_scale: float | None) -> None:
         super().__init__()
@@ -129,11 +123,21 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (batch, dim, height, width)."""
-        out = self.act(_conv_norm(x, self.conv1, self.norm1))
-        out = _conv_norm(out, self.conv2, self.norm2)
+        fuse = x.is_cuda and self._is_plain()
+        out = self.act(self._conv_norm(x, self.conv1, self.norm1, fuse))
+        out = self._conv_norm(out, self.conv2, self.norm2, fuse)
         if self.gamma is not None:
             out = out * self.gamma[:, None, None]
         return x + self.drop_path(out)
+
+    def _conv_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, fuse: bool) -> Tensor:
+        """``norm(conv(x))``; fused without the pass that adds the convolution's bias."""
+        # With fixed statistics in training the bias has a gradient, which the mean would not pass
+        # on.
+        exact = norm.training or not (torch.is_grad_enabled() and conv.bias.requires_grad)
+        if fuse and exact and norm.track_running_stats:
+            return _without_bias(x, conv, norm)
+        return norm(conv(x))
 
 
 class TokenBlock(nn.Module):

@@ -81,6 +81,6 @@ def _scan(mixer: BiMamba, inputs: ops.ScanInputs, **options: object):
         delta_bias=inputs.delta_bias,
         delta_softplus=True,
         discretization=mixer.discretization,
-        backend=mixer._backend,
+        backend=mixer.ops_backend,
         **options,
     )

@@ -13,14 +13,14 @@ mixer makes itself.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from mmvim.ops import backend as backends
-from mmvim.ops._autocast import autocast_dtype
-from mmvim.ops._library import compute_dtype
-from mmvim.ops.bidirectional_scan import ScanInputs
-from mmvim.ops.selective_scan import default_checkpoint_interval
+from ._autocast import autocast_dtype
+from ._library import compute_dtype
+from .backend import resolve
+from .bidirectional_scan import ScanInputs
+from .selective_scan import default_checkpoint_interval
 
 
 class Direction(NamedTuple):
@@ -56,47 +56,28 @@ class Options(NamedTuple):
 _FIELDS = len(Direction._fields)
 
 
-def is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module does what its class does and nothing else: no subclass, no hooks.
-
-    The fused function reads a module's parameters and does not call it, so what an adapter, a
-    quantiser, sharding or a profiler puts around a module would be lost.
-    """
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    return type(module) is kind and not any(hooks)
-
-
-def wants_gradient(x: Tensor, module: nn.Module) -> bool:
-    """Whether a gradient will be asked for; a frozen module has nothing to keep for one."""
-    return torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for p in module.parameters())
-    )
-
-
-def is_traced() -> bool:
-    """Whether a compiler or an exporter looks on, for which modules keep their names."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def _wants_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def bimamba(
     x: Tensor,
-    in_proj: nn.Linear,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
     forward: Direction,
     backward: Direction,
-    out_proj: nn.Linear,
     options: Options,
-    gradient: bool,
 ) -> Tensor:
-    """Mix x (batch, length, channels) along the sequence in both directions."""
-    weights = (in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias)
-    if gradient:
-        return _BiMamba.apply(x, *weights, *forward, *backward, options)
-    return _bimamba(x, *weights, (*forward, *backward), options, interval=0)[0]
+    """Mix x (batch, length, channels c) along the sequence in both directions.
+
+    ``in_weight`` is (2d, c), ``in_bias`` (2d,), ``out_weight`` (c, d) and ``out_bias`` (c,).
+    """
+    tensors = x, in_weight, in_bias, out_weight, out_bias, *forward, *backward
+    if _wants_gradient(tensors):
+        return _BiMamba.apply(*tensors, options)
+    return _bimamba(*tensors[:5], tensors[5:], options, interval=0)[0]
 
 
 def _prepared(p: Direction, dtype: torch.dtype) -> Direction:
@@ -163,7 +144,7 @@ def _bimamba(x, in_weight, in_bias, out_weight, out_bias, parameters, options, i
     x = x.to(dtype)
     given = in_weight, in_bias, out_weight, *parameters
     in_weight, in_bias, out_weight, *directions = _cast(given, dtype)
-    ops = backends.resolve(options.backend, 'bidirectional_scan', x)
+    ops = resolve(options.backend, 'bidirectional_scan', x)
 
     xz = F.linear(x, in_weight, in_bias)
     u = _convolved(ops, xz, *directions)
@@ -291,20 +272,17 @@ class _BiMamba(torch.autograd.Function):
 
 
 def half_scan(
-    x: Tensor,
-    in_proj: nn.Linear,
-    direction: Direction,
-    out_proj: nn.Linear,
-    options: Options,
-    gradient: bool,
+    x: Tensor, in_weight: Tensor, out_weight: Tensor, direction: Direction, options: Options
 ) -> Tensor:
-    """Mix x (batch, length, channels) as MambaVision does: half of the channels are scanned.
+    """Mix x (batch, length, channels c) as MambaVision does: half of the channels are scanned.
 
-    ``direction.taps`` are those of both halves, (2d, w); no layer has a bias but Δ's.
+    ``in_weight`` is (2d, c), ``out_weight`` (c, 2d) and ``direction.taps`` those of both halves,
+    (2d, w); there is no bias but Δ's.
     """
-    if gradient:
-        return _HalfScan.apply(x, in_proj.weight, out_proj.weight, *direction, options)
-    return _half_scan(x, in_proj.weight, out_proj.weight, direction, options, interval=0)[0]
+    tensors = x, in_weight, out_weight, *direction
+    if _wants_gradient(tensors):
+        return _HalfScan.apply(*tensors, options)
+    return _half_scan(x, in_weight, out_weight, direction, options, interval=0)[0]
 
 
 def _half_scan(x, in_weight, out_weight, parameters, options, interval):
@@ -313,7 +291,7 @@ def _half_scan(x, in_weight, out_weight, parameters, options, interval):
     x = x.to(dtype)
     given = in_weight, None, out_weight, *parameters
     in_weight, _, out_weight, p = _cast(given, dtype)
-    ops = backends.resolve(options.backend, 'selective_scan', x)
+    ops = resolve(options.backend, 'selective_scan', x)
 
     projected = F.linear(x, in_weight)
     xz = _centred(ops, projected, p)
