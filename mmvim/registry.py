@@ -1,12 +1,16 @@
 """Child registries of mmengine's, with the scope ``mmvim``.
 
 mmengine imports this module itself when it meets a ``type='mmvim.X'``, and then the module that
-defines X. So the type resolves in every scope, without ``custom_imports``.
+defines X. So the type resolves in every scope, without ``custom_imports``. Models are registered by
+the tables of :mod:`mmvim._names`, other components by decorators.
 """
 
-import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from . import _names
 
 try:
     from mmengine import registry as root
@@ -51,41 +55,38 @@ VISBACKENDS = _child(root.VISBACKENDS, _ENGINE)
 LOG_PROCESSORS = _child(root.LOG_PROCESSORS, _ENGINE)
 INFERENCERS = _child(root.INFERENCERS, _ENGINE)
 
-PLAIN_NAMES = ('Vim', 'VisionMamba', 'VideoMamba', 'MambaVision', 'SimpleFPN')
-_placeholders: dict[str, Callable] = {}
+
+class _Modules(dict):
+    """The modules of a registry, of which those of :mod:`mmvim._names` are imported when wanted."""
+
+    def __getitem__(self, name: str) -> Callable:
+        module = super().__getitem__(name)
+        if isinstance(module, SimpleNamespace):
+            module = self[name] = _names.load(name)
+        return module
+
+    def get(self, name: str, default: Any = None) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            return default
 
 
-def _placeholder(name: str) -> Callable:
-    """Build the model ``name`` without importing :mod:`mmvim.models` before it is wanted."""
-
-    def build(*args: object, **kwargs: object) -> object:
-        return getattr(importlib.import_module('mmvim.models'), name)(*args, **kwargs)
-
-    build.__name__ = build.__qualname__ = name
-    return build
-
-
-def register_plain_names() -> None:
-    """Put the models under their plain names into mmengine's root registry.
-
-    A name that is taken is skipped with a warning. Before :mod:`mmvim.models` is imported (which
-    takes as long as ``import mmengine.model``) placeholders stand for the classes.
-    """
-    taken = root.MODELS.module_dict
-    for name in PLAIN_NAMES:
-        model = MODELS.module_dict.get(name)
-        ours = _placeholders.get(name), model
-        if taken.get(name) in ours and name in taken:
-            if model is not None:
-                root.MODELS.register_module(name=name, module=model, force=True)
-        elif name not in taken:
-            if model is None:
-                model = _placeholders.setdefault(name, _placeholder(name))
-            root.MODELS.register_module(name=name, module=model)
-        elif model is None:
+def _register(registry: root.Registry, names: Iterable[str]) -> None:
+    """Put names of :mod:`mmvim._names` into a registry; one that is taken is left as it is."""
+    registry._module_dict = _Modules(registry.module_dict)
+    for name in names:
+        if name in registry.module_dict:
             print_log(
-                f"mmvim: '{name}' in mmengine's MODELS is {taken[name]}; use type='mmvim.{name}' "
-                'for the model of mmvim',
+                f"mmvim: '{name}' in mmengine's MODELS is {registry.module_dict[name]}; use "
+                f"type='mmvim.{name}' for the model of mmvim",
                 logger='current',
                 level=logging.WARNING,
             )
+        else:
+            entry = SimpleNamespace(__name__=name, __module__=_names.NAMES[name])
+            registry.module_dict[name] = entry
+
+
+_register(MODELS, [*_names.MODELS, *_names.CLASSIFIERS])
+_register(root.MODELS, _names.PLAIN_NAMES)

@@ -1,33 +1,14 @@
 """What people call: the model zoo, checkpoints and inference."""
 
-import importlib
+from mmvim import _names
 
-_EXPORTS = {
-    'ModelInfo': 'model_zoo',
-    'build_model': 'model_zoo',
-    'get_model': 'model_zoo',
-    'list_models': 'model_zoo',
-    'load_config': 'model_zoo',
-    'model_info': 'model_zoo',
-    'LoadReport': 'checkpoints',
-    'load_weights': 'checkpoints',
-    'read_checkpoint': 'checkpoints',
+_NAMES = {
+    'LoadReport': 'mmvim.apis.checkpoints',
+    'load_weights': 'mmvim.apis.checkpoints',
+    'read_checkpoint': 'mmvim.apis.checkpoints',
+    'ModelInfo': 'mmvim.apis.model_zoo',
+    'build_model': 'mmvim.apis.model_zoo',
+    'load_config': 'mmvim.apis.model_zoo',
+    'model_info': 'mmvim.apis.model_zoo',
 }
-__all__ = [
-    'LoadReport',
-    'ModelInfo',
-    'build_model',
-    'get_model',
-    'list_models',
-    'load_config',
-    'load_weights',
-    'model_info',
-    'read_checkpoint',
-]
-
-
-def __getattr__(name: str) -> object:
-    """Import what is used, so that ``import mmvim`` stays quick."""
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f'{__name__}.{_EXPORTS[name]}'), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+__getattr__, __dir__, __all__ = _names.lazily(__name__, {**_names.NAMES, **_NAMES})

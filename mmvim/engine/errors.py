@@ -5,7 +5,6 @@ Set ``MMVIM_DEBUG=1`` to see the traceback of every error.
 
 import difflib
 import importlib.util
-import inspect
 import linecache
 import os
 import re
@@ -333,10 +332,8 @@ def _failed_build(error, frames, cfg):
         elif bare and scope != getattr(registry, 'scope', scope):
             message += f'; default_scope is {scope!r}'
         return message
-    component = _class_of(component, fragment, registry)
     if isinstance(error, TypeError):
-        at_call = frame is frames[-1] or _module(frames[-1]) == 'mmvim.registry'
-        message = _wrong_arguments(error, component, at_call, fragment, path)
+        message = _wrong_arguments(error, component, frame is frames[-1], fragment, path)
         if message:
             return message
     annotations = fragment.get('ann_file')
@@ -526,19 +523,12 @@ def _components(
     if frame.f_code.co_name in _BUILDERS and _module(frame).startswith('mmengine.registry'):
         given, component = values.get('cfg'), values.get('obj_cls')
         if isinstance(given, dict) and component is not None:
-            yield _class_of(component, given, values.get('registry')), locate(cfg, given), given
+            yield component, locate(cfg, given), given
         return
     owner = values.get('self')
     for path, given in parts:
         if _name(given.get('type')).rpartition('.')[2] == type(owner).__name__:
             yield type(owner), path, given
-
-
-def _class_of(component: Any, given: dict, registry: Any) -> Any:
-    """The class, where a placeholder stands for it until it is first wanted."""
-    if not inspect.isclass(component) and isinstance(given.get('type'), str):
-        return registry.get(given['type']) or component
-    return component
 
 
 def _missing_package(error, frames, cfg):

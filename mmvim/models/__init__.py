@@ -1,23 +1,6 @@
 """Models, registered in :data:`mmvim.registry.MODELS`."""
 
-from mmvim.registry import MODELS, register_plain_names
+from mmvim import _names
+from mmvim.registry import MODELS  # noqa: F401
 
-from . import classifiers  # noqa: F401
-from .backbones import MambaVision, VideoMamba, Vim
-from .necks import SimpleFPN
-from .streaming import GraphedStream, StreamingVideoMamba, build_videomamba
-from .video import VideoDataPreprocessor
-
-register_plain_names()
-
-__all__ = [
-    'MODELS',
-    'GraphedStream',
-    'MambaVision',
-    'SimpleFPN',
-    'StreamingVideoMamba',
-    'VideoDataPreprocessor',
-    'VideoMamba',
-    'Vim',
-    'build_videomamba',
-]
+__getattr__, __dir__, __all__ = _names.lazily(__name__)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mmvim import _names
 from mmvim.compat import require
 
 _SCOPES = {
@@ -9,23 +10,11 @@ _SCOPES = {
     'mmdet': ('detection', 'DetectionInferencer'),
     'mmseg': ('segmentation', 'SegmentationInferencer'),
 }
-_MODULES = {name: module for module, name in _SCOPES.values()} | {'VideoInferencer': 'video'}
-__all__ = [
-    'ClassificationInferencer',
-    'DetectionInferencer',
-    'SegmentationInferencer',
-    'VideoInferencer',
-    'make_inferencer',
-]
-
-
-def __getattr__(name: str) -> object:
-    """Import the library whose inferencer is used, and no other."""
-    if name in _MODULES:
-        import importlib
-
-        return getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+_NAMES = {name: f'{__name__}.{module}' for module, name in _SCOPES.values()}
+_NAMES['VideoInferencer'] = f'{__name__}.video'
+# The library whose inferencer is used is imported, and no other.
+__getattr__, __dir__, __all__ = _names.lazily(__name__, _NAMES)
+__all__ += ['make_inferencer']
 
 
 def make_inferencer(model: Any, weights: Any = None, device: Any = None) -> Any:
@@ -58,3 +47,6 @@ def make_inferencer(model: Any, weights: Any = None, device: Any = None) -> Any:
         if reads_videos(cfg):
             return VideoInferencer(model, weights, device)
     return __getattr__(name)(model, weights, device=device)
+
+
+__all__ += ['make_inferencer']

@@ -1,7 +1,5 @@
 """Backbones: one file per paper."""
 
-from .mambavision import MambaVision
-from .videomamba import VideoMamba
-from .vim import Vim
+from mmvim import _names
 
-__all__ = ['MambaVision', 'VideoMamba', 'Vim']
+__getattr__, __dir__, __all__ = _names.lazily(__name__)

@@ -26,7 +26,6 @@ from mmvim.layers import (
 )
 from mmvim.layers.fusion import Fusable, parts
 from mmvim.layers.patch_embed import to_2tuple
-from mmvim.registry import MODELS
 
 from ..utils.checkpoint import keys_under
 from .base import Backbone, TokenLayout, recomputed
@@ -209,7 +208,6 @@ class Stage(nn.Module):
         return x
 
 
-@MODELS.register_module()
 class MambaVision(Backbone):
     """MambaVision backbone.
 

@@ -27,7 +27,6 @@ from mmvim.layers import (
     split_tokens,
     token_positions,
 )
-from mmvim.registry import MODELS
 
 from ..utils.checkpoint import keys_under, strip_prefixes
 from .base import PlainBackbone
@@ -36,7 +35,6 @@ _PATCH_WEIGHT = 'patch_embed.proj.weight'
 _TEMPORAL = 'temporal_pos_embedding'
 
 
-@MODELS.register_module()
 class VideoMamba(PlainBackbone):
     """VideoMamba backbone, for images or for videos.
 

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from mmvim._checks import check_choice, check_flags, check_positive
 from mmvim.layers import CLS_TOKEN_PLACES, apply_rotary, rotary_table_2d, token_positions
-from mmvim.registry import MODELS
 
 from .base import PlainBackbone
 
 
-@MODELS.register_module(name=['Vim', 'VisionMamba'])
 class Vim(PlainBackbone):
     """Vision Mamba backbone.
 
@@ -302,3 +300,6 @@ class Vim(PlainBackbone):
         expected, _ = rotary_table_2d(self.embed_dims, (side, side), self.rope_pt_size)
         if not torch.allclose(cos.float().cpu()[:, ::2], expected.cpu(), atol=1e-3):
             self._reject(f'its rotary angles were not made with rope_pt_size={self.rope_pt_size}')
+
+
+VisionMamba = Vim

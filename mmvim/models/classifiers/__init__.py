@@ -1,9 +1,5 @@
-"""Classifiers that mmpretrain does not have.
+"""Classifiers that mmpretrain does not have."""
 
-They derive from mmpretrain's, which detection and segmentation do not need.
-"""
+from mmvim import _names
 
-from ..utils.lazy import register_lazily
-
-register_lazily('MesaClassifier', 'mmvim.models.classifiers.mesa')
-register_lazily('SelfDistillClassifier', 'mmvim.models.classifiers.self_distill')
+__getattr__, __dir__, __all__ = _names.lazily(__name__)

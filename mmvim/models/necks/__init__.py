@@ -1,5 +1,5 @@
 """Necks."""
 
-from .simple_fpn import SimpleFPN
+from mmvim import _names
 
-__all__ = ['SimpleFPN']
+__getattr__, __dir__, __all__ = _names.lazily(__name__)

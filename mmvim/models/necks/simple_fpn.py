@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from mmvim._checks import check_number, check_positive
 from mmvim.layers import LayerNorm2d
-from mmvim.registry import MODELS
 
 
-@MODELS.register_module()
 class SimpleFPN(BaseModule):
     """Build a feature pyramid from one map.
 

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from mmvim._checks import check_choice, check_positive
 from mmvim.layers import MambaState
 from mmvim.layers.mamba import _TWO_TAP
-from mmvim.registry import MODELS
 
 from ..backbones.videomamba import VideoMamba
 from .mixing import mix_blocks, mix_part
@@ -28,7 +27,6 @@ _BACKWARD_KEYS = r'layers\.\d+\.mixer\.(conv1d_b\.|x_proj_b\.|dt_proj_b\.|A_b_lo
 Mix = Callable[[int, Tensor], Tensor]
 
 
-@MODELS.register_module()
 class StreamingVideoMamba(VideoMamba):
     """VideoMamba for streams of any length: a state of constant size passes from chunk to chunk.
 

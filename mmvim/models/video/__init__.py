@@ -1,9 +1,5 @@
 """Classification of videos with mmpretrain."""
 
-from ..utils.lazy import register_lazily
-from .data_preprocessor import VideoDataPreprocessor
+from mmvim import _names
 
-# Its base class is mmpretrain's, which detection and segmentation do not need.
-register_lazily('VideoClassifier', 'mmvim.models.video.classifier')
-
-__all__ = ['VideoDataPreprocessor']
+__getattr__, __dir__, __all__ = _names.lazily(__name__)

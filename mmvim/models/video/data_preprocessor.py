@@ -9,10 +9,8 @@ from mmengine.model import BaseDataPreprocessor
 from torch import Tensor
 
 from mmvim._checks import check_numbers, check_positive
-from mmvim.registry import MODELS
 
 
-@MODELS.register_module()
 class VideoDataPreprocessor(BaseDataPreprocessor):
     """Stack, move and normalise clips; mix them in training.
 
