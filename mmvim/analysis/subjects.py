@@ -65,7 +65,7 @@ def read_picture(path: str, size: tuple[int, int], frames: int | None = None) ->
         RGB (height, width, 3), or (frames, height, width, 3), uint8.
 
     Raises:
-        mmvim.engine.errors.SampleError: It cannot be read.
+        mmvim.errors.SampleError: It cannot be read.
     """
     import cv2
 

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from mmvim.engine.errors import CheckpointError
+from mmvim.errors import CheckpointError
 from mmvim.models.utils.checkpoint import unwrap_state_dict
 
 #: Where official files and mmengine keep weights.

@@ -11,7 +11,8 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
-from mmvim.engine.errors import UserError, reported_errors
+from mmvim.engine.errors import reported_errors
+from mmvim.errors import UserError
 
 from .model_zoo import load_config, model_info
 

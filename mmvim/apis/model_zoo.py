@@ -176,7 +176,7 @@ def get_model(
     Raises:
         ValueError: There is no such model, or ``pretrained=True`` and it has no weights.
         FileNotFoundError: A file does not exist.
-        mmvim.engine.errors.CheckpointError: The weights do not fit the model.
+        mmvim.errors.CheckpointError: The weights do not fit the model.
 
     Example:
         >>> model = mmvim.get_model('vim-tiny_3rdparty_in1k', pretrained=True)

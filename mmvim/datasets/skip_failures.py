@@ -69,7 +69,7 @@ class SkipFailures:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        from mmvim.engine.errors import SampleError
+        from mmvim.errors import SampleError
 
         while True:
             try:

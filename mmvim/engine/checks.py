@@ -23,10 +23,11 @@ from mmengine.runner import Priority
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mmvim.compat import require
+from mmvim.errors import UserError, did_you_mean
 from mmvim.utils.argument_types import misfits, parameters
 
 from .config_keys import RUNNER_KEYS, walk_dicts
-from .errors import UserError, did_you_mean, unknown_argument
+from .errors import unknown_argument
 from .tasks import TASKS
 
 _LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG', 'NOTSET', 'FATAL', 'WARN')

@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
-from .errors import UserError
+from mmvim.errors import UserError
 
 # Where each launcher says who a process is: rank, number of processes, rank on its machine.
 _ENVIRONMENT = {

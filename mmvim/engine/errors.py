@@ -3,14 +3,13 @@
 Set ``MMVIM_DEBUG=1`` to see the traceback of every error.
 """
 
-import difflib
 import importlib.util
 import linecache
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -19,34 +18,13 @@ import torch
 from mmengine.dataset import BaseDataset
 from torch import nn
 
+from mmvim.errors import CheckpointError, UserError, did_you_mean
 from mmvim.utils.argument_types import misfits, parameters
 
 from .config_keys import RUNNER_KEYS, walk_dicts
 
 EXIT_CODE = 2
 _BUILDERS = ('build_from_cfg', 'build_scheduler_from_cfg')
-
-
-class UserError(Exception):
-    """Something in the config, the data, a checkpoint or the command line that the user can mend.
-
-    Args:
-        message: One line that names the thing, its value and what is allowed.
-    """
-
-
-class SampleError(UserError):
-    """A sample (image or annotation) that cannot be loaded."""
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read or does not fit the model."""
-
-
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the closest of ``choices``, or an empty string."""
-    close = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.6)
-    return f' (did you mean {close[0]!r}?)' if close else ''
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from mmvim.errors import UserError
+
 from . import checks
-from .errors import UserError
 from .tasks import TASKS, apply_tta, task_of
 
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')

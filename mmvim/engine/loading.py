@@ -11,7 +11,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner import runner as mmengine_runner
 from torch import nn
 
-from .errors import CheckpointError
+from mmvim.errors import CheckpointError
 
 _MISFIT = 'The model and loaded state dict do not match exactly'
 

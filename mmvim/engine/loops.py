@@ -12,10 +12,10 @@ from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 
+from mmvim.errors import UserError
 from mmvim.registry import LOOPS
 
 from .batches import Batches, isolate_validation
-from .errors import UserError
 
 # In the message hub, and so in every checkpoint.
 EPOCH_LENGTH = 'mmvim_epoch_length'

@@ -13,8 +13,7 @@ import torch
 from mmengine.config import Config
 
 from mmvim.compat import mmengine_checkpoints
-
-from .errors import UserError
+from mmvim.errors import UserError
 
 # What a checkpoint of a training run has, and mere weights have not.
 _NEEDED = ('state_dict', 'optimizer', 'message_hub')

@@ -8,8 +8,7 @@ from typing import Any
 from mmengine.dataset import Compose
 
 from mmvim.compat._import_hook import when_imported
-
-from .errors import SampleError
+from mmvim.errors import SampleError
 
 _PATH_KEYS = ('img_path', 'seg_map_path', 'filename', 'img_paths')
 

@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
-from .errors import UserError
+from mmvim.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from mmvim.apis.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from mmvim.engine.errors import CheckpointError
 from mmvim.engine.loading import checked_loading
+from mmvim.errors import CheckpointError
 from mmvim.models import MambaVision, Vim
 
 ARCH = dict(embed_dims=16, depth=2, d_state=4)

@@ -12,7 +12,7 @@ from script_runner import run_script
 from mmvim.apis.inferencers import make_inferencer
 from mmvim.apis.inferencers.common import _config_meta, find_images
 from mmvim.apis.model_zoo import build_model, load_config
-from mmvim.engine.errors import CheckpointError, SampleError
+from mmvim.errors import CheckpointError, SampleError
 
 CONFIGS = {task: f'configs/quickstart/vim_digits_{task}.py' for task in ('cls', 'det', 'seg')}
 KEYS = {'cls': 'classes', 'det': 'objects', 'seg': 'areas'}

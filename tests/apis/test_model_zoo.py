@@ -12,7 +12,7 @@ from mmengine.registry import DefaultScope
 import mmvim
 from mmvim.apis import model_info, tables
 from mmvim.apis.model_zoo import models
-from mmvim.engine.errors import CheckpointError
+from mmvim.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 NAME = 'vim-tiny_3rdparty_in1k'

@@ -13,8 +13,8 @@ from mmengine.runner import Priority
 from ports import free_port
 
 from mmvim.engine import atomic_io, checks, distributed
-from mmvim.engine.errors import UserError
 from mmvim.engine.options import parse_value
+from mmvim.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,8 @@ from mmengine.registry import Registry
 from torch.utils.data import DataLoader, Dataset
 
 from mmvim.engine import errors, samples
-from mmvim.engine.errors import (
-    CheckpointError,
-    SampleError,
-    UserError,
-    explain,
-    locate,
-    reported_errors,
-)
+from mmvim.engine.errors import explain, locate, reported_errors
+from mmvim.errors import CheckpointError, SampleError, UserError
 
 PARTS = Registry('part')
 

@@ -9,8 +9,8 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from mmvim.engine.errors import CheckpointError
 from mmvim.engine.loading import checked_loading
+from mmvim.errors import CheckpointError
 
 
 class Zeros(Dataset):

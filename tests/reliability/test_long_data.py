@@ -20,7 +20,7 @@ from runs import Runs, write_config, write_images
 
 from mmvim.datasets import SkipFailures
 from mmvim.engine.batches import Batches
-from mmvim.engine.errors import SampleError
+from mmvim.errors import SampleError
 
 SKIP = """
 train_dataloader['dataset'] = dict(

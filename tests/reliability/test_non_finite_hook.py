@@ -14,7 +14,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 
 from mmvim.engine import NonFiniteHook
-from mmvim.engine.errors import UserError
+from mmvim.errors import UserError
 
 BAD = 5  # The iteration, counted from 0, at which something goes wrong.
 

@@ -136,7 +136,7 @@ def test_no_command_runs_a_pickle(name, kind, tmp_path, monkeypatch):
 def test_no_function_runs_a_pickle(tmp_path):
     from mmvim.apis import get_model, load_weights, read_checkpoint
     from mmvim.apis.inferencers import make_inferencer
-    from mmvim.engine.errors import CheckpointError
+    from mmvim.errors import CheckpointError
 
     marker, harmful = tmp_path / 'it-was-executed', tmp_path / 'harmful.pth'
     renamed = tmp_path / 'harmful.safetensors'
@@ -243,7 +243,7 @@ def test_checkpoints_stay_in_their_directory(name):
     from mmengine.config import Config
 
     from mmvim.engine.checks import check_config
-    from mmvim.engine.errors import UserError
+    from mmvim.errors import UserError
 
     cfg = Config.fromfile(CONFIG)
     check_config(cfg, ('train',), paths=False)
@@ -371,7 +371,7 @@ def server(tmp_path, monkeypatch):
 def test_downloads_are_compared_with_their_hash(suffix, server, tmp_path):
     from mmvim.apis import read_checkpoint
     from mmvim.apis.checkpoints import write_checkpoint
-    from mmvim.engine.errors import CheckpointError
+    from mmvim.errors import CheckpointError
 
     folder, address = server
     plain = folder / f'model{suffix}'

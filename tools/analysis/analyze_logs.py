@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis import draw_runs, read_run
 from mmvim.analysis.command_line import complete_file
-from mmvim.engine.errors import UserError, reported_errors
+from mmvim.engine.errors import reported_errors
+from mmvim.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:

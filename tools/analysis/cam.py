@@ -12,7 +12,7 @@ from mmvim.analysis import command_line
 from mmvim.analysis.pictures import draw_maps
 from mmvim.analysis.saliency import class_activation_map, default_cam_layer
 from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
-from mmvim.engine.errors import UserError
+from mmvim.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:

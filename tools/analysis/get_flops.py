@@ -15,7 +15,8 @@ from mmengine.logging import MMLogger
 
 from mmvim.analysis import count_config
 from mmvim.apis.model_zoo import load_config
-from mmvim.engine.errors import UserError, reported_errors
+from mmvim.engine.errors import reported_errors
+from mmvim.errors import UserError
 
 NOTE = (
     'MACs: multiply-accumulates of matrix products, convolutions, attention, and 3 per token, '

@@ -15,7 +15,7 @@ from mmvim.analysis.pictures import draw_fields
 from mmvim.analysis.saliency import effective_receptive_field, high_contribution_area
 from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
 from mmvim.apis.inferencers.common import find_images
-from mmvim.engine.errors import UserError
+from mmvim.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:

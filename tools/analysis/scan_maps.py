@@ -12,7 +12,7 @@ from mmvim.analysis import command_line
 from mmvim.analysis.pictures import draw_maps
 from mmvim.analysis.scans import Scan, hidden_attention, record_scans
 from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
-from mmvim.engine.errors import UserError
+from mmvim.errors import UserError
 from mmvim.models.backbones.base import TokenLayout
 
 

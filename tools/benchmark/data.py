@@ -26,7 +26,8 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 import mmvim  # noqa: F401
-from mmvim.engine.errors import UserError, reported_errors
+from mmvim.engine.errors import reported_errors
+from mmvim.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,8 +37,9 @@ from models import describe, positive
 
 from mmvim.engine import flags
 from mmvim.engine.config_keys import walk_dicts
-from mmvim.engine.errors import UserError, reported_errors
+from mmvim.engine.errors import reported_errors
 from mmvim.engine.options import ConfigOptions
+from mmvim.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / 'configs' / 'vim' / 'vim-tiny_8xb128_in1k.py'

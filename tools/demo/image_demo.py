@@ -15,7 +15,7 @@ from PIL import Image
 from mmvim.apis import demo
 from mmvim.apis.inferencers.common import find_images
 from mmvim.apis.outputs import OutputFolder
-from mmvim.engine.errors import UserError
+from mmvim.errors import UserError
 
 
 def parse_args() -> argparse.Namespace:

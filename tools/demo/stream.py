@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from mmvim.datasets.video import VideoReader
 from mmvim.datasets.video.reader import require_av
-from mmvim.engine.errors import UserError, reported_errors
+from mmvim.engine.errors import reported_errors
+from mmvim.errors import UserError
 from mmvim.models import GraphedStream
 
 # Arguments of VideoMamba that its streaming form does not take.

@@ -21,7 +21,7 @@ from mmvim.apis.inferencers.common import Result
 from mmvim.apis.outputs import OutputFolder
 from mmvim.apis.videos import VideoWriter, find_videos
 from mmvim.datasets.video import VideoReader
-from mmvim.engine.errors import UserError
+from mmvim.errors import UserError
 
 JSON = 'predictions.json'
 

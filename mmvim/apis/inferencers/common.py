@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import nn
 
-from mmvim.engine.errors import CheckpointError, SampleError
+from mmvim.errors import CheckpointError, SampleError
 
 from ..checkpoints import load_weights, read_checkpoint
 from ..model_zoo import build_model, model_info

@@ -1,6 +1,6 @@
 """The errors of video files."""
 
-from mmvim.engine.errors import SampleError
+from mmvim.errors import SampleError
 
 
 class VideoSampleError(SampleError):

@@ -9,8 +9,8 @@ from mmengine.dist import all_gather_object, is_main_process
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 
 from mmvim.engine import atomic_io, random_state
-from mmvim.engine.errors import UserError, did_you_mean
 from mmvim.engine.loops import VALIDATED_ITER
+from mmvim.errors import UserError, did_you_mean
 from mmvim.registry import HOOKS
 
 # Key of the checkpoint.

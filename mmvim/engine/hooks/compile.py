@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import nn
 
-from mmvim.engine.errors import UserError
+from mmvim.errors import UserError
 from mmvim.registry import HOOKS
 
 _OPTIONS = tuple(inspect.signature(torch.compile).parameters)[1:]

@@ -7,8 +7,8 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from mmvim.engine.errors import UserError
 from mmvim.engine.tasks import TASKS
+from mmvim.errors import UserError
 from mmvim.registry import HOOKS
 
 

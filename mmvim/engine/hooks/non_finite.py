@@ -12,7 +12,7 @@ from mmengine.optim import OptimWrapperDict
 from torch import Tensor, nn
 
 from mmvim.engine import random_state
-from mmvim.engine.errors import UserError
+from mmvim.errors import UserError
 from mmvim.registry import HOOKS
 
 _ACTIONS = ('stop', 'skip')

@@ -9,7 +9,7 @@ from mmengine.dist import all_reduce, get_comm_device, is_distributed
 from mmengine.hooks import EMAHook, Hook
 
 from mmvim.engine import random_state
-from mmvim.engine.errors import UserError
+from mmvim.errors import UserError
 from mmvim.registry import HOOKS
 
 from .checkpoint import CheckpointHook

@@ -29,7 +29,7 @@ class WeightsHook(Hook):
         """Put the chosen weights where mmengine takes them from.
 
         Raises:
-            mmvim.engine.errors.CheckpointError: The checkpoint has no weights of this kind.
+            mmvim.errors.CheckpointError: The checkpoint has no weights of this kind.
         """
         from mmvim.apis.checkpoints import EMA_CONTAINERS, EXCHANGED, find_weights
 

@@ -1,0 +1,26 @@
+"""Errors that the user can mend."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something in the config, the data, a checkpoint or the command line that the user can mend.
+
+    Args:
+        message: One line that names the thing, its value and what is allowed.
+    """
+
+
+class SampleError(UserError):
+    """A sample (image or annotation) that cannot be loaded."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read or does not fit the model."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest of ``choices``, or an empty string."""
+    close = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.6)
+    return f' (did you mean {close[0]!r}?)' if close else ''
