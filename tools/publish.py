@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmvim.apis.checkpoints import find_weights, read_checkpoint, write_checkpoint
-from mmvim.engine.errors import reported_errors
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import CheckpointError, UserError
 
 #: Of the metadata only what says which classes the outputs are, and what it was made with.

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
-    from mmvim.engine.launcher import main_train
+    from mmvim.cli.launcher import main_train
 except ImportError as error:
     if (error.name or '').startswith('mmvim'):
         raise

@@ -115,7 +115,7 @@ def test_errors_name_the_file(tmp_path):
 def test_errors_of_a_worker_name_the_file_in_one_line(tmp_path):
     from torch.utils.data import DataLoader
 
-    from mmvim.engine.errors import explain
+    from mmvim.cli.diagnosis import explain
 
     (tmp_path / 'broken.mp4').write_bytes(b'nothing')
     (tmp_path / 'list.txt').write_text('broken.mp4 0\n')

@@ -10,7 +10,7 @@ from mmengine.dist import all_gather, get_rank
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from mmvim.engine import distributed
+from mmvim.cli import distributed
 
 ARCH = dict(
     depths=(1, 1, 2, 1), embed_dims=4, stem_dims=4, num_heads=(2, 4), window_sizes=(2, 1),

@@ -32,7 +32,7 @@ def prepare() -> None:
     from mmengine.model import BaseModel
     from mmengine.registry import DATASETS, MODELS
 
-    from mmvim.engine import samples
+    from mmvim.cli import samples
 
     torch.set_num_threads(1)
     samples.install()
@@ -135,7 +135,7 @@ def change(cfg: Any, path: tuple, kind: str) -> bool:
 def run(case: dict) -> tuple[str, Any]:
     """List the leaves of a config, or build one with a changed leaf."""
     if 'change' not in case:
-        from mmvim.engine.config_keys import RUNNER_KEYS
+        from mmvim.cli.config_keys import RUNNER_KEYS
 
         return 'ok', [
             (path, same)
@@ -170,7 +170,7 @@ def build(cfg: Any, top: str) -> None:
     from mmengine.runner import Runner
 
     from mmvim.apis.model_zoo import build_model
-    from mmvim.engine import checks
+    from mmvim.cli import checks
     from mmvim.engine.hooks import CheckpointHook
 
     checks.check_config(cfg, ('train', 'val'))
@@ -205,7 +205,7 @@ def build(cfg: Any, top: str) -> None:
 
 
 def _judge(error: Exception, cfg: Any, case: dict) -> tuple[str, str]:
-    from mmvim.engine.errors import explain, whereabouts
+    from mmvim.cli.diagnosis import explain, whereabouts
 
     path = [str(part) for part in case['path']]
     line = explain(error, cfg)

@@ -436,7 +436,7 @@ class Refusal(Exception):
 
 def _explained(error: Exception, names: tuple[str, ...], cfg: dict | None = None) -> str:
     """The line that a tool shows; raises what it cannot explain."""
-    from mmvim.engine.errors import explain
+    from mmvim.cli.diagnosis import explain
 
     line = explain(error, cfg)
     if line is None:
@@ -455,7 +455,7 @@ def prepare() -> None:
     import torchvision  # noqa: F401
 
     import mmvim.datasets.video  # noqa: F401
-    from mmvim.engine import samples
+    from mmvim.cli import samples
 
     samples.install()
     _photos()

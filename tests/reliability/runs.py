@@ -275,8 +275,8 @@ def serve() -> None:
     from yapf.yapflib import yapf_api
 
     torch.set_num_threads(1)
+    from mmvim.cli.launcher import main_train
     from mmvim.compat import require
-    from mmvim.engine.launcher import main_train
     from mmvim.registry import MODELS
 
     for module in ('mmpretrain.datasets', 'mmpretrain.models'):

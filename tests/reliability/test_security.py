@@ -242,7 +242,7 @@ def test_resume_reads_no_pickle_that_last_checkpoint_points_to(tmp_path, monkeyp
 def test_checkpoints_stay_in_their_directory(name):
     from mmengine.config import Config
 
-    from mmvim.engine.checks import check_config
+    from mmvim.cli.checks import check_config
     from mmvim.errors import UserError
 
     cfg = Config.fromfile(CONFIG)
@@ -319,7 +319,7 @@ for name in sys.argv[1:4]:
     from mmvim.apis.inferencers import make_inferencer
     (result,) = make_inferencer(cfg, 'weights.pth', 'cpu').predict(np.zeros((32, 32, 3), np.uint8))
     assert result.prediction
-from mmvim.engine.launcher import main_train
+from mmvim.cli.launcher import main_train
 main_train([
     sys.argv[1], '--work-dir', 'work', '--no-validate', '--cfg-options', 'train_cfg.max_epochs=1',
     'train_dataloader.num_workers=0'])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmvim.engine.config_keys import RUNNER_KEYS
+from mmvim.cli.config_keys import RUNNER_KEYS
 
 pytest.importorskip('mmpretrain')
 

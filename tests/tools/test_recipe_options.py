@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip('mmpretrain')
 
-from mmvim.engine.launcher import main_test, main_train
+from mmvim.cli.launcher import main_test, main_train
 
 WORK_DIR = Path('work_dirs/config')
 GUIDE = Path(__file__).parents[2] / 'docs' / 'user_guides' / 'train_test.md'

@@ -9,7 +9,7 @@ import pytest
 import task_configs
 from PIL import Image
 
-from mmvim.engine.launcher import main_test, main_train
+from mmvim.cli.launcher import main_test, main_train
 
 CHECKPOINT = 'work_dirs/config/iter_1.pth'
 

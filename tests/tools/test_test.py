@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmvim.engine.command_line import build_test_parser
-from mmvim.engine.launcher import main_test, main_train
+from mmvim.cli.launcher import main_test, main_train
+from mmvim.cli.parsers import build_test_parser
 
 WORK_DIR = Path('work_dirs/config')
 CHECKPOINT = str(WORK_DIR / 'epoch_1.pth')

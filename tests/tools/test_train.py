@@ -8,9 +8,9 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mmvim.cli.launcher import main_train
+from mmvim.cli.resuming import candidates
 from mmvim.engine import CheckpointHook, DataCheckHook
-from mmvim.engine.launcher import main_train
-from mmvim.engine.resuming import candidates
 
 WORK_DIR = Path('work_dirs/config')
 
@@ -83,8 +83,8 @@ def test_mixed_precision_on_cpu(toy, flag):
 
 
 def test_amp_keeps_configured_dtype_and_user_wins(toy):
-    from mmvim.engine.command_line import build_train_parser
-    from mmvim.engine.flags import apply_options, apply_train_flags, load_config
+    from mmvim.cli.flags import apply_options, apply_train_flags, load_config
+    from mmvim.cli.parsers import build_train_parser
 
     def wrapper(*args: str) -> dict:
         parsed = build_train_parser().parse_args(['config.py', *args])

@@ -10,8 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis import draw_runs, read_run
-from mmvim.analysis.command_line import complete_file
-from mmvim.engine.errors import reported_errors
+from mmvim.cli.analysis import complete_file
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
 
 

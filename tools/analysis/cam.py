@@ -8,10 +8,10 @@ from pathlib import Path
 # The package beside this script is the one that runs, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmvim.analysis import command_line
 from mmvim.analysis.pictures import draw_maps
 from mmvim.analysis.saliency import class_activation_map, default_cam_layer
 from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
+from mmvim.cli import analysis
 from mmvim.errors import UserError
 
 
@@ -29,14 +29,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--layer', help='module whose output is looked at (default: before the last mixer)'
     )
-    command_line.add_arguments(parser)
+    analysis.add_arguments(parser)
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw as the command line says."""
-    cfg = command_line.config_of(args.model, args)
-    model = open_model(cfg, command_line.weights_of(args.model, args.weights))
+    cfg = analysis.config_of(args.model, args)
+    model = open_model(cfg, analysis.weights_of(args.model, args.weights))
     frames = args.frames or getattr(backbone_of(model), 'num_frames', None)
     if frames is not None and len(args.images) > 1:
         raise UserError('a video model takes one video at a time')
@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> None:
         pictures.append(picture)
         print(f'{name}: class {int(classes)}, {float(scores):.1%}')
     title = f'Grad-CAM at {args.layer or default_cam_layer(model)}'
-    with command_line.complete_file(args.out) as path:
+    with analysis.complete_file(args.out) as path:
         draw_maps(pictures if frames is None else pictures[0], rows, path, title=title)
     print(f'maps: {args.out}')
 
 
 if __name__ == '__main__':
-    command_line.run(run, parse_args())
+    analysis.run(run, parse_args())

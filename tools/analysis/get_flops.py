@@ -15,7 +15,7 @@ from mmengine.logging import MMLogger
 
 from mmvim.analysis import count_config
 from mmvim.apis.model_zoo import load_config
-from mmvim.engine.errors import reported_errors
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
 
 NOTE = (

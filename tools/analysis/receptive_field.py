@@ -10,11 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from mmvim.analysis import command_line
 from mmvim.analysis.pictures import draw_fields
 from mmvim.analysis.saliency import effective_receptive_field, high_contribution_area
 from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
 from mmvim.apis.inferencers.common import find_images
+from mmvim.cli import analysis
 from mmvim.errors import UserError
 
 
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--images', nargs='+', help='files, folders, patterns (default: noise)')
     parser.add_argument('--count', type=int, default=8, help='images at most (default: 8)')
     parser.add_argument('--seed', type=int, default=0, help='of noise and of random weights')
-    command_line.add_arguments(parser, frames=False)
+    analysis.add_arguments(parser, frames=False)
     return parser.parse_args()
 
 
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     fields = {}
     for name, file in zip(args.model, weights, strict=True):
         torch.manual_seed(args.seed)
-        file = command_line.weights_of(name, None if file == 'none' else file)
-        cfg = command_line.config_of(name, args)
+        file = analysis.weights_of(name, None if file == 'none' else file)
+        cfg = analysis.config_of(name, args)
         if cfg.model.backbone.get('num_frames'):
             raise UserError(f'{name!r} is a model of videos; receptive fields are of images')
         pooled = {'pool': None} if 'pool' in cfg.model.backbone else {}
@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> None:
         areas = high_contribution_area(field)
         text = ', '.join(f'{share:.0%} in {area:.1%}' for share, area in areas.items())
         print(f'{title}: share of the contributions in a square of that area: {text}')
-    with command_line.complete_file(args.out) as path:
+    with analysis.complete_file(args.out) as path:
         draw_fields(fields, path)
     print(f'receptive fields: {args.out}')
 
 
 if __name__ == '__main__':
-    command_line.run(run, parse_args())
+    analysis.run(run, parse_args())

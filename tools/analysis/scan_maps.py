@@ -8,10 +8,10 @@ from pathlib import Path
 # The package beside this script is the one that runs, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmvim.analysis import command_line
 from mmvim.analysis.pictures import draw_maps
 from mmvim.analysis.scans import Scan, hidden_attention, record_scans
 from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
+from mmvim.cli import analysis
 from mmvim.errors import UserError
 from mmvim.models.backbones.base import TokenLayout
 
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
         metavar=('ROW', 'COLUMN'),
         help='whose attention is drawn (not for videos)',
     )
-    command_line.add_arguments(parser)
+    analysis.add_arguments(parser)
     return parser.parse_args()
 
 
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
     """Draw as the command line says."""
     if args.token is not None and args.what == 'delta':
         raise UserError('--token is for --what attention')
-    cfg = command_line.config_of(args.model, args)
-    model = open_model(cfg, command_line.weights_of(args.model, args.weights))
+    cfg = analysis.config_of(args.model, args)
+    model = open_model(cfg, analysis.weights_of(args.model, args.weights))
     backbone = backbone_of(model)
     frames = args.frames or getattr(backbone, 'num_frames', None)
     picture = read_picture(args.image, size_for(model, args.shape), frames)
@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> None:
     what = 'hidden attention' if args.what == 'attention' else 'mean Δ'
     if args.token:
         what += f' of token {tuple(args.token)}'
-    with command_line.complete_file(args.out) as path:
+    with analysis.complete_file(args.out) as path:
         draw_maps(picture, rows, path, title=what)
     print(f'{what} of {len(rows)} of {len(names)} mixers: {args.out}')
 
 
 if __name__ == '__main__':
-    command_line.run(run, parse_args())
+    analysis.run(run, parse_args())

@@ -9,10 +9,10 @@ from pathlib import Path
 # The package beside this script is the one that runs, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmvim.analysis import command_line
 from mmvim.analysis.pictures import draw_norms
 from mmvim.analysis.scans import record_scans, state_norms
 from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
+from mmvim.cli import analysis
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,14 +26,14 @@ def parse_args() -> argparse.Namespace:
         '--weights', help="checkpoint, or 'zoo' for the authors' weights (default: random)"
     )
     parser.add_argument('--json', action='store_true', help='print the means over tokens as JSON')
-    command_line.add_arguments(parser)
+    analysis.add_arguments(parser)
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> None:
     """Draw as the command line says."""
-    cfg = command_line.config_of(args.model, args)
-    model = open_model(cfg, command_line.weights_of(args.model, args.weights))
+    cfg = analysis.config_of(args.model, args)
+    model = open_model(cfg, analysis.weights_of(args.model, args.weights))
     backbone = backbone_of(model)
     frames = args.frames or getattr(backbone, 'num_frames', None)
     picture = read_picture(args.image, size_for(model, args.shape), frames)
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     for scan in record_scans(backbone, to_input(model, picture)):
         # Of a stage with windows, the mean over the windows.
         norms.setdefault(scan.direction, {})[scan.layer] = state_norms(scan).mean(0)
-    with command_line.complete_file(args.out) as path:
+    with analysis.complete_file(args.out) as path:
         draw_norms(norms, path)
     means = {
         direction: {layer: round(float(x.mean()), 6) for layer, x in by_layer.items()}
@@ -51,4 +51,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 if __name__ == '__main__':
-    command_line.run(run, parse_args())
+    analysis.run(run, parse_args())

@@ -26,7 +26,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 import mmvim  # noqa: F401
-from mmvim.engine.errors import reported_errors
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
 
 

@@ -35,10 +35,10 @@ from csv_rows import open_rows
 from mmengine.config import Config
 from models import describe, positive
 
-from mmvim.engine import flags
-from mmvim.engine.config_keys import walk_dicts
-from mmvim.engine.errors import reported_errors
-from mmvim.engine.options import ConfigOptions
+from mmvim.cli import flags
+from mmvim.cli.config_keys import walk_dicts
+from mmvim.cli.diagnosis import reported_errors
+from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from mmengine.logging import MMLogger
 
 from mmvim.apis import build_model, load_config, load_weights
 from mmvim.apis.checkpoints import write_checkpoint
-from mmvim.engine.errors import reported_errors
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import CheckpointError, UserError
 from mmvim.export.formats import Exportable
 

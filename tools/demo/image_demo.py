@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
-from mmvim.apis import demo
 from mmvim.apis.inferencers.common import find_images
 from mmvim.apis.outputs import OutputFolder
+from mmvim.cli import demo
 from mmvim.errors import UserError
 
 

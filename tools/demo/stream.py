@@ -24,9 +24,9 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.datasets.video import VideoReader
 from mmvim.datasets.video.reader import require_av
-from mmvim.engine.errors import reported_errors
 from mmvim.errors import UserError
 from mmvim.models import GraphedStream
 

@@ -16,10 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 from PIL import Image
 
-from mmvim.apis import demo
 from mmvim.apis.inferencers.common import Result
 from mmvim.apis.outputs import OutputFolder
 from mmvim.apis.videos import VideoWriter, find_videos
+from mmvim.cli import demo
 from mmvim.datasets.video import VideoReader
 from mmvim.errors import UserError
 

@@ -14,7 +14,7 @@ import torch
 from mmengine.config import DictAction
 
 from mmvim.apis import build_model, get_model, load_config
-from mmvim.engine.errors import reported_errors
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
 from mmvim.export.formats import Exportable, format_of, open_exported
 

@@ -14,7 +14,7 @@ from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
 from mmvim.apis import get_model, load_config
-from mmvim.engine.errors import reported_errors
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
 from mmvim.export.formats import (
     DYNAMIC,

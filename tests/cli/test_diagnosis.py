@@ -8,8 +8,8 @@ import torch
 from mmengine.registry import Registry
 from torch.utils.data import DataLoader, Dataset
 
-from mmvim.engine import errors, samples
-from mmvim.engine.errors import explain, locate, reported_errors
+from mmvim.cli import diagnosis, samples
+from mmvim.cli.diagnosis import explain, locate, reported_errors
 from mmvim.errors import CheckpointError, SampleError, UserError
 
 PARTS = Registry('part')
@@ -178,19 +178,19 @@ def test_out_of_memory():
 
 def test_report_exits_and_can_show_the_traceback(capsys, monkeypatch):
     monkeypatch.setenv('RANK', '3')
-    with pytest.raises(SystemExit) as info, errors.reported_errors():
+    with pytest.raises(SystemExit) as info, diagnosis.reported_errors():
         raise UserError('the thing is 3; allowed: 1, 2')
     assert info.value.code == 2
     assert capsys.readouterr().err == 'error (rank 3): the thing is 3; allowed: 1, 2\n'
     monkeypatch.setenv('RANK', '0')
     monkeypatch.setenv('MMVIM_DEBUG', '1')
-    with pytest.raises(SystemExit), errors.reported_errors():
+    with pytest.raises(SystemExit), diagnosis.reported_errors():
         raise UserError('x')
     assert 'Traceback' in capsys.readouterr().err
     monkeypatch.delenv('MMVIM_DEBUG')
-    with pytest.raises(ZeroDivisionError), errors.reported_errors():
+    with pytest.raises(ZeroDivisionError), diagnosis.reported_errors():
         raise ZeroDivisionError
-    with pytest.raises(SystemExit) as info, errors.reported_errors():
+    with pytest.raises(SystemExit) as info, diagnosis.reported_errors():
         raise KeyboardInterrupt
     assert info.value.code == 130
 
@@ -229,7 +229,7 @@ def test_module_imports_no_task_library():
     import subprocess
 
     code = (
-        'import sys, mmvim.engine.launcher\n'
+        'import sys, mmvim.cli.launcher\n'
         "print([m for m in ('mmdet', 'mmseg', 'mmpretrain') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=200)

@@ -12,7 +12,7 @@ from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
 from mmvim.apis.model_zoo import load_config, model_info
-from mmvim.engine.errors import reported_errors
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
 
 PICTURES = ('.png', '.jpg', '.svg', '.pdf')

@@ -18,12 +18,19 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
+from mmvim.engine.hooks import (
+    CheckpointHook,
+    DataCheckHook,
+    Terminated,
+    TerminationHook,
+    WeightsHook,
+)
+from mmvim.engine.loading import checked_loading
+from mmvim.engine.tasks import task_of
+
 from . import checks, distributed, flags, resuming, samples
-from .command_line import build_test_parser, build_train_parser
-from .errors import reported_errors
-from .hooks import CheckpointHook, DataCheckHook, Terminated, TerminationHook, WeightsHook
-from .loading import checked_loading
-from .tasks import task_of
+from .diagnosis import reported_errors
+from .parsers import build_test_parser, build_train_parser
 
 
 def main_train(argv: Sequence[str] | None = None) -> Any:

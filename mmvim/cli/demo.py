@@ -11,10 +11,9 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
-from mmvim.engine.errors import reported_errors
+from mmvim.apis.model_zoo import load_config, model_info
+from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
-
-from .model_zoo import load_config, model_info
 
 
 @contextlib.contextmanager
@@ -80,7 +79,7 @@ def make_demo_inferencer(args: argparse.Namespace, cfg: Config) -> Any:
     Raises:
         UserError: ``--weights zoo`` of a model that has none.
     """
-    from .inferencers import make_inferencer
+    from mmvim.apis.inferencers import make_inferencer
 
     weights = args.weights
     if weights == 'zoo':

@@ -2,8 +2,9 @@
 
 import argparse
 
+from mmvim.engine.tasks import TASKS
+
 from .options import ConfigOptions
-from .tasks import TASKS
 
 _EPILOG = (
     'Wrong configs, data and checkpoints end with one line and exit code 2; with MMVIM_DEBUG=1 in '

@@ -12,8 +12,9 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Priority
 from ports import free_port
 
-from mmvim.engine import atomic_io, checks, distributed
-from mmvim.engine.options import parse_value
+from mmvim.cli import checks, distributed
+from mmvim.cli.options import parse_value
+from mmvim.engine import atomic_io
 from mmvim.errors import UserError
 
 

@@ -9,10 +9,10 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from mmvim.engine.tasks import TASKS, apply_tta, task_of
 from mmvim.errors import UserError
 
 from . import checks
-from .tasks import TASKS, apply_tta, task_of
 
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 

@@ -23,12 +23,12 @@ from mmengine.runner import Priority
 from mmengine.utils.dl_utils import set_multi_processing
 
 from mmvim.compat import require
+from mmvim.engine.tasks import TASKS
 from mmvim.errors import UserError, did_you_mean
 from mmvim.utils.argument_types import misfits, parameters
 
 from .config_keys import RUNNER_KEYS, walk_dicts
-from .errors import unknown_argument
-from .tasks import TASKS
+from .diagnosis import unknown_argument
 
 _LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG', 'NOTSET', 'FATAL', 'WARN')
 _LOOPS = {'train': 'optim_wrapper', 'val': 'val_evaluator', 'test': 'test_evaluator'}
