@@ -10,6 +10,7 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 # Models that need mmengine alone.
 MODELS = {
@@ -46,14 +47,16 @@ def load(name: str, table: Mapping[str, str] = NAMES) -> object:
     return getattr(importlib.import_module(table[name]), name)
 
 
-def lazily(package: str, table: Mapping[str, str] = NAMES) -> tuple[Callable, Callable, list[str]]:
+def lazily(
+    package: str, others: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Callable, Callable, list[str]]:
     """Make ``__getattr__``, ``__dir__`` and ``__all__`` of a package that imports what is used.
 
     Args:
         package: The ``__name__`` of the package, whose public submodules are attributes too.
-        table: The module that defines each name. Names of modules elsewhere are left out.
+        others: The module that defines each name that is not in :data:`NAMES`.
     """
-    own = {n: m for n, m in table.items() if m.startswith(f'{package}.')}
+    own = {n: m for n, m in NAMES.items() if m.startswith(f'{package}.')} | dict(others)
 
     def get(name: str) -> object:
         if name in own:

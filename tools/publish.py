@@ -10,7 +10,7 @@ from pathlib import Path
 # The package beside this script is the one that runs, installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mmvim.apis.checkpoints import find_weights, read_checkpoint, write_checkpoint
+from mmvim.checkpoints.files import find_weights, read_checkpoint, write_checkpoint
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import CheckpointError, UserError
 

@@ -197,7 +197,7 @@ def get_model(
         cfg.merge_from_dict({'model': copy.deepcopy(kwargs)})
     model = build_model(cfg)
     if weights is not None:
-        from .checkpoints import load_weights
+        from mmvim.checkpoints.loading import load_weights
 
         report = load_weights(model, str(weights))
         if report.missing:

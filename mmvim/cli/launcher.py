@@ -18,6 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 
+from mmvim.checkpoints.loading import checked_loading
 from mmvim.engine.hooks import (
     CheckpointHook,
     DataCheckHook,
@@ -25,7 +26,6 @@ from mmvim.engine.hooks import (
     TerminationHook,
     WeightsHook,
 )
-from mmvim.engine.loading import checked_loading
 from mmvim.engine.tasks import task_of
 
 from . import checks, distributed, flags, resuming, samples

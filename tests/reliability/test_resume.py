@@ -20,7 +20,7 @@ pytest.importorskip('mmpretrain')
 
 from runs import LIMIT, VARIANTS, Runs, write_config, write_images
 
-from mmvim.cli.resuming import BrokenCheckpoint, candidates, inspect
+from mmvim.checkpoints.training import BrokenCheckpoint, candidates, inspect
 
 # Where a run spends time: importing is done, so this is building, training and validating.
 LASTS = 4.0

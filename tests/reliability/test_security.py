@@ -370,7 +370,7 @@ def server(tmp_path, monkeypatch):
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_downloads_are_compared_with_their_hash(suffix, server, tmp_path):
     from mmvim.apis import read_checkpoint
-    from mmvim.apis.checkpoints import write_checkpoint
+    from mmvim.checkpoints.files import write_checkpoint
     from mmvim.errors import CheckpointError
 
     folder, address = server

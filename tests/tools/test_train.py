@@ -8,8 +8,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mmvim.checkpoints.training import candidates
 from mmvim.cli.launcher import main_train
-from mmvim.cli.resuming import candidates
 from mmvim.engine import CheckpointHook, DataCheckHook
 
 WORK_DIR = Path('work_dirs/config')

@@ -14,7 +14,7 @@ from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
 from mmvim.apis import build_model, load_config, load_weights
-from mmvim.apis.checkpoints import write_checkpoint
+from mmvim.checkpoints.files import write_checkpoint
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import CheckpointError, UserError
 from mmvim.export.formats import Exportable

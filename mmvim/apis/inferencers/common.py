@@ -15,9 +15,10 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import nn
 
+from mmvim.checkpoints.files import read_checkpoint
+from mmvim.checkpoints.loading import load_weights
 from mmvim.errors import CheckpointError, SampleError
 
-from ..checkpoints import load_weights, read_checkpoint
 from ..model_zoo import build_model, model_info
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')

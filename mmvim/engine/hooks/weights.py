@@ -4,6 +4,7 @@ from typing import Any
 
 from mmengine.hooks import Hook
 
+from mmvim.checkpoints.files import EMA_CONTAINERS, EXCHANGED, find_weights
 from mmvim.registry import HOOKS
 
 
@@ -31,8 +32,6 @@ class WeightsHook(Hook):
         Raises:
             mmvim.errors.CheckpointError: The checkpoint has no weights of this kind.
         """
-        from mmvim.apis.checkpoints import EMA_CONTAINERS, EXCHANGED, find_weights
-
         checkpoint['state_dict'] = find_weights(checkpoint, ema=self.ema)
         for name in (*EMA_CONTAINERS, EXCHANGED):
             checkpoint.pop(name, None)

@@ -26,6 +26,13 @@ from mmvim._checks import (
     check_positive,
     is_positive,
 )
+from mmvim.checkpoints.keys import (
+    keys_under,
+    layer_count,
+    rename_keys,
+    size_mismatches,
+    unwrap_state_dict,
+)
 from mmvim.layers import (
     DropPath,
     MambaBlock,
@@ -40,14 +47,6 @@ from mmvim.layers import (
 )
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.layers.position import RESIZE_MODES
-
-from ..utils.checkpoint import (
-    keys_under,
-    layer_count,
-    rename_keys,
-    size_mismatches,
-    unwrap_state_dict,
-)
 
 # torch 2.6 compiles a recomputation that updates batch norm's statistics once more, 2.14 does not;
 # versions in between are not known.

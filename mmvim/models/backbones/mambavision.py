@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmvim._checks import check_flags, check_number, check_positive, is_positive
+from mmvim.checkpoints.keys import keys_under
 from mmvim.layers import (
     Attention,
     DropPath,
@@ -27,7 +28,6 @@ from mmvim.layers import (
 from mmvim.layers.fusion import Fusable, parts
 from mmvim.layers.patch_embed import to_2tuple
 
-from ..utils.checkpoint import keys_under
 from .base import Backbone, TokenLayout, recomputed
 
 _NUM_STAGES = 4

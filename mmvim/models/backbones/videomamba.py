@@ -19,6 +19,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmvim._checks import check_choice, check_flags, check_positive
+from mmvim.checkpoints.keys import keys_under, strip_prefixes
 from mmvim.layers import (
     PatchEmbed,
     TubeletEmbed,
@@ -28,7 +29,6 @@ from mmvim.layers import (
     token_positions,
 )
 
-from ..utils.checkpoint import keys_under, strip_prefixes
 from .base import PlainBackbone
 
 _PATCH_WEIGHT = 'patch_embed.proj.weight'

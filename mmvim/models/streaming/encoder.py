@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mmvim._checks import check_choice
+from mmvim.checkpoints.keys import keys_under, rename_keys, strip_prefixes, unwrap_state_dict
 from mmvim.layers import MambaState
 
-from ..utils.checkpoint import keys_under, rename_keys, strip_prefixes, unwrap_state_dict
 from .model import StreamingVideoMamba
 
 _POOLS = ('cls', 'avg', 'cls+avg', 'cls_cat_avg')

@@ -9,7 +9,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from mmvim.engine.loading import checked_loading
+from mmvim.checkpoints.loading import checked_loading
 from mmvim.errors import CheckpointError
 
 

@@ -1,59 +1,26 @@
-"""Weights of files, whoever wrote them, for a model."""
+"""Checkpoint files: reading, writing, and the weights inside, whoever wrote them."""
 
 import json
 import os
 import re
 import uuid
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mmvim.errors import CheckpointError
-from mmvim.models.utils.checkpoint import unwrap_state_dict
+
+from .keys import unwrap_state_dict
 
 #: Where official files and mmengine keep weights.
 CONTAINERS = ('state_dict', 'model', 'module', 'model_state')
 EMA_CONTAINERS = ('model_ema', 'state_dict_ema')
 #: mmengine's EMAHook exchanges the two when it saves: here are the trained weights.
 EXCHANGED = 'ema_state_dict'
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What happened to the weights of a file.
-
-    Attributes:
-        renamed: The file's name of each parameter that had another one, to the model's.
-        resized: Names, with the shape in the file and in the model.
-        missing: Parameters of the model that the file does not have.
-        unexpected: Names of the file that the model has no place for.
-        loaded: How many parameters and buffers were loaded.
-    """
-
-    renamed: dict[str, str] = field(default_factory=dict)
-    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    loaded: int = 0
-
-    def __str__(self) -> str:
-        lines = [f'{self.loaded} tensors loaded']
-        for title, names in (
-            ('renamed', [f'{a} -> {b}' for a, b in self.renamed.items()]),
-            ('resized', [f'{n}: {a} -> {b}' for n, (a, b) in self.resized.items()]),
-            ('missing', self.missing),
-            ('unexpected', self.unexpected),
-        ):
-            lines.append(f'{title}: {len(names)}')
-            lines += [f'  {name}' for name in names]
-        return '\n'.join(lines)
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
@@ -131,88 +98,6 @@ def _tensors(value: Any) -> dict[str, Tensor]:
     if not isinstance(value, Mapping):
         return {}
     return {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
-
-
-def load_weights(
-    model: nn.Module, file: str | Path | Mapping[str, Any], *, ema: bool | None = None
-) -> LoadReport:
-    """Load the weights of a file into a model: official, mmengine's, or plain ones.
-
-    Args:
-        model: A model of mmvim, or of a task library with a backbone of mmvim.
-        file: Path or URL, or what :func:`read_checkpoint` gave.
-        ema: Which weights to take; see :func:`find_weights`.
-
-    Raises:
-        CheckpointError: The file cannot be read, or is of another model.
-    """
-    name = 'the checkpoint' if isinstance(file, Mapping) else f'checkpoint {str(file)!r}'
-    content = file if isinstance(file, Mapping) else read_checkpoint(file)
-    try:
-        given = find_weights(content, ema=ema)
-    except CheckpointError as error:
-        raise CheckpointError(f'{name} {error}') from None
-    # The model's sizes, metadata of the file and its own hooks decide what becomes of them.
-    metadata = next(
-        (getattr(content.get(k), '_metadata', None) for k in CONTAINERS if k in content), None
-    )
-    wrapped = OrderedDict(given)
-    if metadata is not None:
-        wrapped._metadata = metadata
-    parameters = dict(model.named_parameters())
-    try:
-        with _watched_loading() as fitted:
-            outcome = model.load_state_dict(wrapped, strict=False)
-    except (RuntimeError, ValueError) as error:
-        reason = ' '.join(str(error).split())
-        raise CheckpointError(f'{name} does not fit the model: {reason[:500]}') from error
-    if not fitted.keys() & parameters.keys():
-        raise CheckpointError(
-            f'{name} is of another model: none of its weights fits; it has '
-            f'{", ".join(sorted(given)[:3])}, the model {", ".join(sorted(parameters)[:3])}'
-        )
-    return _report(given, fitted, outcome.missing_keys)
-
-
-@contextmanager
-def _watched_loading() -> Iterator[dict[str, Tensor]]:
-    """Collect what each module is really given, after all renaming and resizing."""
-    load = nn.Module._load_from_state_dict
-    fitted: dict[str, Tensor] = {}
-
-    def watched(self: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-        load(self, state_dict, prefix, *args)
-        for name in (*self._parameters, *self._buffers):
-            if prefix + name in state_dict:
-                fitted[prefix + name] = state_dict[prefix + name]
-
-    with mock.patch.object(nn.Module, '_load_from_state_dict', watched):
-        yield fitted
-
-
-def _report(given: dict[str, Tensor], fitted: dict[str, Tensor], missing: list) -> LoadReport:
-    names = {id(value): key for key, value in given.items()}
-    renamed, resized, used = {}, {}, set()
-    for key, value in sorted(fitted.items()):
-        source = names.get(id(value))
-        if source is None:
-            # Made from another tensor: that of the same name, or of the same end of it.
-            ends = [k for k in given if key == k or key.endswith(f'.{k}')]
-            source = max(ends, key=len) if ends else None
-        if source is None:
-            continue
-        used.add(source)
-        if source != key:
-            renamed[source] = key
-        if given[source].shape != value.shape:
-            resized[key] = (tuple(given[source].shape), tuple(value.shape))
-    return LoadReport(
-        renamed=renamed,
-        resized=resized,
-        missing=tuple(sorted(set(missing) - fitted.keys())),
-        unexpected=tuple(sorted(given.keys() - used)),
-        loaded=len(fitted),
-    )
 
 
 def write_checkpoint(

@@ -12,13 +12,8 @@ from mmengine.runner import Runner
 from script_runner import run_script as run
 
 from mmvim.apis import build_model
-from mmvim.apis.checkpoints import (
-    find_weights,
-    load_weights,
-    read_checkpoint,
-    write_checkpoint,
-)
-from mmvim.engine.loading import checked_loading
+from mmvim.checkpoints.files import find_weights, read_checkpoint, write_checkpoint
+from mmvim.checkpoints.loading import checked_loading, load_weights
 from mmvim.errors import CheckpointError
 from mmvim.models import MambaVision, Vim
 

@@ -1,0 +1,240 @@
+"""Weights of a checkpoint for a model: what fits, what is renamed or resized, what is missing."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from mmengine.runner import runner as mmengine_runner
+from torch import Tensor, nn
+
+from mmvim.errors import CheckpointError
+
+from .files import CONTAINERS, find_weights, read_checkpoint
+
+_MISFIT = 'The model and loaded state dict do not match exactly'
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What happened to the weights of a file.
+
+    Attributes:
+        renamed: The file's name of each parameter that had another one, to the model's.
+        resized: Names, with the shape in the file and in the model.
+        missing: Parameters of the model that the file does not have.
+        unexpected: Names of the file that the model has no place for.
+        loaded: How many parameters and buffers were loaded.
+    """
+
+    renamed: dict[str, str] = field(default_factory=dict)
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    loaded: int = 0
+
+    def __str__(self) -> str:
+        lines = [f'{self.loaded} tensors loaded']
+        for title, names in (
+            ('renamed', [f'{a} -> {b}' for a, b in self.renamed.items()]),
+            ('resized', [f'{n}: {a} -> {b}' for n, (a, b) in self.resized.items()]),
+            ('missing', self.missing),
+            ('unexpected', self.unexpected),
+        ):
+            lines.append(f'{title}: {len(names)}')
+            lines += [f'  {name}' for name in names]
+        return '\n'.join(lines)
+
+
+def load_weights(
+    model: nn.Module, file: str | Path | Mapping[str, Any], *, ema: bool | None = None
+) -> LoadReport:
+    """Load the weights of a file into a model: official, mmengine's, or plain ones.
+
+    Args:
+        model: A model of mmvim, or of a task library with a backbone of mmvim.
+        file: Path or URL, or what :func:`read_checkpoint` gave.
+        ema: Which weights to take; see :func:`find_weights`.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is of another model.
+    """
+    name = 'the checkpoint' if isinstance(file, Mapping) else f'checkpoint {str(file)!r}'
+    content = file if isinstance(file, Mapping) else read_checkpoint(file)
+    try:
+        given = find_weights(content, ema=ema)
+    except CheckpointError as error:
+        raise CheckpointError(f'{name} {error}') from None
+    # The model's sizes, metadata of the file and its own hooks decide what becomes of them.
+    metadata = next(
+        (getattr(content.get(k), '_metadata', None) for k in CONTAINERS if k in content), None
+    )
+    wrapped = OrderedDict(given)
+    if metadata is not None:
+        wrapped._metadata = metadata
+    parameters = dict(model.named_parameters())
+    try:
+        with _watched_loading() as fitted:
+            outcome = model.load_state_dict(wrapped, strict=False)
+    except (RuntimeError, ValueError) as error:
+        reason = ' '.join(str(error).split())
+        raise CheckpointError(f'{name} does not fit the model: {reason[:500]}') from error
+    if not fitted.keys() & parameters.keys():
+        raise CheckpointError(
+            f'{name} is of another model: none of its weights fits; it has '
+            f'{", ".join(sorted(given)[:3])}, the model {", ".join(sorted(parameters)[:3])}'
+        )
+    return _report(given, fitted, outcome.missing_keys)
+
+
+@contextmanager
+def _watched_loading() -> Iterator[dict[str, Tensor]]:
+    """Collect what each module is really given, after all renaming and resizing."""
+    load = nn.Module._load_from_state_dict
+    fitted: dict[str, Tensor] = {}
+
+    def watched(self: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+        load(self, state_dict, prefix, *args)
+        for name in (*self._parameters, *self._buffers):
+            if prefix + name in state_dict:
+                fitted[prefix + name] = state_dict[prefix + name]
+
+    with mock.patch.object(nn.Module, '_load_from_state_dict', watched):
+        yield fitted
+
+
+def _report(given: dict[str, Tensor], fitted: dict[str, Tensor], missing: list) -> LoadReport:
+    names = {id(value): key for key, value in given.items()}
+    renamed, resized, used = {}, {}, set()
+    for key, value in sorted(fitted.items()):
+        source = names.get(id(value))
+        if source is None:
+            # Made from another tensor: that of the same name, or of the same end of it.
+            ends = [k for k in given if key == k or key.endswith(f'.{k}')]
+            source = max(ends, key=len) if ends else None
+        if source is None:
+            continue
+        used.add(source)
+        if source != key:
+            renamed[source] = key
+        if given[source].shape != value.shape:
+            resized[key] = (tuple(given[source].shape), tuple(value.shape))
+    return LoadReport(
+        renamed=renamed,
+        resized=resized,
+        missing=tuple(sorted(set(missing) - fitted.keys())),
+        unexpected=tuple(sorted(given.keys() - used)),
+        loaded=len(fitted),
+    )
+
+
+@contextmanager
+def checked_loading(runner: Any, complete: bool) -> Iterator[None]:
+    """Refuse checkpoints of another model while ``runner`` runs.
+
+    mmengine loads with ``strict=False`` and only logs what does not fit. Here no load may leave the
+    model without a single weight of the checkpoint, and a load that must be complete may leave no
+    parameter out. Buffers, and keys that the model does not know, are still only logged.
+
+    Args:
+        runner: A ``Runner`` or ``FlexibleRunner``.
+        complete: Whether ``load_from`` must give every parameter of the model (testing, resuming),
+            or may give a part (fine-tuning). Checkpoints of ``init_cfg`` may always give a part.
+    """
+    lenient = mmengine_checkpoint.load_state_dict
+    load_or_resume = runner.load_or_resume
+    must_be_complete = False
+
+    def checked(module: nn.Module, state_dict: dict, strict: bool = False, logger=None) -> None:
+        try:
+            lenient(module, state_dict, strict=True, logger=logger)
+        except RuntimeError as error:
+            if strict or not str(error).startswith(_MISFIT):
+                raise
+            _judge(module, str(error), must_be_complete, state_dict)
+            print_log(str(error), logger='current', level=30)
+
+    def flagged() -> None:
+        nonlocal must_be_complete
+        must_be_complete = complete
+        try:
+            load_or_resume()
+        finally:
+            must_be_complete = False
+
+    load_checkpoint = mmengine_runner._load_checkpoint
+
+    def with_state_dict(*args: Any, **kwargs: Any) -> dict:
+        return _as_mmengine_writes(load_checkpoint(*args, **kwargs))
+
+    mmengine_checkpoint.load_state_dict = checked
+    mmengine_runner._load_checkpoint = with_state_dict
+    runner.load_or_resume = flagged
+    try:
+        yield
+    finally:
+        mmengine_checkpoint.load_state_dict = lenient
+        mmengine_runner._load_checkpoint = load_checkpoint
+        del runner.load_or_resume
+
+
+def _as_mmengine_writes(checkpoint: Any) -> Any:
+    """Put the weights of official files under ``state_dict``, where mmengine's hooks look for them.
+
+    Official files hold them under ``model``, or are nothing but the weights.
+    """
+    if not isinstance(checkpoint, dict) or 'state_dict' in checkpoint:
+        return checkpoint
+    if isinstance(checkpoint.get('model'), dict):
+        rest = {key: value for key, value in checkpoint.items() if key != 'model'}
+        return {'state_dict': checkpoint['model'], **rest}
+    return {'state_dict': checkpoint}
+
+
+def _judge(module: nn.Module, report: str, complete: bool, state_dict: dict) -> None:
+    while is_model_wrapper(module) or isinstance(module, BaseTTAModel):
+        module = module.module
+    names = {name for name, _ in module.named_parameters()}
+    missing = names & set(_listed(r'missing keys in source state_dict: (.*)', report))
+    sizes = re.findall(r'size mismatch for (\S+): .*?shape (.*?) from.*?is (.*?)\.(?:\s|$)', report)
+    mismatched = names & {name for name, _, _ in sizes}
+    if names and names == missing | mismatched:
+        if sizes:
+            raise CheckpointError(f'is of another model: {_sizes(sizes)}')
+        raise CheckpointError(
+            'is of another model: none of its weights fits; it has '
+            f'{_some(state_dict)}, the model {_some(names)}'
+        )
+    if not complete:
+        return
+    if mismatched:
+        raise CheckpointError(f'is of another model: {_sizes(sizes)}')
+    if missing:
+        raise CheckpointError(
+            f'is of another model: it lacks {len(missing)} of {len(names)} parameters: '
+            f'{_some(missing)}'
+        )
+
+
+def _listed(pattern: str, report: str) -> list[str]:
+    found = re.search(pattern, report)
+    return found[1].split(', ') if found else []
+
+
+def _sizes(sizes: list[tuple[str, str, str]]) -> str:
+    name, theirs, ours = sizes[0]
+    theirs, ours = (text.replace('torch.Size(', '').rstrip(')') for text in (theirs, ours))
+    more = f' (and {len(sizes) - 1} more)' if len(sizes) > 1 else ''
+    return f'{name} has shape {theirs} in it and {ours} in the model{more}'
+
+
+def _some(names: Any) -> str:
+    names = sorted(names)
+    return ', '.join(names[:3]) + (', …' if len(names) > 3 else '')
