@@ -20,56 +20,54 @@
 
 namespace mmvim {
 
-// The order is the order of mmvim.ops.DISCRETIZATIONS.
-enum class Discretization : int {
-  kZoh = 0,
-  kZohExact,
-  kFoh,
-  kBilinear,
-  kPoly,
-  kHighOrder,
-  kRk4,
-  kFohHold,
-  kTustin,
-};
+// The methods, in the order of mmvim.ops.DISCRETIZATIONS: enumerator, name, taps, decay.
+//   taps   2: w1 is used, and the state carries v = B_{t-1} u_{t-1}
+//   decay  kExponential: a = e^z, so that steps together decay by e^(the sum of their z);
+//          kOther: by the product of their a
+#define MMVIM_FORALL_DISCRETIZATIONS(_)       \
+  _(kZoh, "zoh", 1, kExponential)             \
+  _(kZohExact, "zoh_exact", 1, kExponential)  \
+  _(kFoh, "foh", 1, kExponential)             \
+  _(kBilinear, "bilinear", 1, kOther)         \
+  _(kPoly, "poly", 1, kExponential)           \
+  _(kHighOrder, "highorder", 1, kExponential) \
+  _(kRk4, "rk4", 1, kExponential)             \
+  _(kFohHold, "foh_hold", 2, kExponential)    \
+  _(kTustin, "tustin", 2, kOther)
 
-constexpr int kDiscretizationCount = 9;
-constexpr const char* kDiscretizationNames[kDiscretizationCount] = {
-    "zoh", "zoh_exact", "foh", "bilinear", "poly", "highorder", "rk4", "foh_hold", "tustin"};
+#define MMVIM_ENUMERATOR(enumerator, name, taps, decay) enumerator,
+#define MMVIM_METHOD(enumerator, name, taps, decay) {name, taps, Decay::decay},
+#define MMVIM_CASE(enumerator, name, taps, decay) \
+  case Discretization::enumerator:                \
+    return f(DiscretizationTag<Discretization::enumerator>{});
+
+enum class Discretization : int { MMVIM_FORALL_DISCRETIZATIONS(MMVIM_ENUMERATOR) };
+enum class Decay { kExponential, kOther };
+
+struct Method {
+  const char* name;
+  int taps;
+  Decay decay;
+};
+constexpr Method kMethods[] = {MMVIM_FORALL_DISCRETIZATIONS(MMVIM_METHOD)};
+
+constexpr const Method& method(Discretization d) { return kMethods[static_cast<int>(d)]; }
+constexpr bool is_two_tap(Discretization d) { return method(d).taps == 2; }
 
 template <Discretization D>
 struct DiscretizationTag {
   static constexpr Discretization value = D;
 };
 
-// Calls f(DiscretizationTag<method>{}), which makes a run-time method a template parameter.
+// Calls f(DiscretizationTag<d>{}), which makes a run-time method a template parameter.
 template <class F>
-inline void with_discretization(Discretization method, F&& f) {
-  switch (method) {
-    case Discretization::kZoh:
-      return f(DiscretizationTag<Discretization::kZoh>{});
-    case Discretization::kZohExact:
-      return f(DiscretizationTag<Discretization::kZohExact>{});
-    case Discretization::kFoh:
-      return f(DiscretizationTag<Discretization::kFoh>{});
-    case Discretization::kBilinear:
-      return f(DiscretizationTag<Discretization::kBilinear>{});
-    case Discretization::kPoly:
-      return f(DiscretizationTag<Discretization::kPoly>{});
-    case Discretization::kHighOrder:
-      return f(DiscretizationTag<Discretization::kHighOrder>{});
-    case Discretization::kRk4:
-      return f(DiscretizationTag<Discretization::kRk4>{});
-    case Discretization::kFohHold:
-      return f(DiscretizationTag<Discretization::kFohHold>{});
-    case Discretization::kTustin:
-      return f(DiscretizationTag<Discretization::kTustin>{});
-  }
+inline void with_discretization(Discretization d, F&& f) {
+  switch (d) { MMVIM_FORALL_DISCRETIZATIONS(MMVIM_CASE) }
 }
 
-constexpr bool is_two_tap(Discretization d) {
-  return d == Discretization::kFohHold || d == Discretization::kTustin;
-}
+#undef MMVIM_ENUMERATOR
+#undef MMVIM_METHOD
+#undef MMVIM_CASE
 
 namespace detail {
 
@@ -228,20 +226,26 @@ struct StepWithGrad {
   V w0_d, w1_d;
 };
 
-// Rule<D, Math>:
-//   kTwoTap        w1 is used (and the state carries v = B_{t-1} u_{t-1})
-//   kInputIsDelta  w0 is delta itself, independent of A: factor it out of the loop over states
-//   kRateScale     callers pass rate = kRateScale * A, kept per (channel, state), so that a method
-//                  that needs only e^z spends no multiplication on the change of base
-//   step(delta, rate), step_with_grad(delta, rate)
+// What the loops over states ask of a method.
+template <Discretization D>
+struct Traits {
+  static constexpr bool kTwoTap = is_two_tap(D);
+  static constexpr bool kDecaysExponentially = method(D).decay == Decay::kExponential;
+  // w0 is delta itself, independent of A: factor it out of the loop over states.
+  static constexpr bool kInputIsDelta = false;
+  // Callers pass rate = kRateScale * A, kept per (channel, state), so that a method that needs only
+  // e^z spends no multiplication on the change of base.
+  static constexpr double kRateScale = 1.0;
+};
+
+// Its coefficients: step(delta, rate) and step_with_grad(delta, rate).
 template <Discretization D, class Math>
 struct Rule;
 
 template <class Math>
-struct Rule<Discretization::kZoh, Math> {
+struct Rule<Discretization::kZoh, Math> : Traits<Discretization::kZoh> {
   using V = typename Math::V;
   using Scalar = typename Math::Scalar;
-  static constexpr bool kTwoTap = false;
   static constexpr bool kInputIsDelta = true;
   static constexpr double kRateScale = 1.4426950408889634074;  // log2(e)
 
@@ -258,12 +262,9 @@ struct Rule<Discretization::kZoh, Math> {
 };
 
 template <class Math>
-struct Rule<Discretization::kZohExact, Math> {
+struct Rule<Discretization::kZohExact, Math> : Traits<Discretization::kZohExact> {
   using V = typename Math::V;
   using Scalar = typename Math::Scalar;
-  static constexpr bool kTwoTap = false;
-  static constexpr bool kInputIsDelta = false;
-  static constexpr double kRateScale = 1.0;
 
   static MMVIM_HD Step<V> step(V delta, V rate) {
     const detail::Phi<1, false, Math> f(delta * rate);
@@ -282,12 +283,9 @@ struct Rule<Discretization::kZohExact, Math> {
 };
 
 template <class Math>
-struct Rule<Discretization::kFoh, Math> {
+struct Rule<Discretization::kFoh, Math> : Traits<Discretization::kFoh> {
   using V = typename Math::V;
   using Scalar = typename Math::Scalar;
-  static constexpr bool kTwoTap = false;
-  static constexpr bool kInputIsDelta = false;
-  static constexpr double kRateScale = 1.0;
 
   static MMVIM_HD Step<V> step(V delta, V rate) {
     const detail::Phi<2, false, Math> f(delta * rate);
@@ -307,12 +305,9 @@ struct Rule<Discretization::kFoh, Math> {
 };
 
 template <class Math>
-struct Rule<Discretization::kBilinear, Math> {
+struct Rule<Discretization::kBilinear, Math> : Traits<Discretization::kBilinear> {
   using V = typename Math::V;
   using Scalar = typename Math::Scalar;
-  static constexpr bool kTwoTap = false;
-  static constexpr bool kInputIsDelta = false;
-  static constexpr double kRateScale = 1.0;
 
   // With r = 1 / (1 - z/2): a = 2r - 1 and da/dz = r^2.
   static MMVIM_HD Step<V> step(V delta, V rate) {
@@ -336,12 +331,9 @@ struct Rule<Discretization::kBilinear, Math> {
 };
 
 template <class Math>
-struct Rule<Discretization::kPoly, Math> {
+struct Rule<Discretization::kPoly, Math> : Traits<Discretization::kPoly> {
   using V = typename Math::V;
   using Scalar = typename Math::Scalar;
-  static constexpr bool kTwoTap = false;
-  static constexpr bool kInputIsDelta = false;
-  static constexpr double kRateScale = 1.0;
 
   // w0 = delta (phi1 + delta phi2 / 2)
   static MMVIM_HD Step<V> step(V delta, V rate) {
@@ -363,12 +355,9 @@ struct Rule<Discretization::kPoly, Math> {
 };
 
 template <class Math>
-struct Rule<Discretization::kHighOrder, Math> {
+struct Rule<Discretization::kHighOrder, Math> : Traits<Discretization::kHighOrder> {
   using V = typename Math::V;
   using Scalar = typename Math::Scalar;
-  static constexpr bool kTwoTap = false;
-  static constexpr bool kInputIsDelta = false;
-  static constexpr double kRateScale = 1.0;
 
   // w0 = delta (phi1 + delta (phi2 + delta phi3 / 2))
   static MMVIM_HD Step<V> step(V delta, V rate) {
@@ -391,12 +380,9 @@ struct Rule<Discretization::kHighOrder, Math> {
 };
 
 template <class Math>
-struct Rule<Discretization::kRk4, Math> {
+struct Rule<Discretization::kRk4, Math> : Traits<Discretization::kRk4> {
   using V = typename Math::V;
   using Scalar = typename Math::Scalar;
-  static constexpr bool kTwoTap = false;
-  static constexpr bool kInputIsDelta = false;
-  static constexpr double kRateScale = 1.0;
 
   // w0 = delta (1 + z/2 + z^2/6 + z^3/24)
   static MMVIM_HD V polynomial(V z) {
@@ -422,12 +408,9 @@ struct Rule<Discretization::kRk4, Math> {
 };
 
 template <class Math>
-struct Rule<Discretization::kFohHold, Math> {
+struct Rule<Discretization::kFohHold, Math> : Traits<Discretization::kFohHold> {
   using V = typename Math::V;
   using Scalar = typename Math::Scalar;
-  static constexpr bool kTwoTap = true;
-  static constexpr bool kInputIsDelta = false;
-  static constexpr double kRateScale = 1.0;
 
   // w0 = delta phi2, w1 = delta (phi1 - phi2) = delta phi1', which has a form without cancellation.
   static MMVIM_HD Step<V> step(V delta, V rate) {
@@ -505,12 +488,9 @@ struct Rule<Discretization::kFohHold, Math> {
 };
 
 template <class Math>
-struct Rule<Discretization::kTustin, Math> {
+struct Rule<Discretization::kTustin, Math> : Traits<Discretization::kTustin> {
   using V = typename Math::V;
   using Scalar = typename Math::Scalar;
-  static constexpr bool kTwoTap = true;
-  static constexpr bool kInputIsDelta = false;
-  static constexpr double kRateScale = 1.0;
 
   static MMVIM_HD Step<V> step(V delta, V rate) {
     const V r = Rule<Discretization::kBilinear, Math>::root(delta * rate);

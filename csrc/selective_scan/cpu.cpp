@@ -19,9 +19,9 @@ constexpr int64_t kOwnInterval = 64;
 
 Discretization method_of(std::string_view name) {
   std::string known;
-  for (int i = 0; i < kDiscretizationCount; ++i) {
-    if (name == kDiscretizationNames[i]) return static_cast<Discretization>(i);
-    known += std::string(i == 0 ? "" : ", ") + kDiscretizationNames[i];
+  for (const Method& m : kMethods) {
+    if (name == m.name) return static_cast<Discretization>(&m - kMethods);
+    known += std::string(known.empty() ? "" : ", ") + m.name;
   }
   TORCH_CHECK(false, "discretization must be one of ", known, "; got '", name, "'");
 }

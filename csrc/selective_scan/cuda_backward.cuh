@@ -454,8 +454,6 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
       channel_sum.clear();
       by_steps<T, kMethod>(quick, [&](auto kind) {
         constexpr bool kQuick = decltype(kind)::value;
-        // The exact steps of other methods than zoh are computed anew on the way back.
-        constexpr bool kKeepDecay = R::kInputIsDelta || kQuick;
         float before[kCpt][kSlice], v_before[kCpt][kSlice], v[kCpt][kSlice];
         float after[kGroup][kCpt][kSlice], decay[kGroup][kCpt][kSlice];
         copy_states(before, h);
@@ -524,19 +522,8 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
                 dA[k][j] = gpu::fused(by_z, delta[k], dA[k][j]);
               } else {
                 Weights w;
-                Pull pull;
-                if constexpr (kKeepDecay) {
-                  w = weights_of<kMethod, kQuick>(a, s, c);
-                  pull = QuickStep<kMethod>::pull(g, a, w, s, c, h_before, x * B[j], v[k][j]);
-                } else {
-                  const auto step = R::step_with_grad(delta[k], c.rate);
-                  float by_z, by_delta;
-                  pull_back<R, GpuMath>(step, g * h_before, g * x * B[j], g * v[k][j], &by_z,
-                                        &by_delta);
-                  a = step.a;
-                  w = {step.w0, step.w1};
-                  pull = {gpu::fused(by_z, c.rate, by_delta), by_z * delta[k]};
-                }
+                const Pull pull =
+                    pull_of<kMethod, kQuick>(g, a, w, s, c, h_before, x, B[j], v[k][j]);
                 to_delta[k] += pull.delta;
                 dA[k][j] += pull.A;
                 to_drive = g * w.w0;
@@ -635,7 +622,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
     }
   }
 
-  if (kHasQuickSteps<T, kMethod> && kIsCritical<kMethod> && quick) {
+  if (kHasQuickSteps<T, kMethod> && QuickStep<kMethod>::kCritical && quick) {
     MMVIM_UNROLL
     for (int k = 0; k < kCpt; ++k) {
       MMVIM_UNROLL

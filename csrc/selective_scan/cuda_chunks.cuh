@@ -198,7 +198,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
           for (int j = 0; j < kSlice; ++j) {
             const StateConstants& c = constants[k][j];
             if (!kAdjoint) {
-              if (!kDecaysExponentially<kMethod>) decay[k][j] *= decay_of<kMethod, kQuick>(s, c);
+              if (!R::kDecaysExponentially) decay[k][j] *= decay_of<kMethod, kQuick>(s, c);
               advance_state<kMethod, kQuick>(h[k][j], v[k][j], s, c, x[k], B[j]);
               continue;
             }
@@ -211,7 +211,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
               v[k][j] = w1 * g;
               last_w1[k][j] = w1 * decay[k][j];
             }
-            if (kDrive || !kDecaysExponentially<kMethod>) decay[k][j] *= a;
+            if (kDrive || !R::kDecaysExponentially) decay[k][j] *= a;
           }
         }
       }
@@ -219,7 +219,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     at = next;
     count = next_count;
   }
-  if (kDecaysExponentially<kMethod>) {
+  if (R::kDecaysExponentially) {
     MMVIM_UNROLL
     for (int k = 0; k < kCpt; ++k) {
       MMVIM_UNROLL

@@ -17,10 +17,6 @@ namespace scan {
 constexpr int kSlice = 4;
 constexpr int kMaxSlices = kMaxStates / kSlice;
 
-template <Discretization kMethod>
-constexpr bool kDecaysExponentially =
-    kMethod != Discretization::kBilinear && kMethod != Discretization::kTustin;
-
 // A short series will do for bfloat16; what float16 keeps of the gradients of float parameters
 // would show it.
 template <class T>
@@ -454,7 +450,7 @@ MMVIM_DEVICE void drives_of(float (&v)[kCpt][kSlice], const float* input, const 
 template <class T, Discretization kMethod, int kCpt>
 MMVIM_DEVICE bool may_be_quick(const float (&A)[kCpt][kSlice]) {
   if (!kHasQuickSteps<T, kMethod>) return false;
-  if (!kIsCritical<kMethod>) return true;
+  if (!QuickStep<kMethod>::kCritical) return true;
   float largest = -3e38f;
   MMVIM_UNROLL
   for (int k = 0; k < kCpt; ++k) {
@@ -473,7 +469,7 @@ template <class T, Discretization kMethod, class F>
 MMVIM_DEVICE void by_steps(bool quick, F&& f) {
   if constexpr (!kHasQuickSteps<T, kMethod>) {
     f(std::false_type());
-  } else if constexpr (!kIsCritical<kMethod>) {
+  } else if constexpr (!QuickStep<kMethod>::kCritical) {
     f(std::true_type());
   } else if (quick) {
     f(std::true_type());

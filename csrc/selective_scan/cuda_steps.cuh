@@ -16,18 +16,8 @@
 namespace mmvim {
 namespace scan {
 
-constexpr bool is_rational(Discretization d) {
-  return d == Discretization::kBilinear || d == Discretization::kTustin;
-}
-template <Discretization kMethod>
-constexpr bool kIsRational = is_rational(kMethod);
-// Methods whose quick steps must not meet a small A.
-template <Discretization kMethod>
-constexpr bool kIsCritical =
-    kMethod != Discretization::kZoh && kMethod != Discretization::kRk4 && !kIsRational<kMethod>;
-template <class T, Discretization kMethod>
-constexpr bool kHasQuickSteps =
-    kMethod != Discretization::kZoh && (sizeof(T) == 2 || !kIsCritical<kMethod>);
+// Critical quick steps lose digits where A is small: they need 16-bit results, and a warp whose A
+// all are this large.
 constexpr float kSmallestA = 0.5f;
 
 // Constants of a state; what a method does not use costs nothing.
@@ -47,25 +37,46 @@ struct ChannelStep {
 struct Weights {
   float w0, w1;
 };
-// Gradients by delta and by A; the latter times A for methods that kIsCritical.
+// Gradients by delta and by A; the latter times A where quick steps are critical.
 struct Pull {
   float delta, A;
 };
 
+// A method whose quick steps are worth having specialises this, with kExists = true, by deriving
+// from one of the structs in `quick`; any other takes exact steps everywhere.
 template <Discretization kMethod>
-struct QuickStep;
+struct QuickStep {
+  static constexpr bool kExists = false;
+  static constexpr bool kCritical = false;
+  static constexpr bool kNeedsInverse = false;
+};
+
+template <class T, Discretization kMethod>
+constexpr bool kHasQuickSteps =
+    QuickStep<kMethod>::kExists && (sizeof(T) == 2 || !QuickStep<kMethod>::kCritical);
 
 namespace quick {
 
+struct Step {
+  static constexpr bool kExists = true;
+  static constexpr bool kCritical = false;
+  static constexpr bool kNeedsInverse = false;  // of delta, in ChannelStep
+};
+
 // Of methods that decay by e^z.
-struct Exponential {
+struct Exponential : Step {
   static MMVIM_DEVICE float decay(const ChannelStep& s, const StateConstants& c) {
     return gpu::exp2(s.delta * c.rate);
   }
 };
 
+// The same with powers of 1 / A.
+struct Critical : Exponential {
+  static constexpr bool kCritical = true;
+};
+
 // Of methods that decay by 2r - 1, r = 1 / (1 - z/2).
-struct Rational {
+struct Rational : Step {
   static MMVIM_DEVICE StateConstants constants(float A) { return {-0.5f * A, A, 0.f, 0.f, 0.f}; }
   static MMVIM_DEVICE float decay(const ChannelStep& s, const StateConstants& c) {
     return gpu::fused(2.f, gpu::reciprocal(gpu::fused(s.delta, c.rate, 1.f)), -1.f);
@@ -81,7 +92,7 @@ struct Rational {
 }  // namespace quick
 
 template <>
-struct QuickStep<Discretization::kZohExact> : quick::Exponential {
+struct QuickStep<Discretization::kZohExact> : quick::Critical {
   static MMVIM_DEVICE StateConstants constants(float A) {
     return {kLog2e * A, A, 1.f / A, 0.f, 0.f};
   }
@@ -96,7 +107,7 @@ struct QuickStep<Discretization::kZohExact> : quick::Exponential {
 };
 
 template <>
-struct QuickStep<Discretization::kFoh> : quick::Exponential {
+struct QuickStep<Discretization::kFoh> : quick::Critical {
   static MMVIM_DEVICE StateConstants constants(float A) {
     return {kLog2e * A, A, 1.f / A, 1.f / (A * A), 0.f};
   }
@@ -128,7 +139,7 @@ struct QuickStep<Discretization::kBilinear> : quick::Rational {
 };
 
 template <>
-struct QuickStep<Discretization::kPoly> : quick::Exponential {
+struct QuickStep<Discretization::kPoly> : quick::Critical {
   // W1 + W2 / 2
   static MMVIM_DEVICE StateConstants constants(float A) {
     const float half = 0.5f / A;
@@ -147,7 +158,7 @@ struct QuickStep<Discretization::kPoly> : quick::Exponential {
 };
 
 template <>
-struct QuickStep<Discretization::kHighOrder> : quick::Exponential {
+struct QuickStep<Discretization::kHighOrder> : quick::Critical {
   // W1 + W2 + W3 / 2
   static MMVIM_DEVICE StateConstants constants(float A) {
     const float i = 1.f / A;
@@ -190,7 +201,9 @@ struct QuickStep<Discretization::kRk4> : quick::Exponential {
 };
 
 template <>
-struct QuickStep<Discretization::kFohHold> : quick::Exponential {
+struct QuickStep<Discretization::kFohHold> : quick::Critical {
+  static constexpr bool kNeedsInverse = true;
+
   static MMVIM_DEVICE StateConstants constants(float A) {
     return {kLog2e * A, A, 1.f / A, 0.f, 0.f};
   }
@@ -227,15 +240,9 @@ struct QuickStep<Discretization::kTustin> : quick::Rational {
   }
 };
 
-// Never used; zoh's steps are cheaper than any of the above.
-template <>
-struct QuickStep<Discretization::kZoh> : quick::Exponential {
-  static MMVIM_DEVICE StateConstants constants(float A) { return {kLog2e * A, A, 0.f, 0.f, 0.f}; }
-};
-
 template <Discretization kMethod>
 MMVIM_DEVICE ChannelStep channel_step(float delta) {
-  if constexpr (kMethod == Discretization::kFohHold) {
+  if constexpr (QuickStep<kMethod>::kNeedsInverse) {
     return {delta, gpu::reciprocal(fmaxf(delta, 1e-20f))};
   } else {
     return {delta, 0.f};
@@ -268,6 +275,25 @@ MMVIM_DEVICE Weights weights_of(float a, const ChannelStep& s, const StateConsta
   } else {
     const auto step = Rule<kMethod, GpuMath>::step(s.delta, c.rate);
     return {step.w0, step.w1};
+  }
+}
+
+// What a step whose result has the gradient `g` passes to delta and A, and its weights. Quick steps
+// take the decay `a` from the way there; exact ones are computed anew, `a` too.
+template <Discretization kMethod, bool kQuick>
+MMVIM_DEVICE Pull pull_of(float g, float& a, Weights& w, const ChannelStep& s,
+                          const StateConstants& c, float h, float x, float B, float v) {
+  if constexpr (kQuick) {
+    w = weights_of<kMethod, true>(a, s, c);
+    return QuickStep<kMethod>::pull(g, a, w, s, c, h, x * B, v);
+  } else {
+    using R = Rule<kMethod, GpuMath>;
+    const auto step = R::step_with_grad(s.delta, c.rate);
+    float by_z, by_delta;
+    pull_back<R, GpuMath>(step, g * h, g * x * B, g * v, &by_z, &by_delta);
+    a = step.a;
+    w = {step.w0, step.w1};
+    return {gpu::fused(by_z, c.rate, by_delta), by_z * s.delta};
   }
 }
 

@@ -16,8 +16,6 @@ from mmvim.ops.selective_scan import selective_scan_unchecked
 from .conv import CausalConv1d
 from .fusion import Fusable
 
-_TWO_TAP = ('foh_hold', 'tustin')
-
 
 class MambaState(NamedTuple):
     """What a :class:`Mamba` mixer remembers between chunks of one sequence.
@@ -257,7 +255,7 @@ class Mamba(MixerBase):
                 The scan's state is float32 for every dtype but float64.
         """
         conv = self.conv1d.init_state(batch_size, device=device, dtype=dtype)
-        width = self.d_state * (2 if self.discretization in _TWO_TAP else 1)
+        width = self.d_state * (2 if self.discretization in ops.TWO_TAP else 1)
         ssm_dtype = torch.float64 if conv.dtype == torch.float64 else torch.float32
         ssm = torch.zeros(batch_size, self.d_inner, width, device=conv.device, dtype=ssm_dtype)
         return MambaState(conv, ssm)

@@ -15,12 +15,13 @@ from .compat import (
     causal_conv1d_update,
     selective_scan_fn,
 )
-from .discretization import DISCRETIZATIONS
+from .discretization import DISCRETIZATIONS, TWO_TAP
 from .extension import backend_info, build
 from .selective_scan import selective_scan
 
 __all__ = [
     'DISCRETIZATIONS',
+    'TWO_TAP',
     'ScanInputs',
     'SelectiveScanCuda',
     'add_rms_norm',

@@ -16,9 +16,10 @@ from ops_support import (
     scan_inputs,
     wide,
 )
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmvim.ops import DISCRETIZATIONS, _scan, selective_scan, use_backend
+from mmvim.ops import DISCRETIZATIONS, selective_scan, selective_scan_torch, use_backend
 
 TWO_TAP = reference.TWO_TAP
 OPTIONS = ('delta_softplus', 'discretization', 'reverse')
@@ -370,17 +371,17 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize('interval', [0, 16, 1024])
 def test_memory_is_bounded_by_the_chunk(monkeypatch, interval):
     """Nothing larger than the inputs or a chunk exists, in forward or backward."""
-    monkeypatch.setattr(_scan, '_CHUNK_VALUES_CPU', 2**12)
+    monkeypatch.setattr(selective_scan_torch, '_CHUNK_VALUES_CPU', 2**12)
     b, length, d, n = 1, 1024, 32, 16
     tensors = scan_inputs(b, length, d, n, 1, dtype=torch.float32)
     u, delta, A, B, C, D, _, bias = tensors.values()
     options = (True, 'zoh', False)
     # The implementations themselves: a dispatch mode does not see into an op.
     with Largest() as seen:
-        y, _, checkpoints = _scan.scan_forward(
+        y, _, checkpoints = selective_scan_torch.scan_forward(
             u, delta, A, B, C, D, bias, None, *options, False, interval
         )
-        _scan.scan_backward(
+        selective_scan_torch.scan_backward(
             y, None, u, delta, A, B, C, D, bias, None, checkpoints, *options, interval, True
         )
     assert seen.values <= max(b * length * d, 2**12 + d * n)
@@ -396,10 +397,10 @@ def test_chunks_and_checkpoints_change_nothing(monkeypatch, method, reverse, tre
     inputs = (*tensors.values(), state)
     options = (True, method, reverse)
     expected = run(tensors, state, delta_softplus=True, discretization=method, reverse=reverse)
-    monkeypatch.setattr(_scan, '_STEP_VALUES_CPU', 10**9 if tree else 0)
+    monkeypatch.setattr(selective_scan_torch, '_STEP_VALUES_CPU', 10**9 if tree else 0)
     ops = torch.ops.mmvim_torch
     for chunk, interval in itertools.product((1, 2, 5, 20, 21, 64), (0, 1, 2, 7, 20, 21, 100)):
-        monkeypatch.setattr(_scan, '_CHUNK_VALUES_CPU', chunk * 2 * 3 * 4)
+        monkeypatch.setattr(selective_scan_torch, '_CHUNK_VALUES_CPU', chunk * 2 * 3 * 4)
         out, last, checkpoints = ops.selective_scan(*inputs, *options, True, interval)
         if interval:
             assert checkpoints.shape == (2, (21 - 1) // interval, 3, 4)
@@ -409,15 +410,67 @@ def test_chunks_and_checkpoints_change_nothing(monkeypatch, method, reverse, tre
             torch.testing.assert_close(two, one, rtol=1e-12, atol=1e-12)
 
 
+def made_up(method, delta, z, phi=None, *, overwrite=False):
+    """A rational method of one tap, or of two that share its weight out: a = 1/(1 - z)."""
+    a = 1 / (1 - z)
+    w = delta * a
+    return (a, w, None) if method == 'one tap' else (a, 0.75 * w, 0.25 * w)
+
+
+def made_up_derivatives(method, delta, z, a, phi=None):
+    slope = delta * a * a
+    if method == 'one tap':
+        return a * a, a, slope, None, None
+    return a * a, 0.75 * a, 0.75 * slope, 0.25 * a, 0.25 * slope
+
+
+@pytest.mark.parametrize('tree', [False, True], ids=['steps', 'tree'])
+@pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
+@pytest.mark.parametrize('method', ['one tap', 'two taps'])
+def test_a_method_that_is_new_and_rational_passes_through_chunks(
+    monkeypatch, method, reverse, tree
+):
+    """Nothing but its coefficients and its number of taps is asked of a method."""
+    monkeypatch.setattr(selective_scan_torch, 'coefficients', made_up)
+    monkeypatch.setattr(selective_scan_torch, 'derivatives', made_up_derivatives)
+    monkeypatch.setattr(selective_scan_torch, 'TWO_TAP', {'two taps'})
+    monkeypatch.setattr(selective_scan_torch, '_STEP_VALUES_CPU', 10**9 if tree else 0)
+    monkeypatch.setattr(selective_scan_torch, '_CHUNK_VALUES_CPU', 9 * 2 * 3 * 4)
+    tensors = scan_inputs(2, 301, 3, 4, 1)
+    leaves = [x.clone().requires_grad_() for x in tensors.values()]
+    u, delta, A, B, C, D, z, bias = leaves
+    h = v = torch.zeros(2, 3, 4, dtype=torch.float64)
+    y = [None] * 301
+    for t in reversed(range(301)) if reverse else range(301):
+        step = F.softplus(delta[:, t] + bias).unsqueeze(-1)
+        a, w0, w1 = made_up(method, step, step * A)
+        drive = B[:, t] * u[:, t].unsqueeze(-1)
+        h = a * h + w0 * drive + (0 if w1 is None else w1 * v)
+        v = drive
+        y[t] = (C[:, t] * h).sum(-1) + D * u[:, t]
+    y = torch.stack(y, 1) * F.silu(z)
+    cotangent = randn(*y.shape, seed=7)
+    expected = (y, *torch.autograd.grad(y, leaves, cotangent))
+    inputs = (*tensors.values(), None)
+    out, _, checkpoints = torch.ops.mmvim_torch.selective_scan(
+        *inputs, True, method, reverse, False, 16
+    )
+    grads = torch.ops.mmvim_torch.selective_scan_backward(
+        cotangent, None, *inputs, checkpoints, True, method, reverse, 16
+    )
+    for one, two in zip(expected, (out, *grads[:8]), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize('length', [1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 33, 100])
 @pytest.mark.parametrize('reverse', [False, True], ids=['forward', 'reverse'])
 def test_tree_equals_steps(monkeypatch, length, reverse):
     a, h = randn(length, 2, 3).abs(), randn(length + 1, 2, 3, seed=1)
     results = []
     for threshold in (0, 10**9):
-        monkeypatch.setattr(_scan, '_STEP_VALUES_CPU', threshold)
+        monkeypatch.setattr(selective_scan_torch, '_STEP_VALUES_CPU', threshold)
         result = h.clone()
-        _scan.linear_scan_(a.clone(), result, reverse)
+        selective_scan_torch.linear_scan_(a.clone(), result, reverse)
         results.append(result)
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 

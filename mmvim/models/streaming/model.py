@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvim._checks import check_choice, check_positive
 from mmvim.layers import MambaState
-from mmvim.layers.mamba import _TWO_TAP
+from mmvim.ops import TWO_TAP
 
 from ..backbones.videomamba import VideoMamba
 from .mixing import mix_blocks, mix_part
@@ -196,7 +196,7 @@ class StreamingVideoMamba(VideoMamba):
         layers = []
         for layer in self.layers:
             mixer = layer.mixer
-            width = mixer.d_state * (2 if mixer.discretization in _TWO_TAP else 1)
+            width = mixer.d_state * (2 if mixer.discretization in TWO_TAP else 1)
             conv = mixer.conv1d.init_state(batch_size, device=device, dtype=dtype)
             ssm = torch.zeros(batch_size, mixer.d_inner, width, device=device, dtype=high)
             layers.append(MambaState(conv, ssm))
