@@ -1,6 +1,6 @@
 """mmvim: Mamba vision backbones for OpenMMLab.
 
-``mmvim.ops`` and ``mmvim.layers`` need torch alone; ``mmvim.models`` needs mmengine.
+``mmvim.ops`` and ``mmvim.layers`` need only torch; ``mmvim.models`` needs mmengine.
 """
 
 import importlib.util

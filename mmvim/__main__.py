@@ -1,4 +1,4 @@
-"""``python -m mmvim``: print versions and the state of the compiled kernels."""
+"""``python -m mmvim``: versions and the state of the compiled kernels."""
 
 import importlib
 import platform
@@ -17,12 +17,12 @@ def _version(module: str) -> str:
         if error.name == module:
             return 'not installed'
         return f'cannot be imported: {error}'
-    except Exception as error:  # a task library may refuse its neighbours' versions
+    except Exception as error:  # a task library may refuse the versions of others
         return f'cannot be imported: {error}'
 
 
 def main() -> None:
-    """Print what a bug report should hold."""
+    """Print what belongs in a bug report."""
     print(f'mmvim {mmvim.__version__}, Python {platform.python_version()}, {platform.platform()}')
     for module in ('torch', 'torchvision', 'mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg'):
         print(f'{module}: {_version(module)}')

@@ -1,4 +1,4 @@
-"""Checks of arguments: errors that name the argument, what it was and what is allowed."""
+"""Checks of arguments, with errors that name the argument, its value and what is allowed."""
 
 import math
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 ``mmvim.<name>``, the packages under :mod:`mmvim.models`, ``type='mmvim.<name>'`` and the plain
 names of configs all read these tables, and import a module when its name is first used. A new
-model needs its file and a row here.
+model needs a file and a row here.
 """
 
 import importlib
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-# Models that need mmengine alone.
+# Models that need only mmengine.
 MODELS = {
     'MambaVision': 'mmvim.models.backbones.mambavision',
     'VideoMamba': 'mmvim.models.backbones.videomamba',
@@ -22,13 +22,13 @@ MODELS = {
     'StreamingVideoMamba': 'mmvim.models.streaming.model',
     'VideoDataPreprocessor': 'mmvim.models.video.data_preprocessor',
 }
-# Models whose base class is one of mmpretrain: ``import *`` leaves them out.
+# Models derived from mmpretrain's: ``import *`` omits them.
 CLASSIFIERS = {
     'MesaClassifier': 'mmvim.models.classifiers.mesa',
     'SelfDistillClassifier': 'mmvim.models.classifiers.self_distill',
     'VideoClassifier': 'mmvim.models.video.classifier',
 }
-# What no config names.
+# Names that no config uses.
 OTHERS = {
     'GraphedStream': 'mmvim.models.streaming.graph',
     'build_videomamba': 'mmvim.models.streaming.encoder',
@@ -43,18 +43,18 @@ PLAIN_NAMES = tuple(
 
 
 def load(name: str, table: Mapping[str, str] = NAMES) -> object:
-    """Import what a table calls ``name``."""
+    """Import the object that a table calls ``name``."""
     return getattr(importlib.import_module(table[name]), name)
 
 
 def lazily(
     package: str, others: Mapping[str, str] = MappingProxyType({})
 ) -> tuple[Callable, Callable, list[str]]:
-    """Make ``__getattr__``, ``__dir__`` and ``__all__`` of a package that imports what is used.
+    """Make ``__getattr__``, ``__dir__`` and ``__all__`` of a package that imports lazily.
 
     Args:
-        package: The ``__name__`` of the package, whose public submodules are attributes too.
-        others: The module that defines each name that is not in :data:`NAMES`.
+        package: The ``__name__`` of the package, whose public submodules are also attributes.
+        others: The defining module of each name that is not in :data:`NAMES`.
     """
     own = {n: m for n, m in NAMES.items() if m.startswith(f'{package}.')} | dict(others)
 

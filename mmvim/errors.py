@@ -1,11 +1,11 @@
-"""Errors that the user can mend."""
+"""Errors that the user can fix."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something in the config, the data, a checkpoint or the command line that the user can mend.
+    """A mistake in the config, the data, a checkpoint or the command line that the user can fix.
 
     Args:
         message: One line that names the thing, its value and what is allowed.

@@ -1,8 +1,8 @@
-"""Child registries of mmengine's, with the scope ``mmvim``.
+"""Children of mmengine's registries, with the scope ``mmvim``.
 
-mmengine imports this module itself when it meets a ``type='mmvim.X'``, and then the module that
-defines X. So the type resolves in every scope, without ``custom_imports``. Models are registered by
-the tables of :mod:`mmvim._names`, other components by decorators.
+mmengine imports this module by itself when it encounters a ``type='mmvim.X'``, and then the module
+that defines X, so that the type resolves in every scope, without ``custom_imports``. Models are
+registered by the tables of :mod:`mmvim._names`, other components by decorators.
 """
 
 import logging
@@ -57,7 +57,7 @@ INFERENCERS = _child(root.INFERENCERS, _ENGINE)
 
 
 class _Modules(dict):
-    """The modules of a registry, of which those of :mod:`mmvim._names` are imported when wanted."""
+    """The modules of a registry, of which those of :mod:`mmvim._names` are imported on use."""
 
     def __getitem__(self, name: str) -> Callable:
         module = super().__getitem__(name)
@@ -73,7 +73,7 @@ class _Modules(dict):
 
 
 def _register(registry: root.Registry, names: Iterable[str]) -> None:
-    """Put names of :mod:`mmvim._names` into a registry; one that is taken is left as it is."""
+    """Put names of :mod:`mmvim._names` into a registry; names already taken are left alone."""
     registry._module_dict = _Modules(registry.module_dict)
     for name in names:
         if name in registry.module_dict:

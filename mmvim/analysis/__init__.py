@@ -1,4 +1,4 @@
-"""What a model costs, how a training run went, and what a model looks at."""
+"""Cost of a model, curves of a training run, and a look inside a model."""
 
 from mmvim import _names
 

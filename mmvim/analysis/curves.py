@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SCALARS = '[0-9]*/vis_data/scalars.json'
-#: Entries that are no measurement of the training itself.
+#: Entries that do not measure the training itself.
 _BOOKKEEPING = frozenset({'step', 'epoch', 'iter', 'time', 'data_time', 'memory', 'lr', 'base_lr'})
 
 
@@ -18,8 +18,8 @@ class Run:
 
     Attributes:
         name: Name of the work directory.
-        train: Entries of the training loop, in order; each has 'step', the iteration.
-        val: Entries of validations, in order; 'step' is the iteration here too.
+        train: Entries of the training loop, in order; 'step' is the iteration.
+        val: Entries of the validations, in order; 'step' is the iteration here, too.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Run:
     val: tuple[dict[str, Any], ...]
 
     def keys(self) -> list[str]:
-        """What can be drawn: losses, the learning rate, metrics."""
+        """Keys that can be drawn: losses, the learning rate, metrics."""
         names = {key for entry in (*self.train, *self.val) for key, x in entry.items() if _real(x)}
         return sorted(names - _BOOKKEEPING | ({'lr'} & names))
 
@@ -77,7 +77,7 @@ def read_run(path: str | Path) -> Run:
 
     Raises:
         FileNotFoundError: There is no ``scalars.json``.
-        ValueError: The file has no training entry, or a line that is no JSON.
+        ValueError: The file has no training entry, or a line that is not JSON.
     """
     path = Path(path)
     file = path
@@ -88,7 +88,7 @@ def read_run(path: str | Path) -> Run:
                 f'no {SCALARS} in {str(path)!r}: it is no work directory of a training run with '
                 'LocalVisBackend'
             )
-        # Tests write scalars of their own beside those of the training.
+        # Tests write scalars of their own in addition to those of the training.
         file = next((f for f in reversed(found) if '"loss"' in f.read_text()), found[-1])
         name = path.resolve().name
     else:
@@ -102,7 +102,7 @@ def read_run(path: str | Path) -> Run:
         (train if 'loss' in entry else val).append(entry)
     if not train:
         raise ValueError(f'{str(file)!r} has no entry of a training loop')
-    # Validation entries count epochs where training does, iterations where it does not.
+    # Validation entries count in epochs or iterations, like the training loop.
     last = train[-1]
     if val and 'epoch' in last and val[-1].get('step', 0) <= last['epoch'] < last['step']:
         per_epoch = last['step'] / last['epoch']
@@ -113,12 +113,12 @@ def read_run(path: str | Path) -> Run:
 def draw_runs(
     runs: Sequence[Run], out: str | Path, keys: Sequence[str] | None = None, smooth: int = 1
 ) -> Path:
-    """Draw curves of one or more runs, one panel a key, the runs over each other.
+    """Draw curves of one or more runs, with one panel per key shared by all runs.
 
     Args:
         runs: Runs to compare.
         out: Picture to write (png, pdf, svg).
-        keys: What to draw. Defaults to None: the loss and the metrics of all validations.
+        keys: Keys to draw. Defaults to None: the loss and the metrics of all validations.
         smooth: Width, in entries, of the running mean of training values. Defaults to 1.
 
     Raises:

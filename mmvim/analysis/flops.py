@@ -1,17 +1,17 @@
-"""Parameters and arithmetic of a model, the ops of mmvim included.
+"""Parameters and arithmetic of a model, including mmvim's ops.
 
 Two conventions are reported side by side:
 
-* ``macs``, what papers and OpenMMLab call FLOPs: multiply-accumulates of matrix products,
-  convolutions (the short ones over the sequence too) and attention, and three for each token,
-  channel, state and direction of a scan (one each for the decay of the state, the input's share
-  and the output). Norms count nothing.
+* ``macs``, which papers and OpenMMLab call FLOPs: multiply-accumulates of matrix products,
+  convolutions (including the short ones along the sequence) and attention, and three for each
+  token, channel, state and direction of a scan (one each for the decay of the state, the input's
+  share and the output). Norms count as nothing.
 * ``flops``: additions and multiplications. A multiply-accumulate is two; a scan takes nine for each
-  token, channel, state and direction, as mamba-ssm's users count it
+  token, channel, state and direction, as users of mamba-ssm count
   (https://github.com/state-spaces/mamba/issues/110), and two more for each token and channel with a
   skip connection or a gate; norms five to seven for each value.
 
-Other elementwise arithmetic (activations, additions of branches) is counted in neither.
+Neither counts other elementwise arithmetic (activations, additions of branches).
 """
 
 import math
@@ -91,7 +91,7 @@ _COSTS[_aten.native_layer_norm] = _norm(7)
 _COSTS[_aten._native_batch_norm_legit_no_training] = _norm(4)
 _COSTS[_aten.native_batch_norm] = _norm(7)
 _COSTS[_aten.native_group_norm] = _norm(7)
-# PyTorch's counter knows those of GPUs.
+# PyTorch's counter knows the GPU variants.
 _COSTS[_aten._scaled_dot_product_flash_attention_for_cpu] = _attention
 
 _KINDS = {
@@ -105,7 +105,7 @@ _KINDS = {
 
 
 class _Counter(FlopCounterMode):
-    """PyTorch's counter, which counts matrix products, with ours beside it."""
+    """PyTorch's counter of matrix products, together with ours."""
 
     def __init__(self) -> None:
         self.macs: Counter[str] = Counter()
@@ -143,7 +143,7 @@ def count(model: nn.Module, *inputs: Any, forward: Callable | None = None) -> di
     Args:
         model: Any module. On the ``meta`` device nothing is computed.
         *inputs: Inputs of the forward pass.
-        forward: What is called with the inputs. Defaults to None, which means ``model``.
+        forward: Function to call with the inputs. Defaults to None: ``model``.
 
     Returns:
         ``parameters``, ``macs``, ``flops`` and ``by_kind``, which has ``macs`` and ``flops`` of
@@ -166,14 +166,14 @@ def count_config(
 ) -> dict[str, Any]:
     """Count the model of a config for one input.
 
-    Classifiers and segmentors are counted without computing anything. Detectors are run on random
-    pixels on the CPU, because what their second stage does depends on values; of each detector only
-    what its ``mode='tensor'`` runs is counted, which leaves out the suppression of boxes.
+    Classifiers and segmentors are counted without computing anything. Detectors run on random
+    pixels on the CPU, because their second stage depends on values; only what ``mode='tensor'``
+    runs is counted, which excludes non-maximum suppression.
 
     Args:
         cfg: A config, path or name, as for :func:`mmvim.get_model`.
         size: Height and width of the input.
-        frames: Number of frames of a video. Defaults to None, an image.
+        frames: Number of frames of a video. Defaults to None: an image.
         channels: Channels of the input. Defaults to 3.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Pictures of maps over images, of receptive fields and of states."""
+"""Plots of maps over images, of receptive fields and of states."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: The dots per inch of pictures.
+#: Dots per inch of the plots.
 DPI = 100
 
 
@@ -43,15 +43,15 @@ def draw_maps(
 ) -> Path:
     """Draw maps of tokens over an image, or over the frames of a clip.
 
-    Each row of panels has a colour scale of its own, whose ends stand beside it.
+    Each row of panels has its own colour scale, with its limits next to it.
 
     Args:
         picture: RGB uint8, (height, width, 3) or (frames, height, width, 3), or an image of the
             same size for each row.
         rows: Title of each row, and its maps by name: (rows, columns) each, or (steps, rows,
-            columns) for clips, of which each map gets a row of its own, a panel a step.
+            columns) for clips, whose maps get one row each, with one panel per step.
         out: File to write.
-        title: Of the whole picture. Defaults to ''.
+        title: Title of the whole picture. Defaults to ''.
         overlay: Whether the image shines through. Defaults to True.
     """
     plt = _pyplot()
@@ -80,7 +80,7 @@ def draw_maps(
     for number, (line, (label, maps)) in enumerate(zip(axes, panels, strict=True)):
         low = min(float(m.min()) for m in maps.values())
         high = max(float(m.max()) for m in maps.values())
-        # The forward scan of a class token that comes first reads nothing: a map of zeros.
+        # The forward scan of a leading class token reads nothing: a map of zeros.
         high = high if high > low else low + 1
         shown = None
         line[0].set_title(label, fontsize=9, loc='left')
@@ -105,7 +105,7 @@ def draw_maps(
 
 
 def draw_fields(fields: Mapping[str, Tensor], out: str | Path) -> Path:
-    """Draw receptive fields beside each other, on one logarithmic scale of four decades."""
+    """Draw receptive fields side by side, on one logarithmic scale of four decades."""
     plt = _pyplot()
     from matplotlib.colors import LogNorm
 
@@ -130,7 +130,7 @@ def draw_norms(norms: Mapping[str, Mapping[str, Tensor]], out: str | Path) -> Pa
     """Draw the sizes of states: over layers, and over layers and tokens.
 
     Args:
-        norms: For each direction the norms of each layer by name, (length,).
+        norms: For each direction the norms of each layer, by name: (length,).
         out: File to write.
     """
     plt = _pyplot()
@@ -148,7 +148,7 @@ def draw_norms(norms: Mapping[str, Mapping[str, Tensor]], out: str | Path) -> Pa
         names = list(by_layer)
         lines.plot([float(v.mean()) for v in by_layer.values()], marker='o', ms=3, label=direction)
         longest = max(len(v) for v in by_layer.values())
-        # Stages of a hierarchical model have sequences of other lengths: all fill the panel.
+        # Sequence lengths differ between the stages of a hierarchical model; all fill the panel.
         table = torch.stack(
             [
                 torch.nn.functional.interpolate(v[None, None].float(), longest)[0, 0]

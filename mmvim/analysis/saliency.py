@@ -1,4 +1,4 @@
-"""Which pixels a feature or a class depends on, by gradients."""
+"""Gradient-based maps of the pixels on which a feature or a class depends."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,21 +10,21 @@ from .subjects import backbone_of
 
 
 def effective_receptive_field(backbone: nn.Module, images: Tensor) -> Tensor:
-    """How much each pixel contributes to the features in the middle of the last map.
+    """Contribution of each pixel to the features at the centre of the last map.
 
-    The gradient of their sum with respect to the pixels, in absolute value, summed over channels
-    and averaged over the images (Luo et al., https://arxiv.org/abs/1701.04128), divided by its
-    largest value.
+    The absolute gradient of the sum of these features with respect to the pixels, summed over
+    channels and averaged over the images (Luo et al., https://arxiv.org/abs/1701.04128), divided by
+    its largest value.
 
     Args:
-        backbone: With ``out_type='featmap'``.
+        backbone: A backbone with ``out_type='featmap'``.
         images: (batch, channels, height, width), preprocessed.
 
     Returns:
         (height, width), 0 to 1.
 
     Raises:
-        ValueError: The last output is no map, or no pixel contributes.
+        ValueError: The last output is not a map, or no pixel contributes.
     """
     images = images.detach().requires_grad_()
     features = backbone(images)[-1]
@@ -45,14 +45,14 @@ def effective_receptive_field(backbone: nn.Module, images: Tensor) -> Tensor:
 def high_contribution_area(
     field: Tensor, shares: tuple[float, ...] = (0.2, 0.3, 0.5, 0.99)
 ) -> Mapping[float, float]:
-    """How large the square around the middle is that holds a share of a receptive field.
+    """Areas of the central squares that hold given shares of a receptive field.
 
     Args:
-        field: Of :func:`effective_receptive_field`.
-        shares: Of the field's sum. Defaults to those of Ding et al. (arXiv 2203.06717).
+        field: Result of :func:`effective_receptive_field`.
+        shares: Shares of the field's sum. Defaults to those of Ding et al. (arXiv 2203.06717).
 
     Returns:
-        For each share the square's area, relative to the image.
+        For each share, the area of the square relative to the image.
     """
     height, width = field.shape
     total = field.sum()
@@ -71,7 +71,7 @@ def high_contribution_area(
 
 
 def default_cam_layer(model: nn.Module) -> str:
-    """Where CAM looks: where the backbone says, which is as late as patches have an influence."""
+    """The backbone's layer for CAM: the last one at which patches have an influence."""
     return f'backbone.{backbone_of(model).cam_layer}'
 
 
@@ -83,15 +83,15 @@ def class_activation_map(
     Args:
         model: A classifier with a backbone of mmvim.
         images: (batch, channels, [frames,] height, width), preprocessed.
-        target: The class. Defaults to None: each image's best one.
-        layer: Name of the module whose first output is looked at. Defaults to None:
+        target: The class. Defaults to None: the best class of each image.
+        layer: Name of the module whose first output is examined. Defaults to None:
             :func:`default_cam_layer`.
 
     Returns:
         Maps (batch, [steps,] rows, columns), 0 to 1, the classes and their probabilities (batch,).
 
     Raises:
-        ValueError: The model is no classifier, or there is no such layer or class.
+        ValueError: The model is not a classifier, or there is no such layer or class.
     """
     if getattr(model, 'head', None) is None:
         raise ValueError(f'{type(model).__name__} has no head that classifies')
@@ -104,7 +104,7 @@ def class_activation_map(
     def keep(module: nn.Module, args: tuple, out: Tensor | tuple) -> None:
         kept.append(out[0] if isinstance(out, tuple) else out)
 
-    # Gradients are wanted of what the layer makes, even if its parameters are frozen.
+    # The layer's output needs gradients even if its parameters are frozen.
     images = images.detach().requires_grad_()
     handle = modules[layer].register_forward_hook(keep)
     try:

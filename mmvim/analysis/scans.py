@@ -1,7 +1,7 @@
-"""What the scans of a model do with its input.
+"""Hidden attention, step sizes and states of a model's scans.
 
-A selective scan is linear in its input u once its step sizes and matrices are known, so each
-channel of it is a matrix over the tokens: its *hidden attention* (Ali, Zimerman and Wolf: The
+Given its step sizes and matrices, a selective scan is linear in its input u, so each of its
+channels is a matrix over the tokens: its *hidden attention* (Ali, Zimerman and Wolf: The
 Hidden Attention of Mamba Models, https://arxiv.org/abs/2403.01590).
 """
 
@@ -27,7 +27,7 @@ class Scan:
 
     Attributes:
         layer: Name of the mixer in the model.
-        reverse: Whether it runs from the last token to the first.
+        reverse: Whether the scan runs from the last token to the first.
         u: Input (b, l, d).
         delta: Step sizes (b, l, d), bias and softplus applied.
         A: (d, n).
@@ -54,12 +54,12 @@ class Scan:
 
     @property
     def order(self) -> range:
-        """Tokens in the order in which the scan meets them."""
+        """Tokens in the order in which the scan visits them."""
         length = self.u.shape[1]
         return range(length - 1, -1, -1) if self.reverse else range(length)
 
     def _of_channels(self, x: Tensor, token: int) -> Tensor:
-        """(b, d, n) of a token out of (b, l, g, n)."""
+        """(b, d, n) of a token from (b, l, g, n)."""
         return x[:, token].repeat_interleave(self.u.shape[2] // x.shape[2], dim=1)
 
     def steps(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor | None, Tensor, Tensor]]:
@@ -73,15 +73,15 @@ class Scan:
 def record_scans(
     model: nn.Module, *inputs: Any, forward: Callable[..., Any] | None = None
 ) -> list[Scan]:
-    """Run a model without gradients and keep what its scans were given, in the order of the calls.
+    """Run a model without gradients and record the inputs of its scans, in the order of the calls.
 
     Args:
         model: A model with mixers of :mod:`mmvim.layers`.
         *inputs: Inputs of the forward pass.
-        forward: What is called with them. Defaults to None, the model.
+        forward: Function to call with them. Defaults to None: the model.
 
     Raises:
-        ValueError: No scan ran, or one that was given a state (streaming).
+        ValueError: No scan ran, or one with an initial state (streaming).
     """
     scans: list[Scan] = []
     with torch.no_grad(), _recorded(model, scans):
@@ -136,11 +136,11 @@ def hidden_attention(scan: Scan, *, reduce: str | None = None) -> Tensor:
     .. math::
         α_{t,s} = C_t \Big(\prod_{k=s+1}^{t} a_k\Big) w_{0,s} B_s, \quad s \le t
 
-    in the order of the scan, and for methods of two taps also what s gives to its successor. Takes
-    b·d·n·l values of memory while it runs.
+    in the order of the scan, and for two-tap methods also the contribution of s to its successor.
+    Takes b·d·n·l values of memory while it runs.
 
     Args:
-        scan: Of :func:`record_scans`.
+        scan: Result of :func:`record_scans`.
         reduce: None for every channel, 'abs' for the mean over channels of absolute values,
             'mean' for the mean. Defaults to None.
 
@@ -153,7 +153,7 @@ def hidden_attention(scan: Scan, *, reduce: str | None = None) -> Tensor:
     if reduce not in (None, 'abs', 'mean'):
         raise ValueError(f"reduce must be None, 'abs' or 'mean', got {reduce!r}")
     batch, length, channels = scan.u.shape
-    # What of each input is in the state.
+    # The share of each input in the state.
     share = scan.u.new_zeros(batch, channels, scan.A.shape[1], length)
     rows: list[Tensor | None] = [None] * length
     previous = None

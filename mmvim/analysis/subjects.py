@@ -1,4 +1,4 @@
-"""Models and pictures to look into."""
+"""Models and pictures for the analysis tools."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def backbone_of(model: nn.Module) -> Backbone:
     """The backbone of a model of a task library, or the model itself.
 
     Raises:
-        ValueError: It is none of mmvim's.
+        ValueError: It is not a backbone of mmvim.
     """
     backbone = getattr(model, 'backbone', model)
     if not isinstance(backbone, Backbone):
@@ -31,15 +31,15 @@ def backbone_of(model: nn.Module) -> Backbone:
 
 
 def open_model(cfg: Config, weights: Any = None, **backbone: Any) -> nn.Module:
-    """Build the model of a config for analysis, with changes of its backbone.
+    """Build the model of a config for analysis, with changes to its backbone.
 
     Args:
         cfg: A config.
         weights: Path or URL of a checkpoint. Defaults to None: random weights.
-        **backbone: Arguments of the backbone that are changed.
+        **backbone: Arguments of the backbone to change.
 
     Raises:
-        ValueError: The backbone is none of mmvim's.
+        ValueError: The backbone is not one of mmvim's.
     """
     model = get_model(cfg, weights or False, **({'backbone': backbone} if backbone else {}))
     backbone_of(model)
@@ -47,7 +47,7 @@ def open_model(cfg: Config, weights: Any = None, **backbone: Any) -> nn.Module:
 
 
 def size_for(model: nn.Module, shape: Sequence[int] | None = None) -> tuple[int, int]:
-    """Height and width of the pictures: what is asked for, else what the backbone is made for."""
+    """Height and width of the pictures: as requested, else the backbone's native size."""
     if shape:
         return shape[0], shape[-1]
     return getattr(backbone_of(model), 'img_size', (DEFAULT_SIDE, DEFAULT_SIDE))
@@ -59,13 +59,13 @@ def read_picture(path: str, size: tuple[int, int], frames: int | None = None) ->
     Args:
         path: A file.
         size: Height and width.
-        frames: How many of a video. Defaults to None: ``path`` is an image.
+        frames: Number of frames of a video. Defaults to None: ``path`` is an image.
 
     Returns:
         RGB (height, width, 3), or (frames, height, width, 3), uint8.
 
     Raises:
-        mmvim.errors.SampleError: It cannot be read.
+        mmvim.errors.SampleError: The file cannot be read.
     """
     import cv2
 
@@ -95,7 +95,7 @@ def to_input(model: nn.Module, picture: np.ndarray) -> Tensor:
     if picture.ndim == 4:
         data = {'inputs': [pixels.permute(3, 0, 1, 2)]}
     else:
-        # Image pipelines give BGR.
+        # Image pipelines produce BGR.
         data = {'inputs': [pixels.flip(-1).permute(2, 0, 1)]}
     inputs = model.data_preprocessor(data, False)['inputs']
     return torch.stack(list(inputs)) if isinstance(inputs, list | tuple) else inputs

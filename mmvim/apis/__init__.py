@@ -1,4 +1,4 @@
-"""What people call: the model zoo, checkpoints and inference."""
+"""Interfaces for users: the model zoo and inference."""
 
 from mmvim import _names
 

@@ -1,7 +1,7 @@
-"""The models that the metafiles of ``configs/`` describe, by name.
+"""The models described by the metafiles of ``configs/``, by name.
 
-``model-index.yml`` lists the metafiles. Their accuracies are those that authors reported, and their
-weights the authors' files.
+``model-index.yml`` lists the metafiles. Accuracies are those reported by the authors, and weights
+are the authors' files.
 """
 
 import copy
@@ -23,7 +23,7 @@ from torch import nn
 from mmvim.compat import mmengine_configs
 
 INDEX = 'model-index.yml'
-#: default_scope of a config: what tasks it does, in the words of metafiles.
+#: default_scope of a config: its tasks, in the words of the metafiles.
 _LIBRARIES = MappingProxyType(
     {'mmpretrain': 'classification', 'mmdet': 'detection', 'mmseg': 'segmentation'}
 )
@@ -31,16 +31,16 @@ _LIBRARIES = MappingProxyType(
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a metafile says about a model.
+    """A model as described by its metafile.
 
     Attributes:
         name: Name of the model.
         config: Path of its config.
-        weights: URL of the authors' weights, None if there are none.
+        weights: URL of the authors' weights, or None.
         collection: Name of the family.
         parameters: Number of parameters.
-        macs: Multiply-accumulates, None if not stated.
-        results: Entries with 'Task', 'Dataset', 'Metrics' and 'Source', who reported them.
+        macs: Multiply-accumulates, or None if not stated.
+        results: Entries with 'Task', 'Dataset', 'Metrics' and 'Source' (the reporter).
         entry: The entry of the metafile itself.
     """
 
@@ -95,10 +95,10 @@ def list_models(pattern: str | None = None, *, pretrained: bool = False) -> list
 
 
 def model_info(name: str) -> ModelInfo:
-    """What the zoo knows of a model.
+    """Look up a model of the zoo.
 
     Raises:
-        ValueError: There is no model of this name; the message has similar ones.
+        ValueError: There is no model of this name; the message suggests similar ones.
     """
     info = models().get(name)
     if info is None:
@@ -115,7 +115,7 @@ def load_config(model: str | Path | Config) -> Config:
         model: A name of the zoo, the path of a config, or a config, which is copied.
 
     Raises:
-        FileNotFoundError: There is no file of this path.
+        FileNotFoundError: There is no such file.
         ValueError: There is no model of this name.
     """
     if isinstance(model, Config):
@@ -164,11 +164,11 @@ def get_model(
 
     Args:
         name: A name of :func:`list_models`, the path of a config, or a config.
-        pretrained: True loads the authors' weights of the name (they are downloaded and cached), a
-            path or URL those of the file. With False the weights are random; files that the config
-            names in ``init_cfg`` are left alone. Defaults to False.
-        device: Where to put the model. Defaults to None, the CPU.
-        **kwargs: Changes of the config's ``model``, such as ``backbone=dict(drop_path_rate=0.1)``.
+        pretrained: True loads the authors' weights of the model (downloaded and cached), a path or
+            URL those of the file. With False the weights are random; files named in the config's
+            ``init_cfg`` are not loaded. Defaults to False.
+        device: Device of the model. Defaults to None: the CPU.
+        **kwargs: Changes to the config's ``model``, such as ``backbone=dict(drop_path_rate=0.1)``.
 
     Returns:
         The classifier, detector or segmentor, in evaluation mode, with its config as ``_config``.
@@ -193,7 +193,7 @@ def get_model(
                 f'no weights were published for {name!r}; see list_models(pretrained=True)'
             )
     if kwargs:
-        # Merging takes keys such as _delete_ out of what it is given.
+        # Merging removes keys such as _delete_ from its argument.
         cfg.merge_from_dict({'model': copy.deepcopy(kwargs)})
     model = build_model(cfg)
     if weights is not None:

@@ -1,4 +1,4 @@
-"""Output files that are there completely or not at all."""
+"""Output files that appear completely or not at all."""
 
 import os
 import shutil
@@ -8,15 +8,15 @@ from pathlib import Path
 
 
 class OutputFolder:
-    """Files that appear in a folder together, when all of them are done.
+    """Files that appear in a folder together, once all of them are complete.
 
-    They are written elsewhere in the folder first. After an error nothing of them is left, and what
-    stood there before is as it was.
+    They are first written elsewhere in the folder. After an error nothing of them remains, and
+    existing files are unchanged.
 
     Args:
-        folder: Made when it does not exist.
-        names: Paths below it of the files that will be written.
-        overwrite: Whether these may exist. Defaults to False.
+        folder: The folder; created if missing.
+        names: Paths, relative to it, of the files that will be written.
+        overwrite: Whether these may already exist. Defaults to False.
 
     Raises:
         FileExistsError: One of the files exists, or ``folder`` is a file.
@@ -39,17 +39,17 @@ class OutputFolder:
             raise FileExistsError(f'{str(self.folder / existing[0])!r} exists{more}')
 
     def path(self, name: str | Path) -> Path:
-        """Where to write a file now; its folder is there."""
+        """Temporary path for writing a file; its folder exists."""
         path = self._temporary / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def final(self, name: str | Path) -> Path:
-        """Where the file will be."""
+        """Final path of the file."""
         return self.folder / name
 
     def __enter__(self) -> 'OutputFolder':
-        # Folders that are made for the files go again with them.
+        # Folders created for the files are removed with them.
         self._made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
         self._temporary.mkdir(parents=True)
         return self

@@ -1,4 +1,4 @@
-"""The tables of the configs' README files and of the documentation, out of the metafiles."""
+"""The tables of the configs' README files and of the documentation, from the metafiles."""
 
 import os
 import re
@@ -13,7 +13,7 @@ OVERVIEW = 'overview'
 
 
 def training_data(info: ModelInfo) -> str:
-    """The data sets that a model saw, which name the table in which it stands."""
+    """The data sets that a model saw, which name its table."""
     data = info.entry.get('Metadata', {}).get('Training Data', '')
     return ', '.join(data) if isinstance(data, list) else data
 
@@ -71,14 +71,14 @@ def _span(values: list[float], style: str) -> str:
 
 
 def fill(text: str, folder: Path) -> str:
-    """Bring the tables in a Markdown text up to date.
+    """Update the tables in a Markdown text.
 
     A table stands between ``<!-- model zoo: DATA -->`` (or ``<!-- model zoo: DATA of FAMILY -->``)
-    and ``<!-- end of model zoo -->``. Without a family, those whose configs are in ``folder``.
-    ``<!-- model zoo: overview -->`` is a row for each family and data set.
+    and ``<!-- end of model zoo -->``. Without a family it has the models whose configs are in
+    ``folder``. ``<!-- model zoo: overview -->`` has a row for each family and data set.
 
     Raises:
-        ValueError: A mark has no end, or no model belongs to it.
+        ValueError: A marker has no end, or no model belongs to it.
     """
     parts, position = [], 0
     for mark in BEGIN.finditer(text):

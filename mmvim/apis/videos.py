@@ -1,4 +1,4 @@
-"""Video files in and out."""
+"""Input and output of video files."""
 
 import glob
 import os
@@ -39,10 +39,10 @@ def find_videos(inputs: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 class VideoWriter:
-    """Writes frames into an H.264 file (MPEG-4 where the encoder is missing).
+    """Writer of frames to an H.264 file (MPEG-4 if the encoder is missing).
 
     Args:
-        path: File to write; its suffix says the container.
+        path: File to write; its suffix determines the container.
         rate: Frames per second.
 
     Raises:
@@ -59,9 +59,9 @@ class VideoWriter:
         self._size: tuple[int, int] | None = None
 
     def write(self, picture: np.ndarray) -> None:
-        """Append an RGB picture (height, width, 3); all get the size of the first one."""
+        """Append an RGB picture (height, width, 3); all are resized to the first one."""
         if self._size is None:
-            # The encoders want even sides.
+            # The encoders require even sizes.
             height, width = (side + side % 2 for side in picture.shape[:2])
             self._size = height, width
             self._stream.height, self._stream.width = height, width

@@ -1,1 +1,1 @@
-"""Checkpoints: found, read, matched to a model, written."""
+"""Checkpoints: finding, reading, matching to a model, writing."""

@@ -1,4 +1,4 @@
-"""Checkpoint files: reading, writing, and the weights inside, whoever wrote them."""
+"""Checkpoint files: reading, writing, and the weights inside, whatever program wrote them."""
 
 import json
 import os
@@ -19,16 +19,16 @@ from .keys import unwrap_state_dict
 #: Where official files and mmengine keep weights.
 CONTAINERS = ('state_dict', 'model', 'module', 'model_state')
 EMA_CONTAINERS = ('model_ema', 'state_dict_ema')
-#: mmengine's EMAHook exchanges the two when it saves: here are the trained weights.
+#: Trained weights: mmengine's EMAHook swaps them with the averages when it saves.
 EXCHANGED = 'ema_state_dict'
 
 
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Read a PyTorch or safetensors file, or a URL, without running code that it may contain.
+    """Read a PyTorch or safetensors file, or a URL, without running any code it contains.
 
     Raises:
-        CheckpointError: It does not exist, cannot be read, or needs more than tensors and plain
-            data; the message says what.
+        CheckpointError: The file does not exist, cannot be read, or needs more than tensors and
+            plain data; the message says what.
     """
     name = str(file)
     is_url = re.match(r'[a-z0-9]+://', name)
@@ -54,16 +54,16 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
 
 
 def find_weights(content: Mapping[str, Any], *, ema: bool | None = None) -> dict[str, Tensor]:
-    """The weights in a checkpoint, without what wraps them and their names.
+    """The weights in a checkpoint, without containers and key prefixes.
 
     Args:
-        content: What :func:`read_checkpoint` gives.
+        content: The result of :func:`read_checkpoint`.
         ema: True takes averaged weights (``model_ema`` of official files; of mmengine's with an
             ``EMAHook`` the averages are ``state_dict``), False the trained ones. Defaults to None:
-            the first ones there are, averaged or not, which is what mmengine loads.
+            the first ones found, averaged or not, as mmengine does.
 
     Raises:
-        CheckpointError: There are no weights, or none of the wanted kind.
+        CheckpointError: There are no weights, or none of the requested kind.
     """
     averaged = next((content[k] for k in EMA_CONTAINERS if _is_container(content.get(k))), None)
     plain = next((content[k] for k in CONTAINERS if _is_container(content.get(k))), None)
@@ -84,7 +84,7 @@ def find_weights(content: Mapping[str, Any], *, ema: bool | None = None) -> dict
     if not weights:
         raise CheckpointError('has no weights in it')
     if any(name.startswith('module.') for name in weights):
-        # mmengine counts the steps of an average beside its weights.
+        # mmengine stores the number of averaging steps among the weights.
         weights.pop('steps', None)
     unwrap_state_dict(weights)
     return weights
@@ -105,16 +105,16 @@ def write_checkpoint(
 ) -> None:
     """Write weights as a ``.safetensors`` file, or as ``.pth`` in mmengine's layout.
 
-    The file appears under its name only when it is complete.
+    The file gets its name only once it is complete.
 
     Args:
         state_dict: The weights.
         out: File to write.
-        meta: Strings and plain data kept beside them, such as ``dataset_meta``. Of a safetensors
-            file, which holds strings only, it is JSON.
+        meta: Strings and plain data stored with them, such as ``dataset_meta``; as JSON in a
+            safetensors file, which holds only strings.
 
     Raises:
-        ValueError: The suffix is another one.
+        ValueError: The suffix is neither.
     """
     out = Path(out)
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}

@@ -1,4 +1,4 @@
-"""Helpers that fit the checkpoints of official models to ours."""
+"""Helpers that map the checkpoints of official models to ours."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 _WRAPPERS = ('model', 'module', 'state_dict')
-#: What data parallelism, torch.compile and a class around the model put before each key.
+#: Key prefixes added by data parallelism, torch.compile and a class around the model.
 WRAPPING_PREFIXES = ('module.', '_orig_mod.', 'model.')
 
 
@@ -17,7 +17,7 @@ def unwrap_state_dict(state_dict: MutableMapping[str, Any]) -> None:
     """Replace ``{'model': weights, 'optimizer': …}`` by the weights, in place.
 
     Weights under 'module' or 'state_dict' are unwrapped too, and the ``module.``, ``_orig_mod.`` or
-    ``model.`` that a wrapper puts before each key is removed.
+    ``model.`` that a wrapper adds to each key is removed.
     """
     for wrapper in _WRAPPERS:
         if isinstance(state_dict.get(wrapper), Mapping):

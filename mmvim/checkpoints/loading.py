@@ -1,4 +1,4 @@
-"""Weights of a checkpoint for a model: what fits, what is renamed or resized, what is missing."""
+"""Loading of weights into a model, with a report of renamed, resized and missing ones."""
 
 import re
 from collections import OrderedDict
@@ -24,14 +24,14 @@ _MISFIT = 'The model and loaded state dict do not match exactly'
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What happened to the weights of a file.
+    """Report on loading the weights of a file.
 
     Attributes:
-        renamed: The file's name of each parameter that had another one, to the model's.
-        resized: Names, with the shape in the file and in the model.
-        missing: Parameters of the model that the file does not have.
+        renamed: Names in the file to names in the model, where they differ.
+        resized: Names, with the shapes in the file and in the model.
+        missing: Parameters of the model that the file lacks.
         unexpected: Names of the file that the model has no place for.
-        loaded: How many parameters and buffers were loaded.
+        loaded: Number of loaded parameters and buffers.
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
@@ -60,11 +60,11 @@ def load_weights(
 
     Args:
         model: A model of mmvim, or of a task library with a backbone of mmvim.
-        file: Path or URL, or what :func:`read_checkpoint` gave.
+        file: Path or URL, or the result of :func:`read_checkpoint`.
         ema: Which weights to take; see :func:`find_weights`.
 
     Raises:
-        CheckpointError: The file cannot be read, or is of another model.
+        CheckpointError: The file cannot be read, or belongs to another model.
     """
     name = 'the checkpoint' if isinstance(file, Mapping) else f'checkpoint {str(file)!r}'
     content = file if isinstance(file, Mapping) else read_checkpoint(file)
@@ -72,7 +72,7 @@ def load_weights(
         given = find_weights(content, ema=ema)
     except CheckpointError as error:
         raise CheckpointError(f'{name} {error}') from None
-    # The model's sizes, metadata of the file and its own hooks decide what becomes of them.
+    # The model's sizes, its hooks and the file's metadata decide how the weights are loaded.
     metadata = next(
         (getattr(content.get(k), '_metadata', None) for k in CONTAINERS if k in content), None
     )
@@ -96,7 +96,7 @@ def load_weights(
 
 @contextmanager
 def _watched_loading() -> Iterator[dict[str, Tensor]]:
-    """Collect what each module is really given, after all renaming and resizing."""
+    """Collect what each module actually receives, after all renaming and resizing."""
     load = nn.Module._load_from_state_dict
     fitted: dict[str, Tensor] = {}
 
@@ -116,7 +116,7 @@ def _report(given: dict[str, Tensor], fitted: dict[str, Tensor], missing: list) 
     for key, value in sorted(fitted.items()):
         source = names.get(id(value))
         if source is None:
-            # Made from another tensor: that of the same name, or of the same end of it.
+            # Made from another tensor: the one of the same name, or of a name with the same end.
             ends = [k for k in given if key == k or key.endswith(f'.{k}')]
             source = max(ends, key=len) if ends else None
         if source is None:
@@ -145,8 +145,9 @@ def checked_loading(runner: Any, complete: bool) -> Iterator[None]:
 
     Args:
         runner: A ``Runner`` or ``FlexibleRunner``.
-        complete: Whether ``load_from`` must give every parameter of the model (testing, resuming),
-            or may give a part (fine-tuning). Checkpoints of ``init_cfg`` may always give a part.
+        complete: Whether ``load_from`` must provide every parameter of the model (testing,
+            resuming) or may provide some (fine-tuning). Checkpoints of ``init_cfg`` may always
+            provide only some.
     """
     lenient = mmengine_checkpoint.load_state_dict
     load_or_resume = runner.load_or_resume
@@ -188,7 +189,7 @@ def checked_loading(runner: Any, complete: bool) -> Iterator[None]:
 def _as_mmengine_writes(checkpoint: Any) -> Any:
     """Put the weights of official files under ``state_dict``, where mmengine's hooks look for them.
 
-    Official files hold them under ``model``, or are nothing but the weights.
+    Official files hold them under ``model``, or consist of nothing but the weights.
     """
     if not isinstance(checkpoint, dict) or 'state_dict' in checkpoint:
         return checkpoint

@@ -13,7 +13,7 @@ import torch
 
 from mmvim.compat import mmengine_checkpoints
 
-# What a checkpoint of a training run has, and mere weights have not.
+# Keys of a training run's checkpoint that a file of mere weights lacks.
 _NEEDED = ('state_dict', 'optimizer', 'message_hub')
 
 
@@ -22,8 +22,8 @@ class Checkpoint:
     """A checkpoint that training can continue from.
 
     Attributes:
-        path: Where it is.
-        iteration: Iterations done.
+        path: Its path.
+        iteration: Number of finished iterations.
         seed: Seed of the run; None if it is not in the file.
         shapes: Shapes of the weights, by name; empty for a directory of shards.
     """
@@ -39,14 +39,14 @@ class BrokenCheckpoint(Exception):
 
 
 def inspect(path: str, whole: bool = True) -> Checkpoint:
-    """Read what a checkpoint is, without loading its tensors.
+    """Read the description of a checkpoint, without loading its tensors.
 
     Args:
         path: A local file, or a directory of shards.
         whole: Whether to read the file to its end, and compare its checksums.
 
     Raises:
-        BrokenCheckpoint: It is damaged, incomplete, or nothing that training can continue from.
+        BrokenCheckpoint: It is damaged, incomplete, or unfit for continuing training.
     """
     if os.path.isdir(path):
         return _inspect_directory(path, whole)
@@ -83,10 +83,10 @@ def inspect(path: str, whole: bool = True) -> Checkpoint:
 def candidates(work_dir: str) -> list[str]:
     """Return the checkpoints of a work directory, in the order in which they should be tried.
 
-    The file ``last_checkpoint`` names the newest, unless the run was killed before that file was
-    written: then there is one with more iterations that was written later. (One with more
-    iterations that was written earlier is of a former run in this directory, and tried last.)
-    If the file is gone or names nothing that is there, the newest file comes first.
+    The file ``last_checkpoint`` names the newest one, unless the run was killed before that file
+    was written: then another one has more iterations and was written later. (One with more
+    iterations that was written earlier belongs to a former run in this directory and comes last.)
+    If ``last_checkpoint`` is missing or names no existing file, the newest file comes first.
     """
     directory = Path(work_dir)
     try:
@@ -114,7 +114,7 @@ def candidates(work_dir: str) -> list[str]:
 
 
 def _ages(paths: list[str]) -> dict[str, float]:
-    """Return what orders checkpoints: iterations, or the numbers in their names if that is enough.
+    """Return sort keys of checkpoints: iterations, or the numbers in their names if that is enough.
 
     A file that cannot be read counts as the newest if it was written last, so that it is reported.
     """
@@ -135,7 +135,7 @@ def newest_first(paths: list[str], notes: list[str]) -> Iterator[Checkpoint]:
 
     Args:
         paths: As :func:`candidates` returns them.
-        notes: Gets a line for each that is left out.
+        notes: Receives a line for each one that is skipped.
     """
     for path in paths:
         try:
@@ -149,7 +149,7 @@ def _inspect_directory(path: str, whole: bool) -> Checkpoint:
     if not shards:
         if not any(Path(path).iterdir()):
             raise BrokenCheckpoint('it is an empty directory')
-        # DeepSpeed and ColossalAI have formats of their own, which they check themselves.
+        # DeepSpeed and ColossalAI have their own formats and check them themselves.
         return Checkpoint(path, _number(path), None, {})
     expected = int(os.environ.get('WORLD_SIZE', len(shards)))
     if len(shards) != expected:
@@ -170,7 +170,7 @@ def _number(path: str) -> int:
 def _read(path: str) -> Any:
     try:
         with mmengine_checkpoints.allowed_types(path):
-            # Without mmap the tensors would be read; old files cannot be mapped.
+            # mmap avoids reading the tensors; old files cannot be mapped.
             return torch.load(path, map_location='cpu', mmap=zipfile.is_zipfile(path))
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         text = ' '.join(str(error).split())

@@ -1,7 +1,7 @@
-"""Shims for third-party packages: each in a module of its own, with its reason and its end.
+"""Shims for third-party packages: one module each, with its reason and its expiry.
 
 :func:`install` puts all of them in place. It imports none of the packages: a shim acts when its
-package is imported, and not at all where it is not needed.
+package is imported, and only where it is needed.
 """
 
 import importlib

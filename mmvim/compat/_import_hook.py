@@ -1,6 +1,6 @@
-"""Run a function on a module of another package as soon as that module is imported.
+"""Functions that run on a module of another package as soon as that module is imported.
 
-Standard library only. Nothing is imported before somebody else asks for it, which is what keeps
+Standard library only. Nothing is imported before other code imports it, which keeps
 ``import mmvim`` light and independent of the packages that the shims are for.
 """
 
@@ -33,7 +33,7 @@ class _PostImportFinder(importlib.abc.MetaPathFinder):
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            # A loader may serve several modules: put its own method back before anything else.
+            # A loader may serve several modules: restore its own method before anything else.
             if loader.__dict__.get('exec_module') is exec_module:
                 del loader.exec_module
             execute(module)
@@ -62,14 +62,14 @@ def _run_callbacks(module: ModuleType) -> None:
 
 
 def when_imported(name: str, callback: Callback) -> None:
-    """Call ``callback(module)`` after module ``name`` has been executed, now if it has been.
+    """Call ``callback(module)`` once module ``name`` has been executed, at once if it already has.
 
     The callback runs again when the module is executed again (after a reload or a removal from
-    ``sys.modules``), so it must leave a patched module as it is.
+    ``sys.modules``), so it must leave an already patched module unchanged.
 
     Args:
         name: Full module name, such as ``'mmengine.config.utils'``.
-        callback: Function of the module object. Its exceptions reach whoever imports the module.
+        callback: Function of the module object. Its exceptions reach the importing code.
     """
     if not any(isinstance(finder, _PostImportFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PostImportFinder())

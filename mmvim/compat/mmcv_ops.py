@@ -1,13 +1,13 @@
 """``mmcv._ext`` from torchvision and PyTorch when, and only when, mmcv has no compiled ops.
 
-Why: the mmcv on the package index is a source distribution whose build, isolated from torch, leaves
-the compiled ops out without saying so; building them takes over an hour on two cores, and binary
-wheels exist for a few combinations of Python, torch and CUDA only. Without ``mmcv._ext`` the import
+Why: the mmcv on the package index is a source distribution whose build, isolated from torch,
+silently omits the compiled ops; building them takes over an hour on two cores, and binary wheels
+exist only for a few combinations of Python, torch and CUDA. Without ``mmcv._ext`` the import
 of ``mmcv.ops``, and with it every two-stage detector, fails.
 
-How: a finder at the *end* of ``sys.meta_path`` answers for ``mmcv._ext``. An extension that is
-really there is found before it and wins. The functions are in :mod:`mmvim.compat.mmcv_ext`; an op
-that is not among them can be imported and raises when it is called.
+How: a finder at the *end* of ``sys.meta_path`` answers for ``mmcv._ext``. A real extension is
+found first and wins. The functions are in :mod:`mmvim.compat.mmcv_ext`; an op that is not among
+them can be imported and raises when it is called.
 
 Obsolete with: an mmcv (or onedl-mmcv, 2.3.6 at the time of writing) whose wheels carry compiled ops
 for every supported torch.
@@ -49,7 +49,7 @@ def install() -> None:
 
 
 def is_compiled() -> bool:
-    """Whether mmcv brings compiled ops of its own (imports mmcv, but not its ops).
+    """Whether mmcv has its own compiled ops (imports mmcv, but not its ops).
 
     Raises:
         ModuleNotFoundError: mmcv is not installed.

@@ -1,11 +1,11 @@
-"""Boxes of mmdet stay in float32 under bfloat16 autocast.
+"""float32 boxes in mmdet under bfloat16 autocast.
 
 Why: mmdet gives anchors and regions of interest the dtype of the features. bfloat16 has 8 bits of
 precision: a coordinate between 512 and 1024 is rounded to a multiple of 4 pixels. Proposals and the
-features that are cut out for them are then several pixels off. (Compiled mmcv ops do not know
-bfloat16, so such a model does not run at all with them.)
+features pooled for them are then several pixels off. (Compiled mmcv ops do not support bfloat16, so
+such a model does not run at all with them.)
 
-How: anchors and points are made in float32 where bfloat16 is asked for; the offsets that a head
+How: anchors and points are created in float32 where bfloat16 is requested; the offsets that a head
 predicts are added to them in float32 by type promotion. Regions are pooled from bfloat16 features
 in float32, and autocast casts the result where it is used. float32 and float16 stay as they are.
 

@@ -1,22 +1,22 @@
-"""Checkpoints are loaded without running code that they carry, and resuming works all the same.
+"""Safe loading of checkpoints: no code inside them runs, and resuming still works.
 
 Why: since torch 2.6 ``torch.load`` refuses every type that is not on a list. mmengine's training
 checkpoints hold its ``HistoryBuffer`` and NumPy scalars, so resuming fails with mmengine 0.10.7;
 checkpoints of the official Vim and VideoMamba hold an ``argparse.Namespace``. onedl-mmengine
-0.10.12 lists some types, among them all of ``getattr``, and loads what is not on its list with
-``weights_only=False`` after a warning; what it downloads it always loads that way. Either runs
-whatever code the file contains.
+0.10.12 allows some types, among them ``getattr`` without restriction, and loads anything else with
+``weights_only=False`` after a warning; downloads are always loaded that way. Either runs whatever
+code the file contains.
 
-mmengine reads no safetensors files at all.
+mmengine does not read safetensors files.
 
 How: while mmengine loads a checkpoint, the types that such files need are on torch's list, each
-restricted to what they need it for; a file that needs more is refused with a message that names the
+restricted to its legitimate use; a file that needs more is refused with a message that names the
 type. Nothing else in the process is affected. ``TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1``, torch's own
-switch for files that one trusts, keeps working.
+switch for trusted files, keeps working.
 
-A local file called ``*.safetensors`` is read with safetensors. A server that does not answer for
-:data:`TIMEOUT` seconds ends a download, which otherwise waits for ever, and what was downloaded and
-is no checkpoint does not stay in torch's cache, where it would be found again.
+A local file named ``*.safetensors`` is read with safetensors. A download fails after
+:data:`TIMEOUT` seconds without an answer instead of waiting forever, and a downloaded file that is
+not a checkpoint does not stay in torch's cache, where it would be found again.
 
 Obsolete with: an mmengine that does this itself.
 """
@@ -36,7 +36,7 @@ from typing import Any
 
 from ._import_hook import when_imported
 
-#: Seconds without a byte from a server after which a download fails.
+#: Seconds without data from a server after which a download fails.
 TIMEOUT = 30.0
 
 
@@ -46,7 +46,7 @@ def install() -> None:
 
 
 def load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    """``torch.load`` of a checkpoint, without running code that it may contain.
+    """``torch.load`` of a checkpoint, without running any code it contains.
 
     Tensors and plain containers load, and so do ``argparse.Namespace``, numbers and numeric arrays
     of NumPy, and mmengine's ``HistoryBuffer``.
@@ -66,7 +66,7 @@ def load(file: Any, map_location: Any = None, weights_only: bool | None = None) 
 
 
 def load_safetensors(file: str, map_location: Any = None) -> dict[str, Any]:
-    """Read the tensors of a safetensors file, which mmengine does not know.
+    """Read the tensors of a safetensors file, a format that mmengine does not know.
 
     Args:
         file: Path.
@@ -97,10 +97,10 @@ def load_safetensors(file: str, map_location: Any = None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def allowed_types(file: Any) -> Iterator[None]:
-    """Have the types that checkpoints need on torch's list, and explain what is refused.
+    """Put the types that checkpoints need on torch's list, and explain refusals.
 
     Args:
-        file: The file that is loaded, for the message.
+        file: The file being loaded, for the message.
     """
     import torch
 
@@ -120,7 +120,7 @@ def _explain(error: Exception, file: Any) -> str | None:
     """One line on why ``file`` was refused; None for an error that speaks for itself."""
     text = str(error)
     if text.startswith('checkpoint '):
-        return None  # Explained by an inner call already.
+        return None  # Already explained by an inner call.
     name = f"checkpoint '{file}'" if isinstance(file, str) else 'checkpoint'
     refused = re.search(r'GLOBAL (\S+) was not an allowed global', text)
     blocked = re.search(r'GLOBAL (\S+) whose module \S+ is blocked', text)
@@ -142,7 +142,7 @@ def _explain(error: Exception, file: Any) -> str | None:
     detail = re.search(r'WeightsUnpickler error:\s*(.+)', text)
     reason = detail[1] if detail else (text.strip().splitlines() or [type(error).__name__])[0]
     if reason.startswith('Weights only load failed'):
-        # torch goes on to recommend loading the file unsafely.
+        # torch's message continues with advice to load the file unsafely.
         reason = 'it does not begin as one'
     return f'{name} cannot be read: it is damaged or not a PyTorch checkpoint ({reason})'
 
@@ -165,7 +165,7 @@ def _allowed() -> tuple:
         np.ndarray,
         np.dtype,
         *{type(kind) for kind in kinds},
-        # Files of NumPy 1 name the one module, files of NumPy 2 the other.
+        # Files written with NumPy 1 name one module, those with NumPy 2 the other.
         *(
             (getattr(multiarray, name), f'numpy.{package}.multiarray.{name}')
             for package in ('core', '_core')
@@ -175,7 +175,7 @@ def _allowed() -> tuple:
 
 
 def _history_method(owner: type, name: str) -> Any:
-    """``getattr`` for the one use that it has in checkpoints: methods of a HistoryBuffer."""
+    """``getattr`` for its only use in checkpoints: methods of a HistoryBuffer."""
     from mmengine.logging.history_buffer import HistoryBuffer
 
     if owner is not HistoryBuffer or name.startswith('_'):
@@ -184,9 +184,9 @@ def _history_method(owner: type, name: str) -> Any:
 
 
 def hash_in_name(name: str) -> str | None:
-    """The beginning of the SHA-256 that ``model-0123abcd.pth`` promises; None where there is none.
+    """The beginning of the SHA-256 in a name such as ``model-0123abcd.pth``, or None.
 
-    Eight digits that are a day, as in ``model-20240131.pth``, promise nothing.
+    Eight digits that form a date, as in ``model-20240131.pth``, are not a hash.
     """
     found = re.search(r'-([0-9a-f]{8,64})\.(?:pth|pt|safetensors|pth\.tar)$', name)
     if not found or re.fullmatch(r'(19|20)\d\d(0[1-9]|1[0-2])([0-2]\d|3[01])', found[1]):
@@ -204,7 +204,7 @@ def _sha256(file: Path) -> str:
 
 
 def _download(load_url: Callable[..., Any], url: str, *args: Any, **kwargs: Any) -> Any:
-    """``torch.hub.load_state_dict_from_url`` that neither waits for ever nor keeps rubbish."""
+    """``torch.hub.load_state_dict_from_url`` without endless waits and invalid cached files."""
     import socket
 
     from torch import hub
@@ -212,9 +212,9 @@ def _download(load_url: Callable[..., Any], url: str, *args: Any, **kwargs: Any)
     folder = kwargs.get('model_dir') or os.path.join(hub.get_dir(), 'checkpoints')
     cached = Path(folder, kwargs.get('file_name') or os.path.basename(url.partition('?')[0]))
     was_there = cached.exists()
-    # torch.hub asks for weights_only=False unless told otherwise; None is torch.load's default.
+    # torch.hub passes weights_only=False by default; None restores torch.load's default.
     kwargs.setdefault('weights_only', None)
-    # torch.hub compares the hash of what it downloads; what is in the cache it takes as it is.
+    # torch.hub verifies the hash of downloads, but not of cached files.
     expected = hash_in_name(cached.name)
     kwargs.setdefault('check_hash', expected is not None)
     if was_there and expected is not None and not _sha256(cached).startswith(expected):

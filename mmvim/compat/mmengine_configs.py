@@ -1,13 +1,13 @@
 """``_base_ = 'mmvim::vim/…'`` and ``mmengine.hub.get_config('mmvim::vim/…')``.
 
-Why: mmengine looks other packages' configs up by a list of the packages that it knows, and expects
-them in ``<package>/.mim/configs``. There they are in an installed mmvim; in a source checkout or an
-editable installation they are at the top of the repository, and nothing may be written there by
-merely importing a package. mmengine also gives every part of such a base config the scope
-``mmvim``, under which the types of mmdet, mmseg and mmpretrain in our configs would not be found.
+Why: mmengine looks up other packages' configs in a list of known packages, and expects them in
+``<package>/.mim/configs``. That is where an installed mmvim has them; in a source checkout or an
+editable installation they are at the top of the repository, and merely importing a package must not
+write files there. mmengine also gives every part of such a base config the scope ``mmvim``, in
+which the types of mmdet, mmseg and mmpretrain in our configs would not be found.
 
 How: mmvim is added to the list, and the functions that join the paths answer for mmvim themselves.
-Its base configs keep the scope of the config that includes them. Other packages are not touched.
+Its base configs keep the scope of the config that includes them. Other packages are unaffected.
 
 Obsolete with: nothing in sight; mmengine has no way to register a package's configs.
 """
@@ -35,7 +35,7 @@ def root() -> Path:
     """The folder with ``configs/``: the repository of a checkout, else ``mmvim/.mim``.
 
     Raises:
-        FileNotFoundError: Neither is there: the package was built without its configs.
+        FileNotFoundError: Neither exists: the package was built without its configs.
     """
     checkout, installed = PACKAGE.parent, PACKAGE / '.mim'
     if (checkout / 'pyproject.toml').is_file() and (checkout / 'configs').is_dir():
@@ -52,7 +52,7 @@ def config_path(name: str) -> Path:
         name: Path below ``configs/``, such as ``'vim/vim-tiny_8xb128_in1k.py'``.
 
     Raises:
-        FileNotFoundError: There is no such config; the message lists the folder's.
+        FileNotFoundError: There is no such config; the message lists those of the folder.
     """
     folder = root() / 'configs'
     path = folder / name
@@ -70,7 +70,7 @@ def _add_package(utils: ModuleType) -> None:
 
 
 def _is_mmvim(package_path: str) -> bool:
-    # By name: another mmvim may be installed beside the checkout that is running.
+    # By name: another mmvim may be installed in addition to the running checkout.
     return os.path.basename(os.path.normpath(package_path)) == PACKAGE.name
 
 
@@ -107,9 +107,9 @@ def _metainfo_lookup(original: Callable[[str, str], dict]) -> Callable[[str, str
         for metafile in metafiles:
             for model in load(base / metafile).get('Models', []):
                 if model.get('Config') == f'configs/{cfg_path}':
-                    # Absolute: the callers join it to a folder that a checkout does not have.
+                    # Absolute: the callers join it with a folder that does not exist in a checkout.
                     return {**model, 'Config': str(base / model['Config'])}
-        # What mmengine expects for a config without metadata: it then takes the path itself.
+        # mmengine's convention for a config without metadata: it then uses the path itself.
         raise ValueError(f"no metafile of mmvim describes '{cfg_path}'")
 
     return lookup

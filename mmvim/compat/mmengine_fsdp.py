@@ -1,12 +1,12 @@
-"""Runs with mmengine's ``FSDPStrategy`` resume.
+"""Resuming with mmengine's ``FSDPStrategy``.
 
 Why: mmengine 0.10 calls ``FullyShardedDataParallel.optim_state_dict_to_load(state, model, optim)``.
 Since torch 2.1 the order is ``(model, optim, state)``, so resuming, and building the optimizer
 before the model is sharded, fail with "unhashable type: 'dict'".
 
-How: the name ``FSDP`` in mmengine's module becomes a class with the former order.
+How: the name ``FSDP`` in mmengine's module becomes a class with the former argument order.
 
-Obsolete with: an mmengine that uses the present order.
+Obsolete with: an mmengine that uses the current order.
 """
 
 from types import ModuleType

@@ -2,9 +2,9 @@
 
 Why: mmengine's hub builds a model in the scope of the package that the config comes from. mmvim's
 configs keep the scope of their task library, whose classifiers, detectors and segmentors cannot be
-seen from the scope ``mmvim``. It also loads the weights without what official files need.
+seen from the scope ``mmvim``. It also loads weights without the types that official files need.
 
-How: configs of mmvim are built by :func:`mmvim.get_model`; those of others as before.
+How: configs of mmvim are built by :func:`mmvim.get_model`, those of other packages as before.
 
 Obsolete with: a hub that respects a config's ``default_scope``.
 """
@@ -38,7 +38,7 @@ def _patch(hub: ModuleType) -> None:
         if pretrained and cfg.get('model_path') is None:
             raise ValueError(f'no weights were published for {cfg_path!r}')
         model = build(cfg, cfg.model_path if pretrained else False, **kwargs)
-        # As in the original: a runner shall not initialise the weights again.
+        # As in the original: a runner must not initialise the weights again.
         model._is_init = bool(pretrained)
         return model
 

@@ -1,8 +1,8 @@
 """``_base_ = 'mmseg::…'`` with the OneDL packages, and package look-ups without ``pkg_resources``.
 
 Why, first: mmengine (also onedl-mmengine 0.10.12) looks for the distribution ``mmsegmentation``
-when a config says ``mmseg::``. With ``onedl-mmsegmentation`` there is no distribution of that name,
-nor a module, so it says that mmsegmentation is not installed.
+when a config says ``mmseg::``. With ``onedl-mmsegmentation`` neither a distribution nor a module
+has that name, so mmengine reports that mmsegmentation is not installed.
 
 Why, second: mmengine 0.10.7 and earlier find installed packages with ``pkg_resources``, which
 setuptools 82 removed; every ``_base_ = 'mm…::…'`` then fails.
@@ -37,7 +37,7 @@ def _name_onedl_packages(utils: ModuleType) -> None:
     for module, onedl in _ONEDL.items():
         known = utils.MODULE2PACKAGE.get(module)
         if known is None or known == module or _distribution_exists(known):
-            # A package found by its module's name needs no help: mmengine tries that name itself.
+            # A package whose module has its name needs no entry: mmengine tries that name itself.
             continue
         if _distribution_exists(onedl):
             utils.MODULE2PACKAGE[module] = onedl
@@ -47,7 +47,7 @@ def _replace_pkg_resources(package_utils: ModuleType) -> None:
     if 'pkg_resources' not in package_utils.is_installed.__code__.co_names:
         return
     if importlib.util.find_spec('pkg_resources') is None:
-        # The code and not the function: other modules may have imported the function already.
+        # Replace the code, not the function, which other modules may already have imported.
         package_utils.is_installed.__code__ = _call_is_installed.__code__
         package_utils.get_installed_path.__code__ = _call_get_installed_path.__code__
 
@@ -78,7 +78,7 @@ def is_installed(package: str) -> bool:
 
 
 def get_installed_path(package: str) -> str:
-    """Directory of the module that the distribution or module ``package`` brings.
+    """Directory of the module that belongs to the distribution or module ``package``.
 
     Raises:
         ImportError: There is no such distribution or module.

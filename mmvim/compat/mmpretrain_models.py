@@ -1,11 +1,11 @@
 """The classifiers of mmvim in ``mmpretrain.get_model`` and ``mmpretrain.list_models``.
 
-Why: mmpretrain knows the models of its own model index only.
+Why: mmpretrain knows only the models of its own model index.
 
 How: when mmpretrain registers its own models, at the first look-up, those of mmvim are added.
-A name that is taken is left alone.
+Names that are already taken are left alone.
 
-Obsolete with: nothing; this is how mmpretrain wants models to be registered, at the right moment.
+Obsolete with: nothing; this is mmpretrain's own way of registering models, at the right moment.
 """
 
 import functools
@@ -14,7 +14,7 @@ from types import ModuleType
 from ._import_hook import when_imported
 from .mmengine_configs import root
 
-#: Training data of models that are no classifiers.
+#: Training data of models that are not classifiers.
 _OTHERS = ('COCO', 'ADE20K')
 
 

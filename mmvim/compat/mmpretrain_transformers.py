@@ -1,12 +1,12 @@
-"""mmpretrain beside transformers 5: its multi-modal models are left out.
+"""mmpretrain together with transformers 5, without its multi-modal models.
 
 Why: mmpretrain (onedl-mmpretrain 1.3.6 at the time of writing) imports its multi-modal models, and
 with them names that transformers 5 no longer has, whenever transformers >= 4.28 is installed. The
-import of ``mmpretrain.models`` then fails, also for those who want an image classifier.
+import of ``mmpretrain.models`` then fails, even for users of an image classifier.
 
-How: ``mmpretrain.utils.dependency`` decides by its ``WITH_MULTIMODAL``, which is set to False as
-soon as that module has been imported. The placeholders that mmpretrain then registers for those
-models get an error message that says why.
+How: ``WITH_MULTIMODAL`` of ``mmpretrain.utils.dependency`` decides, and is set to False as soon as
+that module has been imported. The placeholders that mmpretrain then registers for those models get
+an error message with the reason.
 
 Obsolete with: an mmpretrain that supports transformers 5.
 """

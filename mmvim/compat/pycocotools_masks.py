@@ -1,11 +1,11 @@
-"""Damaged segmentations of COCO files are errors, not crashes of the interpreter.
+"""Errors, instead of crashes of the interpreter, for damaged segmentations in COCO files.
 
-Why: pycocotools draws polygons and expands run lengths in C without looking at them. Coordinates
+Why: pycocotools draws polygons and expands run lengths in C without checking them. Coordinates
 that are infinite or enormous, and runs that do not add up to the picture, end the process with a
-segmentation fault or leave what was in the memory before in the mask.
+segmentation fault or leave uninitialised memory in the mask.
 
 How: ``pycocotools.mask.frPyObjects`` and ``decode``, through which mmdet and COCO's own evaluation
-make every mask, look at what they are given first.
+make every mask, check their input first.
 
 Obsolete with: a pycocotools that checks its input.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 from ._import_hook import when_imported
 
-# pycocotools enlarges polygons five times and counts pixels of their outline in 32 bits.
+# pycocotools scales polygons up by five and counts the pixels of their outline in 32 bits.
 _FARTHEST = 2**20
 _MOST_PIXELS = 2**30
 

@@ -1,4 +1,4 @@
-"""Data sets and data generation; the mm libraries' own loaders read what is written here."""
+"""Data sets and data generation, in formats that the mm libraries' own loaders read."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""Train on although some images cannot be read, if the config says so."""
+"""Training that continues, if the config says so, when some images cannot be read."""
 
 import logging
 import multiprocessing
@@ -13,19 +13,19 @@ from mmvim.registry import DATASETS
 
 @DATASETS.register_module()
 class SkipFailures:
-    """A data set that gives another sample in the place of one that cannot be loaded.
+    """A data set that replaces samples that cannot be loaded.
 
     Without it, a file that is missing or damaged ends the run with an error that names it. With it,
-    each failure is logged with its file and their number so far, in all workers; more than
-    ``max_failures`` end the run all the same. The other sample is chosen at random; where samples
-    have seeds, as in resumable training, it is the same every time.
+    each failure is logged with its file and the number of failures so far, in all workers; more
+    than ``max_failures`` still end the run. The replacement is chosen at random; where samples have
+    seeds, as in resumable training, it is always the same.
 
-    Only for training: a test that leaves samples out reports wrong metrics.
+    For training only: a test that omits samples reports wrong metrics.
 
     Args:
         dataset (dict | BaseDataset): The data set.
-        max_failures (int): How many samples may fail in a run, counting each time that one is
-            asked for. Defaults to 100.
+        max_failures (int): Number of failures allowed in a run, counting every attempt to load a
+            sample. Defaults to 100.
 
     Raises:
         ValueError: If ``max_failures`` is not positive.
@@ -45,12 +45,12 @@ class SkipFailures:
 
     @property
     def failures(self) -> int:
-        """How many samples could not be loaded so far, in all workers."""
+        """Number of samples that could not be loaded so far, in all workers."""
         return self._count.value
 
     @property
     def metainfo(self) -> dict:
-        """That of the data set."""
+        """The meta information of the data set."""
         return self.dataset.metainfo
 
     def full_init(self) -> None:

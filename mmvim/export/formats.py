@@ -1,4 +1,4 @@
-"""Writing models as files, each checked against the model before it gets its name."""
+"""Model files, each checked against the model before it gets its name."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import onnx_scan
 from .operations import UnsupportedExport, portable_ops
 
-#: format: (suffix, what runs it)
+#: format: (suffix, runtime)
 FORMATS = MappingProxyType(
     {
         'onnx': '.onnx',
@@ -34,18 +34,18 @@ METADATA = 'mmvim.json'
 
 
 class ExportError(RuntimeError):
-    """A model that cannot be exported so, or whose file gives other results."""
+    """A model that cannot be exported in this way, or a file with different results."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
+    """Report on an exported file.
 
     Attributes:
         path: The file.
         format: One of :data:`FORMATS`.
-        seconds: Time that the export took.
-        differences: For each input shape that was tried, the largest absolute difference between
+        seconds: Duration of the export.
+        differences: For each tested input shape, the largest absolute difference between
             the file's outputs and the model's.
     """
 
@@ -56,11 +56,11 @@ class ExportReport:
 
 
 class Exportable(nn.Module):
-    """What a model computes for inference, from preprocessed images to tensors.
+    """The inference part of a model, from preprocessed images to tensors.
 
-    A classifier gives logits (batch, classes), a segmentor the logits of its decode head (batch,
+    A classifier returns logits (batch, classes), a segmentor the logits of its decode head (batch,
     classes, rows, columns), a detector the feature maps of its neck, a backbone its features.
-    Post-processing is not part of it.
+    Post-processing is not included.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,7 +85,7 @@ class Exportable(nn.Module):
 
 
 def describe(cfg: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What a user of the file must know of the preprocessing, for its metadata."""
+    """Metadata for the file's user: preprocessing and classes."""
     settings = dict(cfg.get('model', {}).get('data_preprocessor') or {})
     settings = settings or dict(cfg.get('data_preprocessor') or {})
     to_rgb = settings.get('to_rgb', settings.get('bgr_to_rgb', False))
@@ -112,21 +112,21 @@ def export_model(
 
     Args:
         model: A classifier, segmentor, detector or backbone; it is put into evaluation mode and its
-            parameters need no gradient afterwards.
+            parameters no longer require gradients afterwards.
         out: File to write.
         format: 'onnx', 'torchscript', 'program' (of ``torch.export``) or 'aoti' (compiled for this
             machine by AOTInductor; needs a C++ compiler).
         input_shape: (batch, channels, [frames,] height, width) of the inputs.
-        dynamic: What may vary: 'none', the 'batch', or the batch and the 'size' of the images.
-            'aoti' is for one shape: 'none'. Defaults to 'batch'.
+        dynamic: The variable dimensions: 'none', the 'batch', or the batch and the 'size' of the
+            images. 'aoti' supports only 'none'. Defaults to 'batch'.
         metadata: Stored in the file (onnx, torchscript, program). Defaults to None.
         overwrite: Whether ``out`` may exist. Defaults to False.
         tolerance: Largest difference, relative to outputs above 1. Defaults to 1e-4.
 
     Raises:
-        ValueError: An argument is not among the allowed ones.
+        ValueError: An argument is invalid.
         FileExistsError: ``out`` exists.
-        ExportError: The model cannot be exported, or the file's outputs differ. No file is left.
+        ExportError: The model cannot be exported, or the file's outputs differ; no file remains.
     """
     out = Path(out)
     if format not in FORMATS:
@@ -179,9 +179,9 @@ def export_model(
 
 
 def trial_shapes(shape: Sequence[int], dynamic: str) -> list[tuple[int, ...]]:
-    """The input shape, and others that a file must also be right for."""
+    """The input shape, and others for which a file must also be correct."""
     batch, *middle, height, width = shape
-    # A batch of one would be taken for a constant.
+    # A batch of one would be treated as a constant.
     batch = max(batch, 2) if dynamic != 'none' else batch
     shapes = [(batch, *middle, height, width)]
     if dynamic != 'none':
@@ -227,7 +227,7 @@ def _exported_program(
         dims[example.dim() - 2] = dims[example.dim() - 1] = torch.export.Dim.AUTO
     options = {}
     if dynamic == 'size':
-        # "Is this the native size?" becomes a check in the program instead of an error here.
+        # The test for the native size becomes a check in the program instead of an error here.
         options['prefer_deferred_runtime_asserts_over_guards'] = True
     with portable_ops(kind):
         return torch.export.export(
@@ -236,7 +236,7 @@ def _exported_program(
 
 
 def _without_size_checks(program: torch.export.ExportedProgram) -> None:
-    """Drop the program's checks that a size is not the native one: resizing is exact there."""
+    """Drop the program's checks that a size is not the native one, where resizing is exact."""
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:
@@ -265,7 +265,7 @@ def _write_onnx(
 
 
 def _strip(graph: Any) -> None:
-    """Drop each node's stack trace: half of a small file, and full of this machine's paths."""
+    """Drop each node's stack trace: half of a small file, and full of local paths."""
     for thing in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del thing.metadata_props[:]
         thing.doc_string = ''
@@ -310,7 +310,7 @@ def format_of(path: str | Path) -> str:
     """The format of a file, by its suffix.
 
     Raises:
-        ValueError: It is the suffix of none.
+        ValueError: No format has this suffix.
     """
     for name in sorted(FORMATS, key=lambda name: -len(FORMATS[name])):
         if str(path).endswith(FORMATS[name]):
@@ -322,8 +322,8 @@ def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.
     """Open an exported file: a function from images (float32 array) to a list of arrays.
 
     Args:
-        path: A file of :func:`export_model`; its suffix says the format.
-        threads: Threads of onnxruntime. Defaults to None, its own choice.
+        path: A file of :func:`export_model`; its suffix determines the format.
+        threads: Threads of onnxruntime. Defaults to None: its own choice.
 
     Raises:
         ValueError: The suffix is unknown.
@@ -380,7 +380,7 @@ def quantize(path: str | Path, out: str | Path, *, overwrite: bool = False) -> P
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(str(path))
-    # The quantiser turns weights around and then stumbles over the shapes that it finds recorded.
+    # The quantiser transposes weights and then fails on the recorded shapes.
     del model.graph.value_info[:]
     temporary = out.with_name(f'.{uuid.uuid4().hex[:8]}.onnx')
     try:

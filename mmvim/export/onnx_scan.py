@@ -2,8 +2,8 @@
 
 ``torch.export`` traces the body of PyTorch's ``scan`` operator several times for each scan, and the
 ONNX exporter decomposes it again: minutes for a model of 24 layers with two directions each. Here
-the whole loop is one opaque operator to both, and becomes ONNX's ``Scan`` in the end, whose body is
-written down once.
+the whole loop is one opaque operator to both and finally becomes ONNX's ``Scan``, whose body is
+written once.
 """
 
 from typing import Any
@@ -75,12 +75,12 @@ def loop_zoh(
 
 
 def loop_general(a: Tensor, drive: Tensor, C: Tensor, reverse: bool) -> Tensor:
-    """The same with coefficients that are there already: a, drive (l, ..., d, n)."""
+    """The same with precomputed coefficients: a, drive (l, ..., d, n)."""
     return _OPS.loop_general(drive.new_zeros(drive.shape[1:]), a, drive, C, reverse)
 
 
 def is_available() -> bool:
-    """Whether the exporter of this PyTorch can be told about the operators."""
+    """Whether the exporter of this PyTorch accepts translations of operators."""
     try:
         from torch.onnx._internal.exporter import _core
     except ImportError:
@@ -89,7 +89,7 @@ def is_available() -> bool:
 
 
 class _Body:
-    """Makes the nodes of a Scan's body, whose inputs are the state and one step of each tensor."""
+    """Builder of a Scan's body, whose inputs are the state and one step of each tensor."""
 
     def __init__(self, start: Any, iterated: tuple) -> None:
         import onnx_ir as ir
@@ -171,7 +171,7 @@ def _translate_general(start, a, drive, C, reverse=False):
 
 
 def translations() -> dict:
-    """What ``torch.onnx.export`` wants as ``custom_translation_table``."""
+    """The ``custom_translation_table`` for ``torch.onnx.export``."""
     return {
         _OPS.loop_zoh.default: _translate_zoh,
         _OPS.loop_general.default: _translate_general,

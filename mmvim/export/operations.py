@@ -1,9 +1,9 @@
-"""mmvim's ops in terms that exporters know, for inference.
+"""mmvim's ops in terms that exporters support, for inference.
 
-While a model is exported, :func:`portable_ops` puts these in the place of the registered ops. The
+During an export, :func:`portable_ops` replaces the registered ops by these. The
 scan is a loop over steps (PyTorch's ``scan`` operator, or a scripted loop for TorchScript), so that
-a graph does not grow with the number of tokens and any number of them can be fed. The reverse
-direction is the loop walked from its end.
+a graph does not grow with the number of tokens and accepts any number of them. The reverse
+direction runs the loop from its end.
 """
 
 import functools
@@ -23,7 +23,7 @@ Loop = Callable[..., Tensor]
 
 
 class UnsupportedExport(NotImplementedError):
-    """Something that an exported model cannot do; the message says what."""
+    """A feature that an exported model cannot have; the message names it."""
 
 
 def _hold(h: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def _graph_zoh(
 
 
 def _graph_general(a: Tensor, drive: Tensor, C: Tensor, reverse: bool) -> Tensor:
-    """The same with coefficients that are there already: a, drive (l, ..., d, n)."""
+    """The same with precomputed coefficients: a, drive (l, ..., d, n)."""
     from torch._higher_order_ops.scan import scan
 
     def step(h: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -215,15 +215,15 @@ def _add_rms_norm(_, x, residual, weight, eps, residual_in_fp32):
 
 
 def portable_ops(kind: str = 'graph') -> intercept_ops:
-    """Have the functions of :mod:`mmvim.ops` call what exporters understand, in a ``with`` block.
+    """Let the functions of :mod:`mmvim.ops` call portable operators, in a ``with`` block.
 
     Args:
-        kind: 'graph' for ``torch.export`` and what starts from it, 'onnx' where that becomes ONNX
-            (:mod:`mmvim.export.onnx_scan`), 'script' for TorchScript.
+        kind: 'graph' for ``torch.export`` and AOTInductor, 'onnx' for the ``torch.export`` that
+            becomes ONNX (:mod:`mmvim.export.onnx_scan`), 'script' for TorchScript.
 
     Raises:
         ValueError: For another kind.
-        UnsupportedExport: From a call inside, of what an exported model cannot do.
+        UnsupportedExport: From a call inside, of something an exported model cannot do.
     """
     if kind not in KINDS:
         raise ValueError(f'kind must be one of {KINDS}, got {kind!r}')

@@ -1,4 +1,4 @@
-"""Inference: the three libraries' inferencers, for mmvim's models and checkpoints, and videos."""
+"""Inferencers: those of the three libraries for mmvim's models, and one for videos."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ _SCOPES = {
 }
 _NAMES = {name: f'{__name__}.{module}' for module, name in _SCOPES.values()}
 _NAMES['VideoInferencer'] = f'{__name__}.video'
-# The library whose inferencer is used is imported, and no other.
+# Only the library whose inferencer is used is imported.
 __getattr__, __dir__, __all__ = _names.lazily(__name__, _NAMES)
 __all__ += ['make_inferencer']
 
 
 def make_inferencer(model: Any, weights: Any = None, device: Any = None) -> Any:
-    """Make the inferencer that a config's task library needs, or one for videos if it reads them.
+    """Make the inferencer of a config's task library, or the one for videos if it reads them.
 
     Args:
-        model: A name of the model zoo, the path of a config, or a config.
-        weights: Path or URL of a checkpoint; True takes the authors' weights of a name. Defaults to
-            None: random weights, with a warning.
-        device: Defaults to None: the first accelerator, else the CPU.
+        model: A name from the model zoo, the path of a config, or a config.
+        weights: Path or URL of a checkpoint; True takes the authors' weights of the model. Defaults
+            to None: random weights, with a warning.
+        device: The device. Defaults to None: the first accelerator, else the CPU.
 
     Raises:
         ValueError: The config's ``default_scope`` is none of the three libraries.

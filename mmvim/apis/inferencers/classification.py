@@ -15,10 +15,10 @@ class ClassificationInferencer(OneSizeBatches, Inference, ImageClassificationInf
     """mmpretrain's inferencer for classifiers of mmvim.
 
     Args:
-        model: A name of the model zoo, the path of a config, or a config.
-        weights: Path or URL of a checkpoint; True takes the authors' weights of a name. Defaults to
-            None: random weights, with a warning.
-        device: Defaults to None: the first accelerator, else the CPU.
+        model: A name from the model zoo, the path of a config, or a config.
+        weights: Path or URL of a checkpoint; True takes the authors' weights of the model. Defaults
+            to None: random weights, with a warning.
+        device: The device. Defaults to None: the first accelerator, else the CPU.
         classes: Names of the classes. Defaults to None: those of the checkpoint or the config.
 
     Example:
@@ -33,7 +33,7 @@ class ClassificationInferencer(OneSizeBatches, Inference, ImageClassificationInf
         built = make_model(model, load_config(model), weights)
         if classes is not None:
             built.dataset_meta['classes'] = classes
-        # None as the class names of an image set is mmpretrain's word for numbers.
+        # mmpretrain uses None for class names that are mere numbers.
         super().__init__(
             built, device=device or get_device(), classes=built.dataset_meta.get('classes')
         )

@@ -1,4 +1,4 @@
-"""What the inferencers share: models and weights as mmvim names them, images, results."""
+"""Common parts of the inferencers: models and weights by their names in mmvim, images, results."""
 
 import glob
 import math
@@ -23,11 +23,11 @@ from ..model_zoo import build_model, model_info
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
-#: Classes that a classifier's prediction lists.
+#: Number of classes in a classifier's prediction.
 TOP = 5
 
 _META = ('classes', 'palette')
-#: Smaller pictures are enlarged before something is written on them.
+#: Smaller pictures are enlarged before text is drawn on them.
 _LEGIBLE = 224
 
 Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
@@ -35,13 +35,13 @@ Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 
 @dataclass
 class Result:
-    """What a model says about an image.
+    """Prediction of a model for an image.
 
     Attributes:
-        name: The image's path, or its number.
+        name: Path of the image, or its number.
         image: The image, BGR.
         sample: The library's data sample.
-        prediction: The same as plain data, ready for JSON.
+        prediction: The prediction as plain data, ready for JSON.
     """
 
     name: str
@@ -82,7 +82,7 @@ def read_image(image: str | np.ndarray) -> np.ndarray:
     """Read an image as BGR.
 
     Raises:
-        SampleError: It cannot be read.
+        SampleError: The image cannot be read.
     """
     if isinstance(image, np.ndarray):
         return image
@@ -96,7 +96,7 @@ def read_image(image: str | np.ndarray) -> np.ndarray:
 
 
 def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
-    """Build a config's model, load its weights and find out the names of its classes."""
+    """Build a config's model, load its weights and determine its class names."""
     model = build_model(cfg)
     if weights is True:
         weights = model_info(str(name)).weights
@@ -152,7 +152,7 @@ def ranked(scores: torch.Tensor, count: int, name: Callable[[int], str]) -> list
 
 
 def label_picture(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """Write lines over an RGB picture, into its upper left corner; small ones are enlarged."""
+    """Write lines into the upper left corner of an RGB picture; small ones are enlarged."""
     import cv2
 
     height, width = picture.shape[:2]
@@ -177,14 +177,14 @@ def label_picture(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
 
 
 class Inference:
-    """Mixin of the inferencers: :meth:`predict` works alike for every task."""
+    """Mixin of the inferencers: a :meth:`predict` that works alike for every task."""
 
     def predict(self, inputs: Images, batch_size: int = 1) -> Iterator[Result]:
-        """Run the model, a batch at a time; nothing is kept of earlier images.
+        """Run the model, one batch at a time, without keeping earlier images.
 
         Args:
             inputs: See :func:`find_images`.
-            batch_size: Images at once. Defaults to 1.
+            batch_size: Images at a time. Defaults to 1.
 
         Raises:
             SampleError: There are no images, or one cannot be read.
@@ -214,7 +214,7 @@ class Inference:
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        """Names of the classes, None if nobody says."""
+        """Names of the classes, or None if they are unknown."""
         return self.model.dataset_meta.get('classes')
 
     def _class_name(self, label: int) -> str:
@@ -223,7 +223,7 @@ class Inference:
 
 
 class OneSizeBatches:
-    """Mixin: images that the pipeline leaves with different sizes go into different batches."""
+    """Mixin that batches images by their size after the pipeline."""
 
     def _get_chunk_data(self, inputs: Iterable[dict], chunk_size: int) -> Iterator[list[dict]]:
         batch: list[dict] = []
@@ -239,7 +239,7 @@ class OneSizeBatches:
 
 
 class EngineInference(Inference):
-    """The same for the libraries whose inferencers are mmengine's."""
+    """The mixin for libraries whose inferencers derive from mmengine's."""
 
     def _start(self, model: Any, weights: Any, device: Any, **options: Any) -> None:
         from ..model_zoo import load_config

@@ -12,10 +12,10 @@ class DetectionInferencer(EngineInference, DetInferencer):
     """mmdet's inferencer for detectors of mmvim.
 
     Args:
-        model: A name of the model zoo, the path of a config, or a config.
+        model: A name from the model zoo, the path of a config, or a config.
         weights: Path or URL of a checkpoint. Defaults to None: random weights, with a warning.
-        device: Defaults to None: the first accelerator, else the CPU.
-        score_threshold: Boxes below it are left out. Defaults to 0.3.
+        device: The device. Defaults to None: the first accelerator, else the CPU.
+        score_threshold: Boxes with lower scores are dropped. Defaults to 0.3.
     """
 
     def __init__(

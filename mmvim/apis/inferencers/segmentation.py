@@ -12,10 +12,10 @@ class SegmentationInferencer(OneSizeBatches, EngineInference, MMSegInferencer):
     """mmseg's inferencer for segmentors of mmvim.
 
     Args:
-        model: A name of the model zoo, the path of a config, or a config.
+        model: A name from the model zoo, the path of a config, or a config.
         weights: Path or URL of a checkpoint. Defaults to None: random weights, with a warning.
-        device: Defaults to None: the first accelerator, else the CPU.
-        opacity: Of the colours over the image. Defaults to 0.6.
+        device: The device. Defaults to None: the first accelerator, else the CPU.
+        opacity: Opacity of the colours over the image. Defaults to 0.6.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class SegmentationInferencer(OneSizeBatches, EngineInference, MMSegInferencer):
         meta = self.model.dataset_meta
         classes, palette = meta.get('classes'), meta.get('palette')
         if classes and (not palette or len(palette) != len(classes)):
-            # mmseg has colours for its own data sets only.
+            # mmseg has colours only for its own data sets.
             colours = np.random.default_rng(0).integers(0, 256, (len(classes), 3))
             meta['palette'] = colours.tolist()
         self.visualizer.set_dataset_meta(**meta)

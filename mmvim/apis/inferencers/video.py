@@ -21,7 +21,7 @@ LOADER = 'LoadVideo'
 
 
 def reads_videos(cfg: Config) -> bool:
-    """Whether a config's test pipeline begins with a video file."""
+    """Whether a config's test pipeline starts from a video file."""
     return bool(_pipeline(cfg)) and str(_pipeline(cfg)[0].get('type', '')).endswith(LOADER)
 
 
@@ -31,15 +31,15 @@ def _pipeline(cfg: Config) -> list:
 
 
 class VideoInferencer(Inference):
-    """Classifies videos as the config's test pipeline cuts them into clips.
+    """Classifier of videos, by the clips of the config's test pipeline.
 
-    None of the three libraries has an inferencer for videos; this one works as the others of mmvim.
+    None of the three libraries has an inferencer for videos; this one works like mmvim's others.
 
     Args:
-        model: A name of the model zoo, the path of a config, or a config.
-        weights: Path or URL of a checkpoint; True takes the authors' weights of a name. Defaults to
-            None: random weights, with a warning.
-        device: Defaults to None: the first accelerator, else the CPU.
+        model: A name from the model zoo, the path of a config, or a config.
+        weights: Path or URL of a checkpoint; True takes the authors' weights of the model. Defaults
+            to None: random weights, with a warning.
+        device: The device. Defaults to None: the first accelerator, else the CPU.
         classes: Names of the classes. Defaults to None: those of the checkpoint or the config.
 
     Raises:
@@ -72,7 +72,7 @@ class VideoInferencer(Inference):
 
         Args:
             inputs: See :func:`mmvim.apis.videos.find_videos`.
-            batch_size: Videos at once; those whose clips have other sizes go into other batches.
+            batch_size: Videos at a time; clips of different sizes go into different batches.
                 Defaults to 1.
 
         Raises:
@@ -111,8 +111,8 @@ class VideoInferencer(Inference):
         """Write the best classes over a frame, in RGB; small frames are enlarged.
 
         Args:
-            result: Of :meth:`predict`.
-            frame: RGB (height, width, 3). Defaults to None, the frame in the video's middle.
+            result: Result of :meth:`predict`.
+            frame: RGB (height, width, 3). Defaults to None: the middle frame of the video.
         """
         picture = result.image[..., ::-1] if frame is None else frame
         found = result.prediction['classes'][:3]

@@ -1,8 +1,8 @@
 """The functions of ``mmcv._ext`` that detection and segmentation models call.
 
 Each has the signature that ``mmcv.ops`` calls: results are written into the output tensors that the
-caller allocated. They run on every device that PyTorch and torchvision serve; half-precision input
-is computed in float32 and rounded once.
+caller allocated. They run on every device of PyTorch and torchvision; half-precision input is
+computed in float32 and rounded once.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What the replacement ops share: torchvision's operators and the precision to compute in."""
+"""Common parts of the replacement ops: torchvision's operators and the computing precision."""
 
 from types import SimpleNamespace
 
@@ -25,5 +25,5 @@ def torchvision_ops() -> SimpleNamespace:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any of the tensors is, else float32: half precision is never computed in."""
+    """float64 if any of the tensors is, else float32: never half precision."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -17,9 +17,9 @@ def bbox_overlaps(
         bboxes1: (m, 4).
         bboxes2: (n, 4); m == n if ``aligned``.
         ious: Output, (m,) if ``aligned`` else (m, n).
-        mode: 0: over the union; 1: over the area of the first box.
+        mode: 0, relative to the union; 1, relative to the area of the first box.
         aligned: Pair box i with box i instead of each with each.
-        offset: 0, or 1 where a box of equal corners is one pixel large.
+        offset: 0, or 1 if a box with equal corners covers one pixel.
     """
     dtype = compute_dtype(bboxes1, bboxes2)
     first, second = bboxes1.to(dtype), bboxes2.to(dtype)

@@ -1,6 +1,6 @@
 """Multi-scale deformable attention (Zhu et al., 2021), by mmcv's own PyTorch implementation.
 
-mmcv calls the compiled op for tensors on accelerators and has that implementation for the CPU.
+mmcv calls the compiled op for tensors on accelerators and that implementation on the CPU.
 """
 
 import torch
@@ -49,10 +49,10 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """Gradients of :func:`ms_deform_attn_forward`, by computing it once more.
+    """Gradients of :func:`ms_deform_attn_forward`, by recomputing it.
 
     Args:
-        value: As in the forward pass, like all that is not named here.
+        value: As in the forward pass, like everything that is not described here.
         value_spatial_shapes: As in the forward pass.
         value_level_start_index: Unused.
         sampling_locations: As in the forward pass.
@@ -80,6 +80,6 @@ def ms_deform_attn_backward(
 def _attend(shapes: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    # Plain numbers: the function splits tensors by them, which a tensor of them cannot say.
+    # Plain numbers: the function splits tensors by these sizes, which cannot be tensors.
     levels = [tuple(shape) for shape in shapes.tolist()]
     return multi_scale_deformable_attn_pytorch(value, levels, locations, weights)

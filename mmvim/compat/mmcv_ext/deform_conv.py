@@ -37,7 +37,7 @@ def deform_conv_forward(
     deformable_group: int,
     im2col_step: int,
 ) -> None:
-    """Convolution that samples its input at shifted places.
+    """Convolution that samples its input at shifted positions.
 
     Args:
         input: (b, c_in, h, w).
@@ -84,8 +84,8 @@ def deform_conv_backward_input(
 ) -> None:
     """Gradient of :func:`deform_conv_forward` with respect to ``input`` and ``offset``.
 
-    torchvision computes that of ``weight`` along with them. It is left in ``columns``, from where
-    :func:`deform_conv_backward_parameters`, called next with the same scratch, takes it.
+    torchvision also computes the gradient of ``weight``. It is left in ``columns``, where
+    :func:`deform_conv_backward_parameters`, called next with the same scratch, finds it.
 
     Args:
         input: As in the forward pass, like all that is not named here.
@@ -143,7 +143,7 @@ def deform_conv_backward_parameters(
         offset: As in the forward pass.
         gradOutput: (b, c_out, h_out, w_out).
         gradWeight: Output, (c_out, c_in / group, kH, kW).
-        columns: What :func:`deform_conv_backward_input` left, or empty.
+        columns: The result of :func:`deform_conv_backward_input`, or empty.
         ones: Unused scratch.
         kW: Kernel width.
         kH: Kernel height.
@@ -160,7 +160,7 @@ def deform_conv_backward_parameters(
     """
     if columns.shape == gradWeight.shape:
         grad_weight = columns.clone()
-        # Emptied, so that a second backward pass cannot take the first one's result.
+        # Emptied, so that a second backward pass cannot reuse the first one's result.
         columns.resize_(0)
     else:
         geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
@@ -319,7 +319,7 @@ def _operands(
     input: Tensor, weight: Tensor, offset: Tensor, mask: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(input)
-    # torchvision's operator takes all five; those that are not in use only have to exist.
+    # torchvision's operator takes all five; unused ones only have to exist.
     mask = input.new_zeros(input.size(0), 1) if mask is None else mask
     bias = input.new_zeros(weight.size(0)) if bias is None else bias
     return tuple(t.to(dtype).contiguous() for t in (input, weight, offset, mask, bias))

@@ -12,7 +12,7 @@ _SOFT_METHODS = ('naive', 'linear', 'gaussian')
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the kept boxes, by falling score.
+    """Indices of the kept boxes, by descending score.
 
     Args:
         boxes: (n, 4) as (x1, y1, x2, y2).
@@ -25,7 +25,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     if offset:
         # max x2 - min x1 + 1 of two boxes is that of boxes whose right edge lies one further.
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
-    # The scores keep their dtype's order in any wider one.
+    # A wider dtype preserves the order of the scores.
     return torchvision_ops().nms(boxes, scores.to(dtype), iou_threshold)
 
 
@@ -48,7 +48,7 @@ def softnms(
         iou_threshold: Overlap from which ``naive`` and ``linear`` act.
         sigma: Width of ``gaussian``.
         min_score: A box whose score falls below it is dropped.
-        method: 0 naive (score 0), 1 linear (times 1 - IoU), 2 gaussian (times exp(-IoU²/sigma)).
+        method: 0 naive (score 0), 1 linear (times 1 - IoU), 2 Gaussian (times exp(-IoU²/sigma)).
         offset: 0, or 1 where a box of equal corners is one pixel large.
 
     Returns:
@@ -107,6 +107,6 @@ def _iou(
     top_left = np.maximum(box[best, :2], box[others, :2])
     bottom_right = np.minimum(box[best, 2:4], box[others, 2:4])
     overlap = np.maximum(bottom_right - top_left + offset, 0).prod(-1)
-    # Two empty boxes overlap by 0/0, which compares as "not above": like the compiled op.
+    # Two empty boxes overlap by 0/0, which compares as "not above", as in the compiled op.
     with np.errstate(invalid='ignore', divide='ignore'):
         return overlap / (area[best] + area[others] - overlap)

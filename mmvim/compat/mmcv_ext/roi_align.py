@@ -28,7 +28,7 @@ def roi_align_forward(
         input: (b, c, h, w) features.
         rois: (n, 5) as (image index, x1, y1, x2, y2).
         output: Output, (n, c, aligned_height, aligned_width).
-        argmax_y: Unused: it belongs to maximum pooling.
+        argmax_y: Unused, as it belongs to maximum pooling.
         argmax_x: Unused, likewise.
         aligned_height: Bins per column.
         aligned_width: Bins per row.
@@ -71,7 +71,7 @@ def roi_align_backward(
 
     Args:
         grad_output: (n, c, aligned_height, aligned_width).
-        rois: As in the forward pass, like all that is not named here.
+        rois: As in the forward pass, like everything that is not described here.
         argmax_y: Unused.
         argmax_x: Unused.
         grad_input: Output, (b, c, h, w).

@@ -1,7 +1,7 @@
 """RoIPool (Girshick, 2015) in PyTorch.
 
-torchvision's operator is not used: it rounds the corners of a region to whole pixels first, mmcv's
-does not.
+torchvision's operator is not used because, unlike mmcv's, it first rounds the corners of a region
+to whole pixels.
 """
 
 import torch
@@ -45,7 +45,7 @@ def roi_pool_forward(
         filled = [(j, left, right) for j, (left, right) in enumerate(columns[n]) if left < right]
         if not filled:
             continue
-        # The maximum along each row of pixels first, for the bins side by side, then down them.
+        # The maximum along each row of pixels first, for all bins in a row, then down the columns.
         along_rows = [input[images[n], :, :, left:right].max(-1) for _, left, right in filled]
         values = torch.stack([best.values for best in along_rows], -1)
         lefts = torch.tensor([left for _, left, _ in filled], device=input.device)
@@ -74,7 +74,7 @@ def roi_pool_backward(
     Args:
         grad_output: (n, c, pooled_height, pooled_width).
         rois: As in the forward pass.
-        argmax: What the forward pass wrote.
+        argmax: As written by the forward pass.
         grad_input: Output, (b, c, h, w).
         pooled_height: Bins per column.
         pooled_width: Bins per row.
@@ -93,7 +93,7 @@ def roi_pool_backward(
 def _bin_edges(start: Tensor, size: Tensor, bins: int, limit: int) -> list[list[list[int]]]:
     """[start, end) of each bin in pixels, for all regions at once."""
     index = torch.arange(bins + 1, dtype=start.dtype)
-    # The division comes last: an edge that is a whole number is one exactly, and not rounded up.
+    # The division comes last, so that whole-number edges are exact and not rounded up.
     edges = index * size[:, None] / bins + start[:, None]
     edges = torch.stack([edges[:, :-1].floor(), edges[:, 1:].ceil()], -1)
     return edges.clamp(0, limit).long().tolist()

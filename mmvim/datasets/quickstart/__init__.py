@@ -1,8 +1,8 @@
-"""Real handwritten digits, alone, on photographs and moving, in the formats that are loaded.
+"""Real handwritten digits, alone, on photographs and moving, in standard formats.
 
 ``prepare('cls' | 'det' | 'seg' | 'video', root)`` writes a folder-per-class PNG tree, a COCO tree,
 an ADE20K-style tree or video files with lists. The pixels come from the data that scikit-learn and
-scikit-image ship inside their packages, so nothing is downloaded.
+scikit-image ship in their packages, so nothing is downloaded.
 """
 
 from .build import TASKS, QuickstartDataError, prepare

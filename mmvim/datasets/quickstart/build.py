@@ -1,4 +1,4 @@
-"""Make the data of one task exactly once, whole or not at all."""
+"""Data of one task, generated once, completely or not at all."""
 
 import errno
 import json
@@ -67,24 +67,24 @@ def prepare(
     progress: Progress | None = None,
     force: bool = False,
 ) -> bool:
-    """Write the data of ``task`` to ``root/<task>`` unless it is there already.
+    """Write the data of ``task`` to ``root/<task>`` unless it already exists.
 
-    The tree is built in a temporary folder beside its final place and renamed when it is whole, so
-    an interrupted run leaves nothing that looks like a data set.
+    The tree is built in a temporary folder next to its final place and renamed once it is complete,
+    so an interrupted run leaves nothing that looks like a data set.
 
     Args:
         task: 'cls', 'det', 'seg' or 'video'.
-        root: the folder that gets ``<task>/``; made when missing.
+        root: the folder for ``<task>/``; created if missing.
         sizes: images per split ('train', 'val', 'test'), for smaller data. Defaults to all 1,797
             digits, the scenes of ``SCENE_COUNTS``, or the movies of ``MOVIE_COUNTS``.
-        progress: called with (files written, files in all).
-        force: make the data again even when it is complete.
+        progress: called with (files written, total files).
+        force: generate the data again even if it is complete.
 
     Returns:
-        Whether data was written; False when it was already complete.
+        Whether data was written; False if it was already complete.
 
     Raises:
-        ValueError: unknown task or split, or more digits asked for than there are.
+        ValueError: unknown task or split, or more digits requested than there are.
         QuickstartDataError: a package is missing, or the folder cannot be written, is full or holds
             something else.
     """

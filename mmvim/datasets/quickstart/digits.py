@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that scikit-learn ships, split once and for all."""
+"""The 1,797 handwritten digits of scikit-learn, in fixed splits."""
 
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ def load_digits() -> dict[str, Digits]:
     """Load the digits, stratified by class into the splits of ``SPLIT_SIZES``.
 
     Returns:
-        Split name to :class:`Digits`; the splits are disjoint and together complete.
+        Split name to :class:`Digits`; the splits are disjoint and complete.
 
     Raises:
         QuickstartDataError: scikit-learn is not installed.

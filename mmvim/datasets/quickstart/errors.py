@@ -1,4 +1,4 @@
-"""The one error of the quickstart data, and imports that raise it."""
+"""The error of the quickstart data, and imports that raise it."""
 
 import importlib
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""Movies: a handwritten digit drifts through a small picture, on and on."""
+"""Movies of a handwritten digit that keeps drifting through a small picture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from .digits import DIGIT_CLASSES, Digits, load_digits
 from .errors import require
 from .progress import Progress
 
-#: (rows, columns) that a digit moves by, times ``MOVIE_SPEED``, from frame to frame.
+#: Direction (rows, columns) of a digit; it moves ``MOVIE_SPEED`` times that per frame.
 DIRECTIONS: dict[str, tuple[int, int]] = {
     'up': (-1, 0),
     'down': (1, 0),
@@ -18,7 +18,7 @@ DIRECTIONS: dict[str, tuple[int, int]] = {
     'right': (0, 1),
 }
 
-#: What a digit is and where it goes: '0 up', '0 down' .. '9 right'.
+#: Digit and direction: '0 up', '0 down' .. '9 right'.
 VIDEO_CLASSES: tuple[str, ...] = tuple(f'{d} {way}' for d in DIGIT_CLASSES for way in DIRECTIONS)
 
 #: Movies per split. Each digit of a split is shown about as often as any other.
@@ -30,7 +30,7 @@ MOVIE_DIGIT_HEIGHT = (16, 20)  # pixels
 MOVIE_SPEED = 2  # pixels per frame
 _FRAMES_PER_SECOND = 8
 _BIT_RATE = 1_000_000
-_NOISE = 8.0  # deviation of the background's grain, in grey levels
+_NOISE = 8.0  # standard deviation of the background noise, in grey levels
 
 
 class Movie(NamedTuple):
@@ -48,11 +48,11 @@ class Movie(NamedTuple):
 
 
 class MovieGenerator:
-    """Make the movies of one split from its own digits.
+    """Generator of the movies of one split, from its own digits.
 
-    A digit moves along the middle of the picture. What leaves it on one side enters it on the
-    other, and the start is anywhere. So one frame, or all frames in unknown order, may tell
-    whether a digit moves up and down or left and right, but not which of the two.
+    A digit moves along the middle of the picture, from a random start. What leaves on one side
+    re-enters on the other. So a single frame, or all frames in unknown order, may show whether a
+    digit moves vertically or horizontally, but not in which of the two directions.
 
     Args:
         split: 'train', 'val' or 'test'.
@@ -72,7 +72,7 @@ class MovieGenerator:
         self._seed = [seed, list(MOVIE_COUNTS).index(split)]
 
     def __call__(self, index: int) -> Movie:
-        """Make movie ``index``, which depends on the seed, the split and ``index`` alone."""
+        """Make movie ``index``, which depends only on the seed, the split and ``index``."""
         rng = np.random.default_rng([*self._seed, index])
         count = len(self._digits.labels)
         chosen = index % count
@@ -99,7 +99,7 @@ class MovieGenerator:
 def write_video(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
     """Write ``root/<split>/*.mp4``, the lists ``root/<split>.txt`` and ``root/classes.txt``.
 
-    A list has a line ``file label`` for each movie, the layout 'list' of
+    A list has a line ``file label`` for each movie, the 'list' layout of
     :class:`mmvim.VideoDataset`. The files are MPEG-4, which every FFmpeg can write and read.
 
     Args:

@@ -1,6 +1,6 @@
-"""The type of what is told how far the writing is."""
+"""Type of the callback that reports progress in writing files."""
 
 from collections.abc import Callable
 
-#: Called with (files written, files in all).
+#: Called with (files written, total files).
 Progress = Callable[[int, int], None]

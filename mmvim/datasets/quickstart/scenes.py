@@ -1,4 +1,4 @@
-"""Scenes: handwritten digits of several sizes on textured photographs."""
+"""Scenes of handwritten digits of several sizes on textured photographs."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ import numpy as np
 from .digits import Digits, load_digits
 from .errors import require
 
-#: Photographs per split, all shipped inside the scikit-image package. Whole photographs are held
-#: out, so no pixel of a test scene was seen in training.
+#: Photographs per split, all shipped with scikit-image. Whole photographs are held out, so no pixel
+#: of a test scene was seen in training.
 PHOTOS: dict[str, tuple[str, ...]] = {
     'train': (
         'astronaut',
@@ -59,7 +59,7 @@ class Scene(NamedTuple):
 
     Attributes:
         image: (128, 128, 3) uint8 RGB.
-        digits: what was placed, never overlapping.
+        digits: the placed digits, which never overlap.
         photo: name of the photograph.
         alpha: (128, 128) float32, opacity of the digits over the photograph.
         labels: (128, 128) int64, digit class where ``alpha > 0``, else -1.
@@ -73,9 +73,9 @@ class Scene(NamedTuple):
 
 
 class SceneGenerator:
-    """Compose the scenes of one split from its own digits and photographs.
+    """Generator of the scenes of one split, from its own digits and photographs.
 
-    Scene ``i`` depends on the seed, the split and ``i`` alone, not on the scenes made before.
+    Scene ``i`` depends only on the seed, the split and ``i``, not on earlier scenes.
 
     Args:
         split: 'train', 'val' or 'test'.
@@ -152,7 +152,7 @@ def _render(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Opacity (h, w) of a digit at a random size and rotation, cut to its visible extent."""
     ndimage = require('scipy.ndimage')
     height = np.exp(rng.uniform(*np.log(DIGIT_HEIGHT)))
-    # The border of zeros closes strokes that touch the edge of the 8x8 cell.
+    # A border of zeros closes strokes that touch the edge of the 8x8 cell.
     ink = ndimage.zoom(np.pad(digit, 1), height / digit.shape[0], order=3)
     ink = ndimage.rotate(ink, rng.uniform(-_MAX_ROTATION, _MAX_ROTATION), order=1)
     opacity = np.clip((ink - _INK + _EDGE) / (2 * _EDGE), 0, 1).astype(np.float32)
@@ -163,7 +163,7 @@ def _render(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _find_place(
     taken: np.ndarray, shape: tuple[int, int], rng: np.random.Generator, tries: int = 40
 ) -> tuple[int, int] | None:
-    """A free top left corner, or None when the scene is too full."""
+    """A free top left corner, or None if the scene is too full."""
     h, w = shape
     if h > taken.shape[0] or w > taken.shape[1]:
         return None

@@ -1,4 +1,4 @@
-"""Write splits to disk: class folders, COCO JSON, ADE20K-style label maps."""
+"""Writers of the splits: class folders, COCO JSON, ADE20K-style label maps."""
 
 import json
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def write_cls(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
 
     Args:
         root: an existing, empty folder.
-        sizes: split name to the number of its digits that are written, the first ones.
+        sizes: split name to number of digits; the first ones are written.
         progress: called after each file.
 
     Returns:

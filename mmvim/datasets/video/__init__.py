@@ -1,4 +1,4 @@
-"""Videos: files, clips, and augmentations that treat all frames alike."""
+"""Videos: files, clips, and augmentations that treat all frames of a clip in the same way."""
 
 from .dataset import VideoDataset
 from .errors import VideoSampleError

@@ -1,4 +1,4 @@
-"""Labelled video files, listed as Kinetics, Something-Something V2 or a plain list do."""
+"""Labelled video files, listed as in Kinetics, Something-Something V2 or a plain list."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class VideoDataset(BaseDataset):
       paths are relative to ``data_prefix``. This is the list of VideoMAE, VideoMamba and mmaction2.
     - 'kinetics': ``ann_file`` is the official CSV with the columns label, youtube_id, time_start
       and time_end. Files are ``<label>/<id>_<start>_<end>.mp4`` (spaces of the label may be
-      underscores) or the same without the folder, times with six digits. Labels are numbered in
-      alphabetical order, as is usual.
+      underscores) or the same without the folder, times with six digits. Labels are numbered
+      alphabetically, as usual.
     - 'ssv2': ``ann_file`` is the official JSON list with id and template (or label), ``label_file``
       the official JSON that numbers the templates. Files are ``<id>.webm``.
 
-    Videos of an official list that are not on the disk are left out with a warning: many of
-    Kinetics can no longer be had. In a plain list they are an error when they are loaded.
+    Videos of an official list that are not on disk are skipped with a warning: many Kinetics videos
+    are no longer available. In a plain list they are an error on loading.
 
     Args:
         ann_file (str): Relative to ``data_root``.
@@ -43,11 +43,11 @@ class VideoDataset(BaseDataset):
         layout (str): 'auto' takes 'ssv2' for ``.json``, 'kinetics' for a ``.csv`` whose first line
             names the column youtube_id, and 'list' otherwise. Defaults to 'auto'.
         label_file (str, optional): Names of the classes, relative to ``data_root``: JSON
-            ``{name: number}`` or one name a line. 'ssv2' needs it; 'kinetics' takes the labels of
-            ``ann_file`` without it.
-        num_classes (int, optional): Checked against the labels. Give it where the classes come
-            from ``ann_file`` alone: a list that lacks a class numbers the others differently.
-        **kwargs: Of :class:`mmengine.dataset.BaseDataset`: pipeline, test_mode, indices,
+            ``{name: number}`` or one name per line. 'ssv2' needs it; without it, 'kinetics' takes
+            the labels of ``ann_file``.
+        num_classes (int, optional): Checked against the labels. Set it where the classes come only
+            from ``ann_file``: a list that lacks a class numbers the others differently.
+        **kwargs: Arguments of :class:`mmengine.dataset.BaseDataset`: pipeline, test_mode, indices,
             lazy_init, max_refetch, serialize_data.
 
     Raises:
@@ -189,7 +189,7 @@ class VideoDataset(BaseDataset):
         return data
 
     def _files(self) -> dict[str, str]:
-        """Stem to path of the video files in the folder and in its folders."""
+        """Stem to path of the video files in the folder and its subfolders."""
         root = Path(self.data_prefix['img_path'])
         if not root.is_dir():
             raise ValueError(f'the folder of the videos {str(root)!r} does not exist')

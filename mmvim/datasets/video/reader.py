@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .errors import VideoSampleError
 
-# FFmpeg goes by content, and what is called .mp4 may be a playlist or a script that opens files or
-# addresses of its choice. These hold what they show themselves.
+# FFmpeg goes by content: a file named .mp4 may be a playlist or a script that opens files or URLs
+# of its choice. The formats below contain everything they show.
 _CONTAINERS = (
     '3gp,aac,apng,asf,av1,avi,dv,flac,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp3,mp4,mpeg,'
     'mpegts,mpegvideo,mxf,nut,obu,ogg,rm,vc1,vvc,wav,webm,wtv,yuv4mpegpipe'
@@ -39,9 +39,9 @@ def require_av() -> ModuleType:
 
 
 def _as_shown(frame: Any, size: tuple[int, int]) -> np.ndarray:
-    """A decoded frame as (height, width, 3) RGB of ``size``, then turned as its header says.
+    """A decoded frame as (height, width, 3) RGB of ``size``, then rotated as its header says.
 
-    The display matrix (ISO/IEC 14496-12, 8.3.2) takes the place (x, y) of a pixel to
+    The display matrix (ISO/IEC 14496-12, 8.3.2) maps the position (x, y) of a pixel to
     (a x + c y, b x + d y); it is stored as a, b, 0, c, d, 0, ...
     """
     width, height = size
@@ -56,24 +56,24 @@ def _as_shown(frame: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 class VideoReader:
-    """Frames of the first video stream of a file, by their number.
+    """Frames of the first video stream of a file, by number.
 
-    Opening reads the file's packets once without decoding them, which gives the number of frames
-    and the time at which each is shown. So frames are counted as they are stored, also where their
-    rate varies. :meth:`frames` then decodes from the nearest keyframe before each wanted frame.
+    Opening reads the file's packets once without decoding them, which yields the number of frames
+    and their display times. Frames are counted as they are stored, even where their rate varies.
+    :meth:`frames` then decodes from the nearest keyframe before each requested frame.
 
-    Frames come as a player shows them: turned and mirrored as the header's display matrix says
-    (phones write one; other angles than quarter turns are rounded to one), and stretched in width
-    to square pixels. Interlaced frames are left woven.
+    Frames appear as in a player: rotated and mirrored by the header's display matrix (phones write
+    one; other angles are rounded to quarter turns), and stretched horizontally to square pixels.
+    Interlaced frames stay interlaced.
 
     Args:
         path (str | os.PathLike): A regular file.
-        num_threads (int): Decoding threads. Defaults to 1, which is right in data-loading workers.
+        num_threads (int): Decoding threads. Defaults to 1, which suits data-loading workers.
 
     Raises:
         ImportError: PyAV is not installed.
-        VideoSampleError: The file is missing, no regular file, empty, damaged, has no video, or is
-            a playlist or another kind of file that names others.
+        VideoSampleError: The file is missing, not a regular file, empty, damaged, has no video, or
+            is a playlist or another kind of file that refers to others.
     """
 
     def __init__(self, path: str | os.PathLike, num_threads: int = 1) -> None:
@@ -82,17 +82,17 @@ class VideoReader:
         self._error = av.error.FFmpegError
         if not os.path.exists(self.path):
             raise VideoSampleError(f'the video {self.path!r} does not exist')
-        # Opening a pipe would wait for somebody to write to it.
+        # Opening a pipe would wait for a writer.
         if not os.path.isfile(self.path):
             raise VideoSampleError(f'the video {self.path!r} is no regular file')
         if os.path.getsize(self.path) == 0:
             raise VideoSampleError(f'the video {self.path!r} is empty (0 bytes)')
         options: dict = {'options': {'format_whitelist': _CONTAINERS, 'protocol_whitelist': 'file'}}
         if int(av.__version__.partition('.')[0]) < 19:
-            # Titles that are no UTF-8 are no error: later versions are always so.
+            # Titles that are not UTF-8 are no error: later versions always ignore them.
             options['metadata_errors'] = 'ignore'
         try:
-            # FFmpeg would take the relative path http:/a/b.mp4 for an address.
+            # FFmpeg would take the relative path http:/a/b.mp4 for a URL.
             self._container = av.open(os.path.abspath(self.path), **options)
         except (self._error, ValueError) as error:
             if getattr(error, 'errno', None) == errno.EINVAL:
@@ -133,7 +133,7 @@ class VideoReader:
             ) from error
         if not pts:
             raise VideoSampleError(f'the video {self.path!r} has no frames')
-        # Either figure alone is also wrong where an edit list hides a part of the file.
+        # One figure alone is also wrong where an edit list hides a part of the file.
         stream = self._stream
         whole = (stream.start_time or 0) + (stream.duration or 0)
         if packets < stream.frames and end < 0.95 * whole:
@@ -187,7 +187,7 @@ class VideoReader:
         """Decode frames.
 
         Args:
-            indices (Sequence[int]): Numbers of frames, in any order, also repeatedly.
+            indices (Sequence[int]): Numbers of frames, in any order, possibly repeated.
 
         Returns:
             Tensor: (len(indices), 3, height, width) uint8, RGB.
@@ -207,13 +207,13 @@ class VideoReader:
         size = None
         pictures = {}
         for index, frame in zip(wanted, decoded, strict=True):
-            # A stream may change its size; all frames get the first one's.
+            # A stream may change its size; all frames get the size of the first.
             size = size or self._square_size(frame)
             pictures[index] = torch.from_numpy(_as_shown(frame, size))
         return torch.stack([pictures[int(i)] for i in indices]).permute(0, 3, 1, 2)
 
     def _square_size(self, frame: Any) -> tuple[int, int]:
-        """Width and height of a frame, as it is stored, with square pixels."""
+        """Width and height of a stored frame after stretching to square pixels."""
         ratio = self._stream.sample_aspect_ratio or 1
         return max(round(frame.width * ratio), 1), frame.height
 
@@ -246,7 +246,7 @@ class VideoReader:
                     f'the video {self.path!r} ends before frame {index} of {self._count}: '
                     'it is truncated or damaged'
                 )
-            # A packet may hold no frame to show: then the one before stays on the screen.
+            # A packet may hold no frame to show: then the previous one stays visible.
             yield before if current.pts > target and before is not None else current
 
     @staticmethod

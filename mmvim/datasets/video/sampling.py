@@ -1,4 +1,4 @@
-"""Which frames of a video become a clip."""
+"""Selection of the frames of a clip."""
 
 import numpy as np
 import torch
@@ -7,13 +7,13 @@ from mmvim._checks import check_positive
 
 
 def uniform_indices(total: int, num_frames: int, num_clips: int | None = None) -> np.ndarray:
-    """Frames spread over the whole video: one of each of ``num_frames`` equal segments (TSN).
+    """Frames spread over the whole video: one from each of ``num_frames`` equal segments (TSN).
 
     Args:
         total (int): Frames of the video.
         num_frames (int): Frames of a clip.
-        num_clips (int, optional): None draws a random frame of each segment and gives one clip,
-            for training. Otherwise clip k of K takes each segment at (k + 1) / (K + 1) of its
+        num_clips (int, optional): None draws a random frame from each segment and returns one
+            clip, for training. Otherwise clip k of K takes each segment at (k + 1) / (K + 1) of its
             length. Defaults to None.
 
     Returns:
@@ -35,15 +35,15 @@ def uniform_indices(total: int, num_frames: int, num_clips: int | None = None) -
 def dense_indices(
     total: int, num_frames: int, interval: int = 1, num_clips: int | None = None
 ) -> np.ndarray:
-    """Frames at a fixed distance, from one place of the video.
+    """Frames at a fixed interval, starting anywhere in the video.
 
     Args:
         total (int): Frames of the video.
         num_frames (int): Frames of a clip.
-        interval (int): Distance of the frames. Defaults to 1.
-        num_clips (int, optional): None gives one clip at a random place, for training. Otherwise
-            the clips begin at equal distances from the first possible place to the last (one clip:
-            in the middle). Defaults to None.
+        interval (int): Distance between frames. Defaults to 1.
+        num_clips (int, optional): None returns one clip from a random position, for training.
+            Otherwise the starts are evenly spaced from the first possible position to the last (a
+            single clip: in the middle). Defaults to None.
 
     Returns:
         np.ndarray: (clips, num_frames) int64. In a video shorter than a clip the last frame
@@ -61,11 +61,11 @@ def dense_indices(
 
 
 def at_regular_times(indices: np.ndarray, timestamps: np.ndarray) -> np.ndarray:
-    """Replace frames by those that are on the screen at regular times.
+    """Replace frames by those visible at regular times.
 
     Args:
-        indices (np.ndarray): Numbers of frames, as if all were shown equally long.
-        timestamps (np.ndarray): (frames,) ascending times at which each really appears.
+        indices (np.ndarray): Numbers of frames, as if all had the same duration.
+        timestamps (np.ndarray): (frames,) ascending times at which each actually appears.
 
     Returns:
         np.ndarray: Numbers of frames, shaped like ``indices``.

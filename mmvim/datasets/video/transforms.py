@@ -32,7 +32,7 @@ def _choose(name: str, value: object, allowed: tuple) -> None:
 
 @contextmanager
 def _naming_options(kind: type, options: dict) -> Iterator[None]:
-    """Name the option whose type torchvision did not expect, where one may be the cause."""
+    """Name the option whose type torchvision did not expect, if one may be the cause."""
     try:
         yield
     except Exception as error:
@@ -53,22 +53,22 @@ class LoadVideo:
     Args:
         num_frames (int): Frames of a clip. Defaults to 8.
         sampling (str): 'uniform' takes frames from the whole video, as TSN does; 'dense' takes
-            consecutive ones at a distance of ``interval``. Defaults to 'uniform'.
-        interval (int): Distance of the frames with 'dense'. Defaults to 1.
-        num_clips (int, optional): None draws one clip at random; a number gives that many fixed
+            consecutive ones that are ``interval`` apart. Defaults to 'uniform'.
+        interval (int): Distance between frames with 'dense'. Defaults to 1.
+        num_clips (int, optional): None draws one clip at random; a number selects that many fixed
             ones. Defaults to None.
-        by_time (bool): Where frames are shown for unequal times: False counts frames, as the
-            official VideoMamba does, True takes those on the screen at regular times. Defaults to
+        by_time (bool): For frames of unequal duration: False counts frames, as the official
+            VideoMamba does; True takes those visible at regular times. Defaults to
             False.
         min_frames (int): A video with fewer frames is an error. Defaults to 1.
         num_threads (int): Decoding threads. Defaults to 1.
-        on_error (str): What a file that cannot be used does: 'raise' ends the run with an error
-            that names the file; 'skip' warns, and a training set takes another sample in its
-            place (in evaluation it is an error as well: a result must not hide missing samples).
+        on_error (str): Reaction to an unusable file: 'raise' ends the run with an error that names
+            the file; 'skip' warns, and a training set takes another sample instead (in
+            evaluation it is still an error: a result must not hide missing samples).
             Defaults to 'raise'.
 
     Raises:
-        ValueError: If an argument is not among the allowed ones.
+        ValueError: If an argument is invalid.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class LoadVideo:
 
 @TRANSFORMS.register_module()
 class VideoTransform:
-    """Apply a transform of ``torchvision.transforms.v2`` alike to all frames of a sample.
+    """A transform of ``torchvision.transforms.v2``, applied equally to all frames of a sample.
 
     Args:
         name (str): A class of :mod:`torchvision.transforms.v2`, such as 'RandomResizedCrop'.
@@ -191,18 +191,18 @@ class VideoTransform:
 
 @TRANSFORMS.register_module()
 class RandomErasingVideo:
-    """Put noise into one random rectangle, the same in all frames of a view.
+    """Noise in one random rectangle, the same in all frames of a view.
 
-    As ``RandomErasing`` of timm in its 'pixel' mode: each erased value is drawn from the normal
-    distribution with the mean and deviation of its channel.
+    Like timm's ``RandomErasing`` in 'pixel' mode: each erased value is drawn from the normal
+    distribution with the mean and standard deviation of its channel.
 
     Args:
         prob (float): Probability. Defaults to 0.25.
-        area (tuple): Range of the rectangle's part of the area. Defaults to (0.02, 1/3).
+        area (tuple): Range of the rectangle's share of the area. Defaults to (0.02, 1/3).
         ratio (float): Aspect ratios are drawn log-uniformly from [ratio, 1 / ratio]. Defaults to
             0.3.
-        mean (tuple): Of each channel, in 0 .. 255. Defaults to ImageNet's.
-        std (tuple): Of each channel. Defaults to ImageNet's.
+        mean (tuple): Mean of each channel, in 0 .. 255. Defaults to ImageNet's.
+        std (tuple): Standard deviation of each channel. Defaults to ImageNet's.
     """
 
     def __init__(
@@ -260,9 +260,9 @@ class RandomErasingVideo:
 
 @TRANSFORMS.register_module()
 class ThreeCrop:
-    """Cut three squares along the longer side: at its start, middle and end.
+    """Three square crops along the longer side: at its start, middle and end.
 
-    Each view becomes three, in this order. Views of a square video are cut three times alike.
+    Each view becomes three, in this order. For a square video all three are equal.
 
     Args:
         size (int): Side of the squares; the shorter side must be at least as long.
@@ -297,14 +297,14 @@ class ThreeCrop:
 
 @TRANSFORMS.register_module()
 class RepeatAugment:
-    """Augment the decoded frames several times; each time is a view of its own.
+    """Repeated augmentation of the decoded frames, each time as a separate view.
 
-    In training, :class:`mmvim.VideoDataPreprocessor` makes a sample of each view, so a batch of B
+    In training, :class:`mmvim.VideoDataPreprocessor` turns each view into a sample, so a batch of B
     videos becomes one of ``times`` x B clips (Hoffer et al., https://arxiv.org/abs/1901.09335).
 
     Args:
-        times (int): How often. Defaults to 2.
-        transforms (list[dict]): Steps that are run each time.
+        times (int): Number of repetitions. Defaults to 2.
+        transforms (list[dict]): Steps to run each time.
     """
 
     def __init__(self, transforms: list[dict], times: int = 2) -> None:
@@ -325,13 +325,13 @@ class RepeatAugment:
 
 @TRANSFORMS.register_module()
 class PackVideo:
-    """Make what mmpretrain's models and metrics take: 'inputs' and 'data_samples'.
+    """Packing into the format of mmpretrain's models and metrics: 'inputs' and 'data_samples'.
 
     'inputs' is uint8, (3, frames, height, width) for one view and (views, 3, frames, height,
     width) for several. 'data_samples' is mmpretrain's ``DataSample`` with the label.
 
     Args:
-        meta_keys (tuple[str]): What else the data sample keeps.
+        meta_keys (tuple[str]): Other entries that the data sample keeps.
     """
 
     META_KEYS = ('sample_idx', 'img_path', 'ori_shape', 'img_shape', 'total_frames')
