@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from mmvim import ops
 from mmvim._checks import check_choice
 from mmvim.ops._library import as_compute_dtype
-from mmvim.ops.bidirectional_scan import bidirectional_scan_unchecked
 from mmvim.ops.mixers import Direction, Options, bimamba
 
 from .conv import CausalConv1d
@@ -172,7 +171,7 @@ class BiMamba(MixerBase):
         forward, backward = self._branches(u)
         if self.reverse:
             forward, backward = backward, forward
-        y = bidirectional_scan_unchecked(
+        y = ops.bidirectional_scan(
             forward,
             backward,
             z,
@@ -180,6 +179,7 @@ class BiMamba(MixerBase):
             delta_softplus=True,
             discretization=self.discretization,
             backend=self.ops_backend,
+            check_values=False,
         )
         return self._project_out(y)
 

@@ -11,7 +11,6 @@ from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.backend import BACKENDS
-from mmvim.ops.selective_scan import selective_scan_unchecked
 
 from .conv import CausalConv1d
 from .fusion import Fusable
@@ -284,7 +283,7 @@ class Mamba(MixerBase):
         if return_state:
             u, conv_state = u
         inputs = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y = selective_scan_unchecked(
+        y = ops.selective_scan(
             inputs.u,
             inputs.delta,
             inputs.A,
@@ -299,6 +298,7 @@ class Mamba(MixerBase):
             discretization=self.discretization,
             reverse=self.reverse,
             backend=self.ops_backend,
+            check_values=False,
         )
         if not return_state:
             return self._project_out(y)

@@ -12,7 +12,6 @@ from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.mixers import Direction, Options, half_scan
-from mmvim.ops.selective_scan import selective_scan_unchecked
 
 from .conv import CausalConv1d
 from .fusion import parts
@@ -147,7 +146,7 @@ class MambaVisionMixer(MixerBase):
         )
         u, z = xz.chunk(2, dim=-1)
         inputs = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
-        y = selective_scan_unchecked(
+        y = ops.selective_scan(
             inputs.u,
             inputs.delta,
             inputs.A,
@@ -158,6 +157,7 @@ class MambaVisionMixer(MixerBase):
             delta_softplus=True,
             discretization=self.discretization,
             backend=self.ops_backend,
+            check_values=False,
         )
         return self.out_proj(torch.cat((y, z), dim=-1))
 

@@ -35,6 +35,7 @@ def bidirectional_scan(
     delta_softplus: bool = False,
     discretization: str = 'zoh',
     backend: str | None = None,
+    check_values: bool = True,
 ) -> Tensor:
     """Scan forwards and backwards over time and add: the core of a bidirectional Mamba block.
 
@@ -49,7 +50,7 @@ def bidirectional_scan(
         scale: Factor of the sum, e.g. 0.5 for the mean.
         delta_softplus: Apply softplus to delta (+ delta_bias), in both directions.
         discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
-        backend: See :func:`mmvim.ops.selective_scan`.
+        backend, check_values: See :func:`mmvim.ops.selective_scan`.
 
     Returns:
         The output (b, l, d), dtype of u.
@@ -59,35 +60,11 @@ def bidirectional_scan(
         ValueError: For a wrong shape, device, method or value (A must be negative).
         RuntimeError: If compiled kernels are demanded and there are none.
     """
-    for name, inputs in (('forward', forward), ('backward', backward)):
-        given = _inputs(name, inputs)
-        check.check_negative(f'A of {name}', given.A, given.u)
-    return bidirectional_scan_unchecked(
-        forward,
-        backward,
-        z,
-        scale=scale,
-        delta_softplus=delta_softplus,
-        discretization=discretization,
-        backend=backend,
-    )
-
-
-def bidirectional_scan_unchecked(
-    forward: ScanInputs,
-    backward: ScanInputs,
-    z: Tensor | None = None,
-    *,
-    scale: float = 1.0,
-    delta_softplus: bool = False,
-    discretization: str = 'zoh',
-    backend: str | None = None,
-) -> Tensor:
-    """:func:`bidirectional_scan` without a look at the values of A.
-
-    See :func:`mmvim.ops.selective_scan.selective_scan_unchecked`.
-    """
+    check.check_flag('check_values', check_values)
     forward, backward = _inputs('forward', forward), _inputs('backward', backward)
+    if check_values:
+        for name, x in (('forward', forward), ('backward', backward)):
+            check.check_negative(f'A of {name}', x.A, x.u)
     dtype = autocast_dtype(forward.u)
     if dtype is not None:
         forward, backward = (_autocast(x, dtype) for x in (forward, backward))

@@ -32,6 +32,7 @@ def selective_scan(
     discretization: str = 'zoh',
     reverse: bool = False,
     backend: str | None = None,
+    check_values: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Run the discretized state-space model over time, for every channel.
 
@@ -65,6 +66,9 @@ def selective_scan(
             step, and the last state is the one after the first step.
         backend: ``'compiled'`` or ``'torch'``; None or ``'auto'`` leave it to
             :func:`mmvim.ops.use_backend`, :func:`mmvim.ops.set_backend` and ``MMVIM_BACKEND``.
+        check_values: Look at the values of A, once for each version of the tensor. A GPU has to be
+            waited for, so a caller whose A is negative by construction and new in every call, such
+            as A = -exp(A_log), passes False.
 
     Returns:
         The output (b, l, d), dtype of u; with ``return_last_state`` also the state.
@@ -74,47 +78,9 @@ def selective_scan(
         ValueError: For a wrong shape, device, method or value (A must be negative).
         RuntimeError: If compiled kernels are demanded and there are none.
     """
-    check.check_negative('A', A, u)
-    return selective_scan_unchecked(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        delta_softplus=delta_softplus,
-        initial_state=initial_state,
-        return_last_state=return_last_state,
-        discretization=discretization,
-        reverse=reverse,
-        backend=backend,
-    )
-
-
-def selective_scan_unchecked(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    *,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    return_last_state: bool = False,
-    discretization: str = 'zoh',
-    reverse: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`selective_scan` without a look at the values of A.
-
-    For callers whose A is negative by construction, such as layers with A = -exp(A_log): their A is
-    a new tensor in every call, and each look would make a GPU wait. All other checks are made.
-    """
+    check.check_flag('check_values', check_values)
+    if check_values:
+        check.check_negative('A', A, u)
     dtype = autocast_dtype(u)
     if dtype is not None:
         u, delta, B, C, z = to_activation(dtype, u, delta, B, C, z)

@@ -12,7 +12,6 @@ from mmvim.ops import (
     causal_conv1d,
     selective_scan,
 )
-from mmvim.ops.selective_scan import selective_scan_unchecked
 
 
 def good(**changes):
@@ -196,7 +195,7 @@ def test_values_of_A_are_looked_at_once_per_version():
             A.mul_(0.5)
         selective_scan(**given)
         assert looks.count == 2
-        selective_scan_unchecked(**(given | {'A': -torch.exp(torch.zeros(4, 3))}))
+        selective_scan(**(given | {'A': -torch.exp(torch.zeros(4, 3))}), check_values=False)
         assert looks.count == 2
     with torch.no_grad():
         A.neg_()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mmvim import ops
 from mmvim.layers import BiMamba, MambaState
-from mmvim.ops.selective_scan import selective_scan_unchecked
 
 
 def mix_part(
@@ -76,11 +75,12 @@ def _backward_branch(mixer: BiMamba, u: Tensor) -> Tensor:
 
 
 def _scan(mixer: BiMamba, inputs: ops.ScanInputs, **options: object):
-    return selective_scan_unchecked(
+    return ops.selective_scan(
         *inputs[:6],
         delta_bias=inputs.delta_bias,
         delta_softplus=True,
         discretization=mixer.discretization,
         backend=mixer.ops_backend,
         **options,
+        check_values=False,
     )
