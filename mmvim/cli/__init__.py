@@ -1,1 +1,1 @@
-"""The program behind the scripts of ``tools``: command lines, checks, the launcher."""
+"""The program behind the scripts of ``tools``: command lines, checks and the launcher."""

@@ -1,4 +1,4 @@
-"""What the command lines of ``tools/analysis`` that look into a model share."""
+"""Common parts of those command lines of ``tools/analysis`` that look into a model."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ PICTURES = ('.png', '.jpg', '.svg', '.pdf')
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, frames: bool = True) -> None:
-    """Add the flags that say which model looks at what, and where the picture goes."""
+    """Add the flags for the model, its input and the output picture."""
     parser.add_argument('--out', type=Path, required=True, help='picture: .png, .jpg, .svg, .pdf')
     parser.add_argument('--overwrite', action='store_true', help='replace an existing picture')
     parser.add_argument(
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, frames: bool = True) -> No
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Check what can be checked before anything is loaded.
+    """Check the arguments before anything is loaded.
 
     Raises:
         UserError: An argument is wrong; the message names it.
@@ -62,10 +62,10 @@ def config_of(model: str, args: argparse.Namespace) -> Config:
 
 
 def weights_of(model: str, weights: str | None) -> str | None:
-    """A checkpoint's path or URL; 'zoo' means the authors' weights of the name.
+    """A checkpoint's path or URL; 'zoo' means the authors' weights of the model.
 
     Raises:
-        UserError: There are none.
+        UserError: The model has none.
     """
     if weights != 'zoo':
         return weights
@@ -77,7 +77,7 @@ def weights_of(model: str, weights: str | None) -> str | None:
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which gets its real name when all went well."""
+    """A path to write to, which gets its final name on success."""
     temporary = path.with_name(f'.{uuid.uuid4().hex[:8]}{path.suffix}')
     try:
         yield temporary
@@ -87,7 +87,7 @@ def complete_file(path: Path) -> Iterator[Path]:
 
 
 def run(tool: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a tool; an error that the user can mend ends it with one line and exit code 2."""
+    """Run a tool; an error that the user can fix ends it with one line and exit code 2."""
     with reported_errors():
         MMLogger.get_current_instance().setLevel(logging.ERROR)
         try:

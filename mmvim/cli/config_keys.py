@@ -1,9 +1,9 @@
-"""What a runner reads from a config."""
+"""The config keys that a runner reads."""
 
 from collections.abc import Iterator
 from typing import Any
 
-# What Runner and FlexibleRunner read, and the types that they can use.
+# The keys that Runner and FlexibleRunner read, and their types.
 RUNNER_KEYS: dict[str, tuple[type, ...]] = {
     'model': (dict,),
     'train_dataloader': (dict,),

@@ -1,4 +1,4 @@
-"""What the command lines of ``tools/demo`` share."""
+"""Common parts of the command lines of ``tools/demo``."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from mmvim.errors import UserError
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line for what the user can mend, and keep other logs quiet."""
+    """End the process with one line on errors that the user can fix, and silence other logs."""
     with reported_errors():
         MMLogger.get_current_instance().setLevel(logging.ERROR)
         try:
@@ -30,7 +30,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model runs how."""
+    """Add the flags for the model and the way it runs."""
     parser.add_argument(
         '--weights', help="checkpoint (path or URL), or 'zoo' for the authors' weights"
     )
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Check what can be checked before anything is loaded.
+    """Check the arguments before anything is loaded.
 
     Raises:
         UserError: An argument is wrong; the message names it.
@@ -74,10 +74,10 @@ def demo_config(args: argparse.Namespace) -> Config:
 
 
 def make_demo_inferencer(args: argparse.Namespace, cfg: Config) -> Any:
-    """Make the inferencer that the command line asks for.
+    """Make the inferencer chosen on the command line.
 
     Raises:
-        UserError: ``--weights zoo`` of a model that has none.
+        UserError: ``--weights zoo`` for a model without weights.
     """
     from mmvim.apis.inferencers import make_inferencer
 
@@ -92,12 +92,12 @@ def make_demo_inferencer(args: argparse.Namespace, cfg: Config) -> Any:
     if args.classes:
         names = Path(args.classes).read_text().splitlines()
         inferencer.model.dataset_meta['classes'] = names
-        inferencer.classes = names  # where mmpretrain's inferencer keeps them
+        inferencer.classes = names  # where mmpretrain's inferencer looks for them
     return inferencer
 
 
 def unique_stems(names: Iterable[str]) -> list[str]:
-    """A file name without suffix for each path: two folders may hold the same one."""
+    """A distinct file name without suffix for each path: folders may share names."""
     used: dict[str, None] = {}
     for name in names:
         stem = free = Path(name).stem
@@ -110,7 +110,7 @@ def unique_stems(names: Iterable[str]) -> list[str]:
 
 
 def summary(prediction: Mapping[str, Any]) -> str:
-    """One line for people."""
+    """One readable line."""
     for key, value in (('classes', 'score'), ('objects', 'score'), ('areas', 'share')):
         if key in prediction:
             found = prediction[key]

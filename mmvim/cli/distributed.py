@@ -10,7 +10,7 @@ from mmengine.device import get_device
 
 from mmvim.errors import UserError
 
-# Where each launcher says who a process is: rank, number of processes, rank on its machine.
+# Each launcher's variables: rank, number of processes, rank on the machine.
 _ENVIRONMENT = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
@@ -33,7 +33,7 @@ def prepare(cfg: Config, launcher: str, notes: list[str]) -> None:
     Args:
         cfg: The config, changed in place.
         launcher: ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
-        notes: Gets a line for the log for each change.
+        notes: Receives a line for the log for each change.
 
     Raises:
         UserError: The environment is not the launcher's, or there are more processes than GPUs.

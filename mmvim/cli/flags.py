@@ -1,4 +1,4 @@
-"""What the flags of the command line mean for the config."""
+"""Effects of the command-line flags on the config."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config; what is wrong in it is the user's to mend, whatever the exception is."""
+    """Read the config; any exception on the way is an error of the user."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if not os.path.isfile(args.config):
         raise UserError(f'the config file {args.config!r} does not exist')
@@ -62,12 +62,12 @@ def apply_train_flags(cfg: Config, args: argparse.Namespace) -> None:
 
 
 def apply_test_flags(cfg: Config, args: argparse.Namespace) -> None:
-    """Put the flags of ``test.py`` into the config, but for those of :func:`apply_test_outputs`.
+    """Put the flags of ``test.py`` into the config, except those of :func:`apply_test_outputs`.
 
     Raises:
         UserError: A flag does not fit the config or another flag.
     """
-    # mmengine would otherwise try to resume a training loop, which a test does not have.
+    # mmengine would otherwise try to resume a training loop, which a test lacks.
     cfg.load_from, cfg.resume = args.checkpoint, False
     if args.out_item and not args.out:
         raise UserError('--out-item needs --out PATH')
@@ -77,7 +77,7 @@ def apply_test_flags(cfg: Config, args: argparse.Namespace) -> None:
         cfg.test_cfg['fp16'] = True
     if args.amp_dtype:
         _check_amp_dtype(args.amp_dtype)
-        # The test loop has no setting for it: it takes torch's default.
+        # The test loop has no setting for this: it uses torch's default.
         torch.set_autocast_dtype(get_device(), getattr(torch, args.amp_dtype))
     if args.show or args.show_dir:
         task = task_of(cfg, '--show-dir' if args.show_dir else '--show')
@@ -116,7 +116,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
             if name != 'pin_memory' or torch.cuda.is_available():
                 loader.setdefault(name, value)
         if not loader.get('num_workers'):
-            # torch refuses these without workers, which num_workers=0 alone would ask for.
+            # torch refuses these without workers, so num_workers=0 alone would fail.
             for name in ('persistent_workers', 'prefetch_factor'):
                 loader.pop(name, None)
 
@@ -167,13 +167,13 @@ def _use_amp(cfg: Config, dtype: str | None) -> None:
     if dtype:
         _check_amp_dtype(dtype)
         wrapper['dtype'] = dtype
-    # bfloat16 has the range of float32: there is nothing to scale.
+    # bfloat16 has the range of float32: no scaling is needed.
     is_bf16 = wrapper.get('dtype') in ('bfloat16', torch.bfloat16)
     wrapper.setdefault('loss_scale', {'enabled': False} if is_bf16 else 'dynamic')
 
 
 def fit_to_cpu(cfg: Config, notes: list[str]) -> None:
-    """Replace what works on an accelerator alone."""
+    """Replace what works only on an accelerator."""
     wrapper = cfg.get('optim_wrapper')
     if isinstance(wrapper, dict) and wrapper.get('type') == 'AmpOptimWrapper':
         wrapper['type'] = 'mmvim.CPUAmpOptimWrapper'
@@ -183,7 +183,7 @@ def fit_to_cpu(cfg: Config, notes: list[str]) -> None:
 
 
 def use_resumable_loops(cfg: Config) -> None:
-    """Put this package's training loops in the place of mmengine's, which they extend."""
+    """Replace mmengine's training loops by this package's, which extend them."""
     loop = cfg.get('train_cfg')
     if not isinstance(loop, dict):
         return

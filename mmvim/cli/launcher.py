@@ -1,7 +1,7 @@
 """One launcher for mmpretrain, mmdet, mmsegmentation, and configs of other tasks.
 
-``tools/train.py`` and ``tools/test.py`` call :func:`main_train` and :func:`main_test`. What a run
-is comes from the config; what differs between task libraries is in :mod:`mmvim.engine.tasks`.
+``tools/train.py`` and ``tools/test.py`` call :func:`main_train` and :func:`main_test`. The
+config determines a run; the differences between task libraries are in :mod:`mmvim.engine.tasks`.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main_train(argv: Sequence[str] | None = None) -> Any:
         The runner, after training.
 
     Raises:
-        SystemExit: Code 2 after an error that the user can mend, 143 after SIGTERM.
+        SystemExit: Code 2 after an error that the user can fix, 143 after SIGTERM.
     """
     args = build_train_parser().parse_args(argv)
     with reported_errors() as context:
@@ -88,7 +88,7 @@ def _train(runner: Any, complete: bool) -> None:
     except RuntimeError as error:
         if not hook.received or 'DataLoader worker (pid' not in str(error):
             raise
-        # The workers were gone first, maybe in the middle of a step: nothing can be saved.
+        # The workers died first, perhaps in the middle of a step: nothing can be saved.
         runner.logger.warning('terminated: the last checkpoint stands; --resume continues the run')
         sys.exit(128 + hook.received)
     finally:
@@ -105,7 +105,7 @@ def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
         The metrics.
 
     Raises:
-        SystemExit: Code 2 after an error that the user can mend.
+        SystemExit: Code 2 after an error that the user can fix.
     """
     args = build_test_parser().parse_args(argv)
     with reported_errors() as context:
@@ -132,7 +132,7 @@ def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
 def _build_runner(
     cfg: Config, args: argparse.Namespace, loops: tuple[str, ...], notes: list[str]
 ) -> Any:
-    """Build the runner, with the safeguards that the config need not know about."""
+    """Build the runner, with safeguards that the config need not mention."""
     distributed.prepare(cfg, cfg.launcher, notes)
     if get_device() == 'cpu':
         flags.fit_to_cpu(cfg, notes)
@@ -148,7 +148,7 @@ def _build_runner(
 
 
 def _paint_every(runner: Any, interval: int) -> None:
-    """Give visualization hooks that paint every image of a test an interval."""
+    """Set an interval for visualization hooks that draw every test image."""
     if interval == 1 or task_of(runner.cfg, '--interval').show_interval:
         return
     for hook in runner.hooks:

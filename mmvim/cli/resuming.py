@@ -16,7 +16,7 @@ from mmvim.errors import UserError
 
 
 def use(cfg: Config, checkpoint: Checkpoint) -> None:
-    """Have a run continue from ``checkpoint``, with the seed that it has."""
+    """Make a run continue from ``checkpoint``, with the checkpoint's seed."""
     cfg.resume, cfg.load_from = True, checkpoint.path
     if checkpoint.seed is not None:
         randomness = cfg.get('randomness') or {}
@@ -24,17 +24,17 @@ def use(cfg: Config, checkpoint: Checkpoint) -> None:
 
 
 def resume_last(cfg: Config, notes: list[str], warnings: list[str]) -> list[str]:
-    """Have a run continue from the newest whole checkpoint of its work directory.
+    """Make a run continue from the newest complete checkpoint of its work directory.
 
-    Without any checkpoint the run starts as the config says.
+    Without any checkpoint the run starts from the beginning.
 
     Args:
         cfg: The config, changed in place.
-        notes: Gets a line if the run starts anew.
-        warnings: Gets a line for each checkpoint that is left out.
+        notes: Receives a line if the run starts from the beginning.
+        warnings: Receives a line for each checkpoint that is skipped.
 
     Returns:
-        The checkpoints to try if the chosen one turns out to be of another model.
+        The checkpoints to try if the chosen one turns out to belong to another model.
 
     Raises:
         UserError: There are checkpoints, but none that training can continue from.
@@ -54,9 +54,9 @@ def resume_last(cfg: Config, notes: list[str], warnings: list[str]) -> list[str]
 
 
 def resume_path(cfg: Config, path: str) -> None:
-    """Have a run continue from the checkpoint that the user named.
+    """Make a run continue from the checkpoint that the user named.
 
-    Reading and explaining it is left to the runner; only the seed is needed before.
+    Reading it and reporting errors is left to the runner; only the seed is needed earlier.
     """
     cfg.resume, cfg.load_from = True, path
     try:
@@ -66,14 +66,14 @@ def resume_path(cfg: Config, path: str) -> None:
 
 
 def leave_out_foreign(runner: Any, rest: list[str]) -> None:
-    """Choose an older checkpoint if the chosen one is of another model than the runner's.
+    """Choose an older checkpoint if the chosen one does not belong to the runner's model.
 
     Args:
-        runner: A runner that has its model already.
+        runner: A runner that already has its model.
         rest: Older checkpoints, newest first.
 
     Raises:
-        UserError: All are of another model.
+        UserError: All belong to another model.
     """
     path = runner._load_from
     if not runner._resume or not isinstance(runner.model, torch.nn.Module) or not path:

@@ -1,4 +1,4 @@
-"""Name the file when an image or an annotation cannot be loaded."""
+"""Errors that name the file when an image or an annotation cannot be loaded."""
 
 import functools
 import traceback
@@ -14,11 +14,11 @@ _PATH_KEYS = ('img_path', 'seg_map_path', 'filename', 'img_paths')
 
 
 def install() -> None:
-    """Let data pipelines say which file they could not load.
+    """Make data pipelines name the file they could not load.
 
-    OpenCV's and Pillow's own messages do not name the file, and in a DataLoader worker nobody but
-    the pipeline has the sample, so its ``__call__`` is wrapped. Only errors of loading transforms
-    (``Load…``) are translated. Workers that are forked, mmengine's default, inherit this.
+    OpenCV's and Pillow's own messages do not name the file, and in a DataLoader worker only the
+    pipeline has the sample, so its ``__call__`` is wrapped. Only errors of loading transforms
+    (``Load…``) are translated. Forked workers, mmengine's default, inherit this.
     """
     when_imported('mmseg.datasets.transforms.loading', _check_sizes)
     if getattr(Compose.__call__, 'names_files', False):
@@ -42,7 +42,7 @@ def install() -> None:
 
 
 def _check_sizes(loading: ModuleType) -> None:
-    """Let a label map that is not as large as its image be an error, not a shifted label."""
+    """Make a label map whose size differs from its image an error, not a shifted label."""
     original = loading.LoadAnnotations.transform
     if hasattr(original, '__wrapped__'):
         return

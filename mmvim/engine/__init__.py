@@ -1,4 +1,4 @@
-"""Launcher, hooks and optimizer parts for mmpretrain, mmdet and mmsegmentation alike."""
+"""Hooks, loops and optimizer parts for mmpretrain, mmdet and mmsegmentation."""
 
 from .hooks import (
     CheckpointHook,

@@ -1,4 +1,4 @@
-"""Local file writes that either happen completely or leave the old file in place."""
+"""Local file writes that happen completely or leave the old file in place."""
 
 import contextlib
 import os
@@ -12,17 +12,17 @@ TEMPORARY_SUFFIX = '.mmvim-tmp'
 
 
 class AtomicLocalBackend(LocalBackend):
-    """mmengine's local backend, which writes beside the target and then renames.
+    """mmengine's local backend, which writes next to the target and then renames.
 
-    A process that is killed, or a disk that is full, in the middle of a checkpoint leaves at most a
-    ``*.mmvim-tmp`` file, never a truncated checkpoint under its final name.
+    A killed process or a full disk in the middle of a checkpoint leaves at most a ``*.mmvim-tmp``
+    file, never a truncated checkpoint under its final name.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
         """Write ``obj`` to ``filepath``, creating its directory.
 
         Raises:
-            OSError: The file cannot be written; ``filepath`` is then as it was before.
+            OSError: The file cannot be written; ``filepath`` is then unchanged.
         """
         directory = os.path.dirname(filepath)
         if directory:
@@ -49,7 +49,7 @@ class AtomicLocalBackend(LocalBackend):
 
 
 def _sync_directory(directory: str) -> None:
-    """Write a directory's names to the disk, where the file system can."""
+    """Write a directory's entries to disk, where the file system can."""
     try:
         handle = os.open(directory, os.O_RDONLY)
     except OSError:
@@ -62,7 +62,7 @@ def _sync_directory(directory: str) -> None:
 def install() -> None:
     """Make every local write of this process through mmengine's file layer atomic."""
     register_backend('local', AtomicLocalBackend, prefixes='', force=True)
-    # Instances that were handed out before are cached by prefix.
+    # Existing instances are cached by prefix.
     for key, backend in list(io.backend_instances.items()):
         if type(backend) is LocalBackend:
             del io.backend_instances[key]

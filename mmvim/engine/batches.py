@@ -1,4 +1,4 @@
-"""Batches of a DataLoader from any position on, the same as if all before had been taken."""
+"""Batches of a DataLoader from any position on, as if all earlier ones had been taken."""
 
 import functools
 import logging
@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from . import random_state
 
-# How long a worker outlives a SIGTERM that the whole job gets, in seconds.
+# Seconds for which a worker outlives a SIGTERM to the whole job.
 _GRACE = 25.0
 
 
 class _PlacedIndex(int):
-    """The index of a sample, with the seed of its place in the training."""
+    """The index of a sample, with the seed of its position in the training."""
 
     seed: int
 
@@ -38,8 +38,8 @@ class _PlacedIndex(int):
 class _PlacedBatches:
     """A batch sampler that starts anywhere, numbers its samples, and can go back.
 
-    What was drawn and not trained on is kept for workers that take the place of others: a sampler
-    need not give the same twice, and mmengine's ``InfiniteSampler`` cannot begin anew.
+    Batches that were drawn but not trained on are kept for replacement workers: a sampler need not
+    repeat itself, and mmengine's ``InfiniteSampler`` cannot start over.
     """
 
     def __init__(self, batch_sampler: Any, seed: tuple[int, ...], placed: bool) -> None:
@@ -58,18 +58,18 @@ class _PlacedBatches:
         return len(self.batch_sampler)
 
     def begin(self, epoch: int, skip: int) -> None:
-        """Let training take pass ``epoch``, without its first ``skip`` batches."""
+        """Make training take pass ``epoch``, without its first ``skip`` batches."""
         self._epoch = epoch
         self._stream = self._batches(epoch, skip)
         self._kept.clear()
 
     def done(self) -> None:
-        """Forget the oldest batch that was drawn: it has been trained on."""
+        """Forget the oldest drawn batch, which has been trained on."""
         self._kept.popleft()
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """What iterates in here is training; anything else gets batches of its own."""
+        """Mark iteration in this block as training; any other gets batches of its own."""
         self._in_training = True
         try:
             yield
@@ -77,8 +77,8 @@ class _PlacedBatches:
             self._in_training = False
 
     def __iter__(self) -> Iterator[list]:
-        # Not in the generator, which starts when the first batch is wanted. A DataLoader with
-        # workers asks for two iterators and uses the second.
+        # Not in the generator, which starts with the first batch. A DataLoader with workers
+        # requests two iterators and uses the second.
         if self._in_training and self._stream is not None:
             return self._deliver(self._stream, tuple(self._kept))
         return self._batches(self._epoch, 0)
@@ -110,22 +110,22 @@ class Batches:
 
     - Batches before the position are not loaded: only the sampler is advanced.
     - In workers, each sample's random numbers (Python's, NumPy's and torch's) are seeded with the
-      run's seed, the rank, and the place of the sample in the training. So augmentation after a
-      resume is that of the uninterrupted run, whatever the number of workers. Without workers the
-      process's own generators are used.
+      run's seed, the rank, and the position of the sample in the training. So augmentation after
+      a resume equals that of the uninterrupted run, whatever the number of workers. Without workers
+      the process's own generators are used.
     - Starting the iterator draws no number from the process's generator.
-    - Workers outlive a SIGTERM to the whole job for 25 seconds, so that the process that trains can
+    - Workers outlive a SIGTERM to the whole job for 25 seconds, so that the training process can
       save.
 
     Args:
-        loader: The DataLoader, which is changed in place. A loader of an ``IterableDataset``, or
-            without batches, starts at the beginning whatever the position.
+        loader: The DataLoader, changed in place. A loader of an ``IterableDataset``, or without
+            batches, starts at the beginning whatever the position.
         seed: Seed of the run.
         rank: Rank of the process.
-        max_restarts: How often all workers may be started again after one has died.
+        max_restarts: How often all workers may be restarted after one has died.
 
     Attributes:
-        restarts: How often that has happened.
+        restarts: Number of restarts so far.
     """
 
     def __init__(
@@ -142,8 +142,8 @@ class Batches:
         if loader.num_workers > 0:
             loader.worker_init_fn = functools.partial(_prepare_worker, inner=loader.worker_init_fn)
         self._placed = _PlacedBatches(loader.batch_sampler, seeds, loader.num_workers > 0)
-        # A DataLoader refuses to change this attribute, though not for a reason that holds here:
-        # the new sampler gives the same batches.
+        # A DataLoader refuses to change this attribute, but the reason does not apply here: the
+        # new sampler yields the same batches.
         loader.__dict__['batch_sampler'] = self._placed
         if getattr(loader, '_iterator', None) is not None:
             loader._iterator = None
@@ -164,7 +164,7 @@ class Batches:
                     yield batch
                 return
             except RuntimeError as error:
-                # Not what a dataset raised in a worker, which is passed on under its own type.
+                # Not an error that a dataset raised in a worker, which keeps its own type.
                 if not re.search(r'DataLoader worker \(pid', str(error)):
                     raise
                 if self.restarts >= self.max_restarts or self._placed is None:
@@ -182,13 +182,13 @@ class Batches:
         with self._placed.in_training() if self._placed is not None else nullcontext():
             iterator = iter(self.loader)
         if self.max_restarts and self.loader.num_workers > 0:
-            # torch would raise at any moment, in the middle of a step as well. Without its handler
-            # a death is found when the next batch is waited for.
+            # torch would raise at any moment, even in the middle of a step. Without its handler a
+            # death is noticed while waiting for the next batch.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         return iterator
 
     def endless(self, skip: int = 0) -> Iterator[Any]:
-        """Iterate without end, over as many passes as it takes, without ``skip`` batches."""
+        """Iterate without end, over as many passes as it takes, after skipping ``skip`` batches."""
         number = 0
         sampler = getattr(self.loader, 'sampler', None)
         if not hasattr(sampler, 'set_epoch'):
@@ -203,7 +203,7 @@ class Batches:
 
 
 def _is_finite(sampler: Any) -> bool:
-    """Whether a sampler comes to an end after as many samples as it says it has."""
+    """Whether a sampler ends after as many samples as its length says."""
     return 'Infinite' not in type(sampler).__name__ and type(sampler).__name__ not in (
         'MultiSourceSampler',
         'GroupMultiSourceSampler',
@@ -211,7 +211,7 @@ def _is_finite(sampler: Any) -> bool:
 
 
 def isolate_validation(loader: DataLoader) -> None:
-    """Let validation draw no random number of the process, and its workers outlive a SIGTERM."""
+    """Isolate validation from the process's random numbers, and its workers from a SIGTERM."""
     isolate(loader)
     if loader.num_workers > 0:
         loader.worker_init_fn = functools.partial(_outlive_sigterm, inner=loader.worker_init_fn)
@@ -220,8 +220,8 @@ def isolate_validation(loader: DataLoader) -> None:
 def isolate(loader: DataLoader, seeds: tuple[int, ...] = (0,)) -> None:
     """Give a DataLoader a generator of its own.
 
-    Otherwise each start of its iterator draws from the process's generator, and the numbers that
-    training gets would depend on how often that happened.
+    Otherwise each start of its iterator draws from the process's generator, and the random numbers
+    of training would depend on how often that happened.
     """
     if getattr(loader, 'generator', None) is None:
         seed = random_state.mix(*seeds)

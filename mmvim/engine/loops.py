@@ -1,8 +1,8 @@
-"""mmengine's training loops, which continue an interrupted run where it was.
+"""mmengine's training loops, extended to continue an interrupted run exactly.
 
-mmengine 0.10 begins an interrupted epoch anew while its iterations count on, draws data in another
-order when the seed was not fixed, never makes up for the validation that was due when the run
-ended, and takes the random numbers from wherever the new process is.
+mmengine 0.10 starts an interrupted epoch over while its iteration count continues, draws data in a
+different order when the seed was not fixed, never makes up for a validation that was due when the
+run ended, and uses whatever random state the new process has.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ VALIDATED_ITER = 'mmvim_validated_iter'
 
 
 class _Resumable:
-    """What both loops share."""
+    """Common part of both loops."""
 
     runner: Any
     dataloader: Any
@@ -52,7 +52,7 @@ class _Resumable:
     def _catch_up(self) -> None:
         """Validate now if the run ended between saving and validating."""
         hub = self.runner.message_hub
-        # Only checkpoints of these loops say when they were validated last.
+        # Only checkpoints of these loops record the last validation.
         if self._iter == 0 or EPOCH_LENGTH not in hub.runtime_info or self._within_epoch():
             return
         validated = hub.runtime_info.get(VALIDATED_ITER)
@@ -65,7 +65,7 @@ class _Resumable:
 
 @LOOPS.register_module()
 class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
-    """``EpochBasedTrainLoop`` that resumes within an epoch, with the batches that are left of it.
+    """``EpochBasedTrainLoop`` that resumes within an epoch, with its remaining batches.
 
     The launcher uses it for ``train_cfg=dict(by_epoch=True, …)``. Arguments are mmengine's, and
     ``max_worker_restarts``: how often the run may replace data loader workers that have died, for
@@ -87,7 +87,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
         return self.runner.model
 
     def run_epoch(self) -> None:
-        """Train for what is left of an epoch."""
+        """Train for the rest of an epoch."""
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         skip, self._skip = self._skip, 0
@@ -102,7 +102,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
         return self._batches.epoch(self._epoch, skip)
 
     def _resumed_batches(self) -> int:
-        """Return how many batches of the current epoch the resumed run has done."""
+        """Return how many batches of the current epoch the resumed run has finished."""
         length = len(self.dataloader)
         then = self.runner.message_hub.runtime_info.get(EPOCH_LENGTH, length)
         done = self._iter - self._epoch * then

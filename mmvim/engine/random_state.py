@@ -1,6 +1,6 @@
 """The state of the random number generators of a process, as tensors and numbers.
 
-It goes into checkpoints, which are loaded with ``weights_only``: hence no objects of other types.
+Checkpoints contain it and are loaded with ``weights_only``: hence no objects of other types.
 """
 
 import random
@@ -25,7 +25,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put the generators of this process into a state that :func:`capture` returned."""
+    """Restore a state that :func:`capture` returned."""
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal.tolist()), gauss))
     name, keys, position, has_gauss, cached = state['numpy']
@@ -51,5 +51,5 @@ def seed_all(seed: int) -> None:
     """Seed the CPU generators; cheap enough to be called for every sample."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    # torch.manual_seed would also queue a call for each accelerator, every time.
+    # torch.manual_seed would also queue a call for each accelerator every time.
     torch.default_generator.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What differs between the task libraries when one launcher serves them all."""
+"""Differences between the task libraries, for the one launcher that serves them all."""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -16,16 +16,16 @@ class Task:
     """One task library.
 
     Attributes:
-        out_help: What ``--out`` writes.
-        visualize: ``(hook config, config, show_dir)``: turn painting on in the test loop.
-        dump_predictions: ``(config, path)``: let the test loop write its predictions.
+        out_help: Description of the output of ``--out``.
+        visualize: ``(hook config, config, show_dir)``: turn on drawing in the test loop.
+        dump_predictions: ``(config, path)``: make the test loop write its predictions.
         tta_model: The model that merges test-time augmentations, if the config has none.
-        tta_from: Transforms of the test pipeline from this one on come after flipping.
-        class_outputs: ``model -> {key path: number of classes}`` of the heads that must agree with
-            the classes of the data set.
+        tta_from: First transform of the test pipeline that comes after flipping.
+        class_outputs: ``model -> {key path: number of classes}`` of the heads that must match the
+            classes of the data set.
         labels: ``data sample -> labels`` of the ground truth, or None if it has none.
-        show_interval: Whether the visualization hook itself knows an interval for the test loop.
-        dataloader_defaults: What the library's own launcher adds to dataloaders.
+        show_interval: Whether the visualization hook itself has an interval for the test loop.
+        dataloader_defaults: Settings that the library's own launcher adds to dataloaders.
     """
 
     out_help: str
@@ -106,7 +106,7 @@ def _collect(heads: Iterable[tuple[str, Any]]) -> dict[str, int]:
         parts = head if isinstance(head, nn.ModuleList) else [head]
         for i, part in enumerate(parts):
             count = _classes(part)
-            # A region proposal network has one class whatever the data.
+            # A region proposal network has one class, whatever the data.
             if count is not None and not type(part).__name__.endswith('RPNHead'):
                 name = f'{path}.{i}' if isinstance(head, nn.ModuleList) else path
                 found[f'{name}.num_classes'] = count
@@ -118,7 +118,7 @@ def _classifier_outputs(model: nn.Module) -> dict[str, int]:
 
 
 def _detector_outputs(model: nn.Module) -> dict[str, int]:
-    # Open-vocabulary detectors and panoptic segmentors have boxes of other classes than the data.
+    # In open-vocabulary detectors and panoptic segmentors box classes differ from the data's.
     if hasattr(model, 'language_model') or hasattr(model, 'panoptic_fusion_head'):
         return {}
     roi_head = getattr(model, 'roi_head', None)
@@ -135,7 +135,7 @@ def _segmentor_outputs(model: nn.Module) -> dict[str, int]:
     head = head[-1] if isinstance(head, nn.ModuleList) else head
     if 'Depth' in type(model).__name__ or 'Depth' in type(head).__name__:
         return {}
-    # Auxiliary heads may well have a task of their own (STDC's predicts boundaries).
+    # Auxiliary heads may have a task of their own (STDC's predicts boundaries).
     return _collect([('model.decode_head', head)])
 
 
@@ -215,7 +215,7 @@ def apply_tta(cfg: Config, task: Task) -> None:
     """Wrap the model for test-time augmentation and replace the test pipeline.
 
     ``tta_model`` and ``tta_pipeline`` of the config are used as they are; without them, each image
-    is seen as it is and mirrored.
+    is used as it is and mirrored.
 
     Raises:
         UserError: There is no pipeline, or it does not end as the library's pipelines do.
@@ -241,7 +241,7 @@ def _flip_pipeline(pipeline: list[dict] | None, task: Task) -> list[dict]:
         default = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
         keys = tuple(tail[0].get('meta_keys', default))
         tail[0]['meta_keys'] = tuple(dict.fromkeys((*keys, 'flip', 'flip_direction')))
-    # The plain view comes first: mmseg takes the ground truth from it.
+    # The unflipped view comes first: mmseg takes the ground truth from it.
     flips = [{'type': 'RandomFlip', 'prob': 0.0}, {'type': 'RandomFlip', 'prob': 1.0}]
     step = {'type': 'TestTimeAug', 'transforms': [flips, *([transform] for transform in tail)]}
     return [*deepcopy(list(pipeline[:start])), step]

@@ -15,14 +15,14 @@ from mmvim.registry import HOOKS
 
 # Key of the checkpoint.
 RANDOM_STATES = 'mmvim_random_states'
-# In the message hub: the checkpoint that an interrupted run left beside the regular ones.
+# In the message hub: the checkpoint of an interrupted run, in addition to the regular ones.
 _INTERRUPTED = 'mmvim_interrupted_ckpt'
-# Key of the checkpoint: names of those that are removed once it is written.
+# Key of the checkpoint: names of those to remove once it is written.
 _SUPERSEDED = 'mmvim_superseded'
 
 
 class _RemoveLater:
-    """A file backend that only remembers what is to be removed."""
+    """A file backend that only records what is to be removed."""
 
     def __init__(self, backend):
         self._backend = backend
@@ -41,19 +41,19 @@ class _RemoveLater:
 
 @HOOKS.register_module()
 class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's ``CheckpointHook``, safe against a crash or a full disk while it writes.
+    """mmengine's ``CheckpointHook``, safe against a crash or a full disk during a save.
 
-    - A checkpoint appears under its name only when it is complete.
+    - A checkpoint gets its name only once it is complete.
     - The checkpoints that it replaces (``max_keep_ckpts``, the previous best) are removed after it
       has been written, so that ``last_checkpoint`` always names a complete file. For that moment
-      there is one checkpoint more on the disk.
-    - The states of all random number generators, of every process, are saved and restored.
-    - A metric that ``save_best`` names and validation does not report is an error that lists the
-      metrics that there are.
+      there is one more checkpoint on disk.
+    - The states of all random number generators of every process are saved and restored.
+    - A metric that ``save_best`` names but validation does not report is an error that lists the
+      existing metrics.
 
     The launcher uses it wherever a config says ``CheckpointHook``. Arguments are mmengine's.
-    DeepSpeed and ColossalAI write their own directories of shards; for these only the order of
-    writing and removing holds.
+    DeepSpeed and ColossalAI write their own directories of shards; for them only the order of
+    writing and removing is guaranteed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,13 +70,13 @@ class CheckpointHook(MMEngineCheckpointHook):
         atomic_io.install()
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Take the random states, which are restored when training begins."""
+        """Keep the random states, which are restored when training begins."""
         if runner._resume:
             self._resumed_states = checkpoint.get(RANDOM_STATES)
             self._superseded = checkpoint.get(_SUPERSEDED, [])
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        """Add the random states, and the place of the checkpoint in the training.
+        """Add the random states, and the position of the checkpoint in the training.
 
         mmengine's ``FlexibleRunner`` counts one iteration or epoch too many when a checkpoint is
         saved outside ``after_train_iter`` or ``after_train_epoch``.
@@ -112,7 +112,7 @@ class CheckpointHook(MMEngineCheckpointHook):
         random_state.restore(states[runner.rank])
 
     def _follow_moves(self, runner) -> None:
-        """Have the best checkpoints in this directory, whatever it was called when they were saved.
+        """Map the best checkpoints to this directory, whatever its name was when they were saved.
 
         Otherwise a run in a copy of a work directory would remove the best checkpoint of the
         original.
@@ -145,13 +145,13 @@ class CheckpointHook(MMEngineCheckpointHook):
     def save_now(self, runner, step: int, states: dict | None = None) -> str:
         """Save between two regular checkpoints, as ``iter_STEP.pth``.
 
-        It is removed after the next regular checkpoint has been written. Where a regular one of
-        that name is due, that is what is saved.
+        It is removed after the next regular checkpoint has been written. If a regular one of that
+        name is due, that one is saved.
 
         Args:
             runner: The runner.
-            step: How many iterations are done.
-            states: The random states of this process to save; its present ones by default.
+            step: Number of finished iterations.
+            states: The random states of this process to save; its current ones by default.
 
         Returns:
             The path of the checkpoint.

@@ -1,4 +1,4 @@
-"""``torch.compile`` for the part of a model where it pays: the backbone."""
+"""``torch.compile`` for the part of a model that benefits: the backbone."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _OPTIONS = tuple(inspect.signature(torch.compile).parameters)[1:]
 class CompileHook(Hook):
     """Compile every backbone of the model with ``torch.compile`` when training or testing begins.
 
-    MMEngine's own ``compile=True`` compiles ``train_step``, of which the optimizer wrapper and the
-    logging of losses cannot be traced. Backbones are the modules called ``backbone``, at any depth.
-    They are compiled in place: parameters, checkpoints and hooks stay as they are, and the copies
-    that ``EMAHook`` and others make are not compiled. ``tools/train.py`` and ``tools/test.py`` add
+    MMEngine's own ``compile=True`` compiles ``train_step``, whose optimizer wrapper and logging of
+    losses cannot be traced. Backbones are the modules named ``backbone``, at any depth. They are
+    compiled in place: parameters, checkpoints and hooks stay the same, and copies made by
+    ``EMAHook`` and others are not compiled. ``tools/train.py`` and ``tools/test.py`` add
     this hook for ``compile=True`` or ``compile=dict(…)`` in a config.
 
     Args:
         **options: Those of :func:`torch.compile`: ``mode``, ``dynamic``, ``fullgraph``,
             ``backend``, ``options`` or ``disable``. ``mode='reduce-overhead'`` records CUDA graphs,
-            one for each shape of the input: it is for inputs of few shapes.
+            one for each input shape, and suits inputs of few shapes.
 
     Raises:
         TypeError: If there is no such option.

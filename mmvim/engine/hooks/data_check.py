@@ -1,4 +1,4 @@
-"""Does the data fit the model's classes?"""
+"""Consistency of the data with the model's classes."""
 
 from typing import Any
 
@@ -14,15 +14,15 @@ from mmvim.registry import HOOKS
 
 @HOOKS.register_module()
 class DataCheckHook(Hook):
-    """Stop a run whose data set is empty or has other classes than the model's heads.
+    """Stop a run whose data set is empty or does not match the classes of the model's heads.
 
     Before the run, the number of classes of the data set is compared with that of the heads. In the
-    first pass over the training data, each label is compared with the number of classes, before
-    the model sees it: on a GPU a label that is too large is otherwise an assertion in a kernel.
+    first pass over the training data, each label is compared with the number of classes before the
+    model sees it: on a GPU a label that is too large would otherwise fail an assertion in a kernel.
     Only the task libraries of :data:`mmvim.engine.tasks.TASKS` are known; others are left alone.
 
     Args:
-        loops: Which loops' data to check before the run: ``'train'``, ``'val'``, ``'test'``.
+        loops: The loops whose data to check before the run: ``'train'``, ``'val'``, ``'test'``.
     """
 
     priority = 'VERY_HIGH'
@@ -37,7 +37,7 @@ class DataCheckHook(Hook):
         """Compare class counts.
 
         Raises:
-            UserError: A data set is empty, or has a number of classes that a head does not.
+            UserError: A data set is empty, or its number of classes differs from a head's.
         """
         scope = runner.default_scope
         self._task = TASKS.get(scope.scope_name if isinstance(scope, DefaultScope) else scope)
@@ -69,7 +69,7 @@ class DataCheckHook(Hook):
                 )
 
     def before_train(self, runner) -> None:
-        """Count what the first pass has to see."""
+        """Count the samples of the first pass."""
         dataset = runner.train_dataloader.dataset
         if self._outputs and hasattr(dataset, '__len__'):
             self._unseen = len(dataset)

@@ -1,4 +1,4 @@
-"""When a classifier learns from the average of its weights, and from which one."""
+"""Schedule and teacher of a classifier that learns from the average of its weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class MesaHook(Hook):
 
     MESA of Du et al. (Sharpness-Aware Training for Free, NeurIPS 2022), with the start as in
     MambaVision: distillation begins with the first epoch ``e`` (counted from 0) for which
-    ``e / max_epochs > start``; where training is counted in iterations, with such an iteration.
-    The teacher is put into evaluation mode. Nothing is saved: when a run is resumed, ``EMAHook``
-    restores the teacher and the progress decides.
+    ``e / max_epochs > start``; in training by iterations, with the first such iteration.
+    The teacher is put into evaluation mode. Nothing is saved: in a resumed run ``EMAHook`` restores
+    the teacher, and the progress decides.
 
     Args:
-        start (float): Fraction of the training that passes without distillation, in [0, 1).
+        start (float): Fraction of the training before distillation starts, in [0, 1).
             Defaults to 0.25.
 
     Raises:
@@ -71,7 +71,7 @@ class MesaHook(Hook):
         self._teacher = average.module.eval()
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Attach the teacher once it is time."""
+        """Attach the teacher when distillation starts."""
         has_begun = self._progress(runner) > self.start
         if has_begun and self._student.teacher is None:
             runner.logger.info(

@@ -1,4 +1,4 @@
-"""Stop at, or step over, a loss or gradient that is not finite, and say where it arose."""
+"""Losses and gradients that are not finite: stopping or skipping, and finding the origin."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,25 +20,25 @@ _ACTIONS = ('stop', 'skip')
 
 @HOOKS.register_module()
 class NonFiniteHook(Hook):
-    """Do not let a NaN or infinity into the weights; say which layer it came from.
+    """Keep NaN and infinity out of the weights, and name the layer they come from.
 
     Before each backward pass the loss is checked, and before each step of the optimizer the
     gradients. If one is not finite, on any process, the batch is run again with the same random
     numbers, and the log names the first layer whose output (or, going backwards, whose gradient) is
-    not finite although what it got is. Then the run stops, or goes on without this step: weights,
+    not finite although its input is. Then the run stops, or continues without this step: weights,
     optimizer and buffers (such as the statistics of batch norm) are as they were before.
 
     With float16 and dynamic loss scaling, infinite gradients are part of the method and left to the
-    scaler; the loss is checked.
+    scaler; only the loss is checked.
 
     Args:
         action (str): ``'stop'`` or ``'skip'``. Defaults to ``'stop'``.
-        check_gradients (bool): Whether to check gradients too. Defaults to True.
-        max_consecutive (int): With ``'skip'``, stop when so many steps in a row were skipped.
+        check_gradients (bool): Whether to check gradients as well. Defaults to True.
+        max_consecutive (int): With ``'skip'``, stop after so many skipped steps in a row.
             Defaults to 20.
 
     Attributes:
-        skipped (int): Steps that were skipped; ``non_finite_steps`` in the message hub, and so in
+        skipped (int): Number of skipped steps; ``non_finite_steps`` in the message hub and in
             checkpoints.
 
     Raises:
@@ -76,7 +76,7 @@ class NonFiniteHook(Hook):
             self._guard(runner, part)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Remember what the iteration starts from."""
+        """Remember the state from which the iteration starts."""
         self._batch, self._states = data_batch, random_state.capture()
         if self.action == 'skip':
             self._buffers = [(buffer, buffer.detach().clone()) for buffer in runner.model.buffers()]
@@ -84,7 +84,7 @@ class NonFiniteHook(Hook):
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Let go of the batch."""
+        """Release the batch."""
         self._batch, self._buffers = None, []
 
     def _guard(self, runner: Any, wrapper: Any) -> None:
@@ -117,7 +117,7 @@ class NonFiniteHook(Hook):
         """Diagnose, then stop or count.
 
         Raises:
-            UserError: The run shall stop.
+            UserError: The run is to stop.
         """
         place = f'{what} at epoch {runner.epoch + 1}, iteration {runner.iter + 1}'
         cause = self._diagnose(runner)
@@ -138,7 +138,7 @@ class NonFiniteHook(Hook):
 
     def _diagnose(self, runner: Any) -> str:
         model = runner.model
-        # The gradients of the first pass are wanted no more.
+        # The gradients of the first pass are no longer needed.
         for parameter in model.parameters():
             parameter.grad = None
         # Sharded models can only be run through their wrapper.
@@ -156,7 +156,7 @@ class NonFiniteHook(Hook):
 
 
 class _Call:
-    """One call of a module: what was not finite in it."""
+    """One call of a module, and what was not finite in it."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
@@ -169,13 +169,13 @@ class _Call:
 def find_non_finite(
     model: nn.Module, batch: Any, optim_wrapper: Any, states: dict | None = None
 ) -> str:
-    """Run a training batch forward and backward, and say where it stops being finite.
+    """Run a training batch forward and backward, and locate the first non-finite value.
 
     Args:
         model: A model with ``data_preprocessor``, ``_run_forward`` and ``parse_losses`` as
-            mmengine's ``BaseModel`` has them. Its gradients and buffers may change.
-        batch: What the DataLoader gave.
-        optim_wrapper: For the precision that the forward pass is to have.
+            in mmengine's ``BaseModel``. Its gradients and buffers may change.
+        batch: A batch from the DataLoader.
+        optim_wrapper: Determines the precision of the forward pass.
         states: The random states to start from, as :func:`random_state.capture` returns them.
 
     Returns:
@@ -205,7 +205,7 @@ def find_non_finite(
             + ')'
         )
     parameters = {n: p for n, p in inner.named_parameters() if p.requires_grad}
-    # Not backward(), which would make distributed wrappers average what it accumulates.
+    # Not backward(), which would make distributed wrappers average the gradients.
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     spoilt = {name for name, g in zip(parameters, gradients, strict=True) if _has_non_finite([g])}
     return _backward_cause(calls, spoilt)
@@ -235,7 +235,7 @@ def _backward_cause(calls: list[_Call], spoilt: set[str]) -> str:
 
 @contextmanager
 def _watched(model: nn.Module, calls: list[_Call]) -> Iterator[list[str]]:
-    """Watch every module; the list gets a sentence on the first output that is not finite."""
+    """Watch every module; the list receives a sentence on the first non-finite output."""
     first: list[str] = []
 
     def watch(name: str, module: nn.Module):
@@ -289,7 +289,7 @@ def _tensors(node: Any) -> list[Tensor]:
 
 
 def _has_non_finite(tensors: list[Tensor | None]) -> bool:
-    """Whether any value is infinite or NaN; the device is asked once."""
+    """Whether any value is infinite or NaN, with a single device synchronisation."""
     tensors = [t.detach() for t in tensors if t is not None and t.numel()]
     if not tensors:
         return False

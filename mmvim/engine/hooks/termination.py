@@ -1,4 +1,4 @@
-"""Save before the machine is taken away."""
+"""Saving before the scheduler ends the job."""
 
 import signal
 import threading
@@ -20,7 +20,7 @@ class Terminated(Exception):
 
     Args:
         signum: The signal.
-        checkpoint: What was saved, if anything was.
+        checkpoint: The saved checkpoint, if any.
     """
 
     def __init__(self, signum: int, checkpoint: str | None) -> None:
@@ -31,21 +31,22 @@ class Terminated(Exception):
 
 @HOOKS.register_module()
 class TerminationHook(Hook):
-    """Save a checkpoint and stop when the process gets SIGTERM.
+    """Save a checkpoint and stop when the process receives SIGTERM.
 
-    A scheduler sends it some time before it kills the job. The iteration that runs is finished,
+    A scheduler sends it some time before it kills the job. The current iteration is finished,
     ``iter_N.pth`` is saved, and the process ends with exit code 128 + the signal's number;
     ``--resume`` continues with the next batch. During validation, the validation is abandoned and
-    repeated after the resume; with several processes only if the state before it has been saved,
-    otherwise the run stops after the validation. With gradient accumulation the run stops after the
-    next update of the weights. In training it is enough that one of the processes gets the signal.
+    repeated after the resume; with several processes this requires that the state before it has
+    been saved; otherwise the run stops after the validation. With gradient accumulation the run
+    stops after the next update of the weights. In training it suffices that one process receives
+    the signal.
 
     The launcher adds it to every training, unless the config has one.
 
     Args:
         signals: Names of the signals to act upon. Slurm's ``--signal=USR1@120`` needs
             ``('SIGTERM', 'SIGUSR1')``. Defaults to ``('SIGTERM',)``.
-        interval: Processes ask each other every that many iterations (one number is exchanged).
+        interval: Processes ask each other every ``interval`` iterations (one number is exchanged).
             Defaults to 1.
 
     Raises:
@@ -71,7 +72,7 @@ class TerminationHook(Hook):
         self._states: dict | None = None
 
     def before_train(self, runner) -> None:
-        """Listen to the signals from now on."""
+        """Start listening for the signals."""
         if threading.current_thread() is threading.main_thread():
             for number in self._signals:
                 self._handlers[number] = signal.signal(number, self._receive)
@@ -80,23 +81,23 @@ class TerminationHook(Hook):
                 self._watch_swaps(hook)
 
     def after_train(self, runner) -> None:
-        """Listen no more."""
+        """Stop listening."""
         self.close()
 
     @property
     def received(self) -> int:
-        """The signal that came, or 0."""
+        """The received signal, or 0."""
         return self._received
 
     def close(self) -> None:
-        """Put the former handlers back."""
+        """Restore the former handlers."""
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Save and stop, if a signal came.
+        """Save and stop, if a signal was received.
 
         Raises:
             Terminated: The state has been saved.
@@ -114,7 +115,7 @@ class TerminationHook(Hook):
     def after_val_iter(
         self, runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Abandon the validation, save and stop, if a signal came.
+        """Abandon the validation, save and stop, if a signal was received.
 
         Raises:
             Terminated: The state has been saved.
@@ -122,7 +123,7 @@ class TerminationHook(Hook):
         if not self._received or not self._handlers:
             return
         if is_distributed():
-            # The others may be past this point: nothing that needs them all can be done here.
+            # Other processes may be past this point: no collective operation is possible here.
             saver = self._saver(runner)
             if saver is not None and saver.last_iter == runner.iter:
                 self._stop(runner, runner.iter)
@@ -156,7 +157,7 @@ class TerminationHook(Hook):
         return self._received != 0
 
     def _watch_swaps(self, hook: EMAHook) -> None:
-        """Know whether the model holds the averaged weights."""
+        """Track whether the model holds the averaged weights."""
         swap = hook._swap_ema_parameters
         self._swapped[hook] = False
 

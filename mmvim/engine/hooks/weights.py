@@ -1,4 +1,4 @@
-"""Which weights of a checkpoint a test uses."""
+"""Choice of the weights of a checkpoint that a test uses."""
 
 from typing import Any
 
@@ -10,24 +10,24 @@ from mmvim.registry import HOOKS
 
 @HOOKS.register_module()
 class WeightsHook(Hook):
-    """Let a run load the averaged or the trained weights of a checkpoint that has both.
+    """Make a run load the averaged or the trained weights of a checkpoint that has both.
 
     Averages are ``model_ema`` or ``state_dict_ema`` of official files. mmengine's ``EMAHook``
-    exchanges the two when it saves: there they are ``state_dict``, and ``ema_state_dict`` has the
-    trained weights.
+    swaps the two when it saves: there the averages are ``state_dict``, and ``ema_state_dict`` holds
+    the trained weights.
 
     Args:
         ema (bool): Whether to take the averages.
     """
 
-    # Before an EMAHook looks at what was loaded.
+    # Before an EMAHook reads the loaded checkpoint.
     priority = 'VERY_HIGH'
 
     def __init__(self, ema: bool) -> None:
         self.ema = ema
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Put the chosen weights where mmengine takes them from.
+        """Put the chosen weights where mmengine reads them.
 
         Raises:
             mmvim.errors.CheckpointError: The checkpoint has no weights of this kind.

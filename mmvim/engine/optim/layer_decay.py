@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay for any backbone that knows the depth of its parameters."""
+"""Layer-wise learning-rate decay for backbones that know the depth of their parameters."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,7 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
 
     A parameter of layer ``i`` of a backbone with ``n`` layers learns with
     ``lr * layer_decay_rate ** (n - 1 - i)``; ``backbone.get_layer_depth(name, prefix)`` gives i, n:
-    the embedding is layer 0, the blocks are 1 to n - 2, what follows them is n - 1. Everything
+    the embedding is layer 0, the blocks are 1 to n - 2, everything after them is n - 1. Everything
     outside the backbone (necks, heads) learns with ``lr``. This is the rule of BEiT (Bao et al.,
     2021) and of mmpretrain's constructor.
 
@@ -43,8 +43,8 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         paramwise_cfg: ``layer_decay_rate`` (float in (0, 1], needed) and, each of them optional,
 
             - ``custom_keys``: ``{part of a name: dict(lr_mult=…, decay_mult=…)}``; the longest
-              matching part wins (of equally long ones the first in the alphabet), and decides the
-              weight decay alone. ``lr_mult`` multiplies the layer's learning rate.
+              matching part wins (of equally long ones the first in the alphabet), and alone decides
+              the weight decay. ``lr_mult`` multiplies the layer's learning rate.
             - ``norm_decay_mult``: factor on the weight decay of norm layers, RMSNorm included.
             - ``bias_decay_mult``: factor on that of biases outside norm layers.
             - ``flat_decay_mult``: factor on that of all other parameters with one dimension.
@@ -141,7 +141,7 @@ class LayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         return depth
 
     def _multipliers(self, name: str, owner: nn.Module, parameter: nn.Parameter) -> tuple:
-        """Return the factors on learning rate and weight decay, besides the layer's."""
+        """Return the factors on learning rate and weight decay, apart from the layer's."""
         config = self.paramwise_cfg
         custom = config.get('custom_keys', {})
         matching = [key for key in custom if key in name]
