@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from mmvim.apis.inferencers.common import find_images, read_image
+from mmvim.apis.inferencers.common import find_images
+from mmvim.apis.inferencers.pipeline import InferencePipeline, displayable
 from mmvim.apis.model_zoo import get_model
 from mmvim.apis.videos import SUFFIXES as VIDEO_SUFFIXES
 from mmvim.apis.videos import find_videos
+from mmvim.datasets.video import VideoReader, uniform_indices
 from mmvim.models.backbones.base import Backbone
 
 DEFAULT_SIDE = 224
@@ -53,49 +57,64 @@ def size_for(model: nn.Module, shape: Sequence[int] | None = None) -> tuple[int,
     return getattr(backbone_of(model), 'img_size', (DEFAULT_SIDE, DEFAULT_SIDE))
 
 
-def read_picture(path: str, size: tuple[int, int], frames: int | None = None) -> np.ndarray:
-    """Read an image, or evenly spread frames of a video, and resize.
+def read_subject(
+    cfg: Config,
+    model: nn.Module,
+    path: str,
+    shape: Sequence[int] | None = None,
+    frames: int | None = None,
+) -> tuple[np.ndarray, Tensor]:
+    """Read what a model is to look at, as ``tools/test.py`` does.
 
     Args:
-        path: A file.
-        size: Height and width.
-        frames: Number of frames of a video. Defaults to None: ``path`` is an image.
+        cfg: The model's config, whose test pipeline is run.
+        model: The model, whose data preprocessor is run.
+        path: An image; for a model of videos a video, or an image that stands still.
+        shape: Height and width to which the image or the frames are resized instead of what the
+            pipeline makes of them.
+        frames: Evenly spread frames of a video. Defaults to None: ``path`` is an image.
 
     Returns:
-        RGB (height, width, 3), or (frames, height, width, 3), uint8.
+        The picture as the model sees it, before normalisation, RGB uint8 (height, width, 3), or
+        (frames, height, width, 3) with ``frames``; and the model's input, (1, channels, height,
+        width) or (1, channels, frames, height, width).
 
     Raises:
         mmvim.errors.SampleError: The file cannot be read.
     """
+    if frames is not None:
+        picture = _read_frames(path, size_for(model, shape), frames)
+        data = {'inputs': [torch.from_numpy(picture).permute(3, 0, 1, 2)]}
+        return picture, _preprocessed(model, data)
+    (found,) = find_images(path)
+    data = InferencePipeline(cfg, size_for(model, shape) if shape else None)(found)
+    inputs = _preprocessed(model, pseudo_collate([data]))
+    seen = data['inputs']
+    # Data preprocessors of detectors and segmentors pad on the right and below.
+    missing = [side - given for side, given in zip(inputs.shape[-2:], seen.shape[-2:], strict=True)]
+    seen = torch.nn.functional.pad(seen, (0, missing[1], 0, missing[0]))
+    return displayable(seen.permute(1, 2, 0).numpy())[..., ::-1].copy(), inputs
+
+
+def _read_frames(path: str, size: tuple[int, int], frames: int) -> np.ndarray:
     import cv2
 
-    height, width = size
-    if frames is None:
-        (found,) = find_images(path)
-        pictures = [read_image(found)[..., ::-1]]
-    elif Path(path).suffix.lower() in VIDEO_SUFFIXES:
-        from mmvim.datasets.video import VideoReader, uniform_indices
-
+    if Path(path).suffix.lower() in VIDEO_SUFFIXES:
         (found,) = find_videos(path)
         with VideoReader(found) as video:
             taken = uniform_indices(len(video), frames, num_clips=1)[0]
             pictures = video.frames(taken).permute(0, 2, 3, 1).numpy()
     else:
-        pictures = [read_picture(path, size)] * frames
+        (found,) = find_images(path)
+        with Image.open(found) as image:
+            pictures = [np.asarray(ImageOps.exif_transpose(image).convert('RGB'))] * frames
     resized = [
-        cv2.resize(np.ascontiguousarray(x), (width, height), interpolation=cv2.INTER_AREA)
+        cv2.resize(np.ascontiguousarray(x), size[::-1], interpolation=cv2.INTER_AREA)
         for x in pictures
     ]
-    return resized[0] if frames is None else np.stack(resized)
+    return np.stack(resized)
 
 
-def to_input(model: nn.Module, picture: np.ndarray) -> Tensor:
-    """Preprocess a picture of :func:`read_picture` as the model's data preprocessor does."""
-    pixels = torch.from_numpy(np.ascontiguousarray(picture))
-    if picture.ndim == 4:
-        data = {'inputs': [pixels.permute(3, 0, 1, 2)]}
-    else:
-        # Image pipelines produce BGR.
-        data = {'inputs': [pixels.flip(-1).permute(2, 0, 1)]}
+def _preprocessed(model: nn.Module, data: dict) -> Tensor:
     inputs = model.data_preprocessor(data, False)['inputs']
-    return torch.stack(list(inputs)) if isinstance(inputs, list | tuple) else inputs
+    return torch.stack(list(inputs)) if isinstance(inputs, (list, tuple)) else inputs

@@ -19,7 +19,9 @@ from mmvim.analysis import (
     state_norms,
 )
 from mmvim.analysis.saliency import default_cam_layer, high_contribution_area
+from mmvim.analysis.subjects import open_model, read_subject
 from mmvim.apis import build_model
+from mmvim.apis.model_zoo import load_config
 from mmvim.layers import BiMamba, Mamba, MambaVisionMixer
 from mmvim.layers.mambavision import window_partition
 from mmvim.models import MambaVision, VideoMamba, Vim
@@ -245,6 +247,7 @@ def photo(tmp_path):
     return path
 
 
+DET = QUICKSTART / 'vim_digits_det.py'
 VIM, MAMBAVISION = (QUICKSTART / f'{kind}_digits_cls.py' for kind in ('vim', 'mambavision'))
 SEG, VIDEO = QUICKSTART / 'vim_digits_seg.py', QUICKSTART / 'videomamba_digits_video.py'
 
@@ -295,7 +298,9 @@ def test_tools_name_what_is_wrong(photo, tmp_path):
         assert result.stderr.count('\n') == 1
         return result.stderr
 
-    assert 'outside the 4 x 4 tokens' in error('scan_maps', VIM, photo, *out, '--token', 4, 0)
+    assert 'outside the 4 x 4 tokens' in error(
+        'scan_maps', VIM, photo, *out, '--shape', 32, '--token', 4, 0
+    )
     assert 'has mixers 0 .. 3' in error('scan_maps', VIM, photo, *out, '--layers', 4)
     assert '--token is for --what' in error(
         'scan_maps', VIM, photo, *out, '--token', 0, 0, '--what', 'delta'
@@ -311,3 +316,32 @@ def test_tools_name_what_is_wrong(photo, tmp_path):
     (tmp_path / 'bad.png').write_bytes(b'no image')
     assert 'cannot read the image' in error('state_norms', VIM, tmp_path / 'bad.png', *out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.png', 'photo.png']
+
+
+@pytest.mark.parametrize('path', [VIM, SEG, DET])
+def test_models_see_what_the_test_pipeline_makes(path, tmp_path):
+    """Also a turned photograph, cut and padded: the picture shows each pixel of the input."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    pixels = np.full((120, 200, 3), 60, np.uint8)
+    pixels[:, :100] = 200
+    file = tmp_path / 'turned.jpg'
+    Image.fromarray(pixels).save(file, exif=exif)
+    cfg = load_config(path)
+    if path == VIM:
+        crop = [dict(type='ResizeEdge', scale=64), dict(type='CenterCrop', crop_size=48)]
+        cfg.test_dataloader.dataset.pipeline[1:1] = crop
+    model = open_model(cfg)
+    picture, images = read_subject(cfg, model, str(file))
+    assert picture.shape == (*images.shape[2:], 3)
+    assert images.shape[2:] == (48, 48) if path == VIM else images.shape[2] > images.shape[3]
+    mean, std = (getattr(model.data_preprocessor, k).flatten() for k in ('mean', 'std'))
+    expected = (torch.tensor(picture).permute(2, 0, 1) - mean[:, None, None]) / std[:, None, None]
+    height = images.shape[2] // 2
+    torch.testing.assert_close(
+        images[0, :, :height, :32], expected[:, :height, :32], atol=1e-3, rtol=0
+    )
+    assert picture[4, 10].mean() > 180  # the bright half is above, once it is turned
+    shaped, images = read_subject(cfg, model, str(file), (64, 32))
+    assert shaped.shape[:2] == (64, 32)
+    assert shaped[8].mean() > 180 > 80 > shaped[-8].mean()

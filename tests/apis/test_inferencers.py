@@ -160,3 +160,106 @@ def test_demo_names_what_is_wrong(photos, root, tmp_path):
     device = run_script('demo/image_demo.py', config, photos, '--device', 'gpu')
     assert device.returncode == 2
     assert "--device 'gpu' cannot be used" in device.stderr
+
+
+CLASSIFIER = """
+_base_ = {base!r}
+loader = dict(type='LoadImageFromFile', **{options!r})
+test_pipeline = [loader, dict(type='ResizeEdge', scale=32, edge='short'),
+                 dict(type='CenterCrop', crop_size=32), dict(type='PackInputs')]
+model = dict(
+    data_preprocessor=dict(_delete_=True, type='ClsDataPreprocessor', mean={mean!r}, std={mean!r}),
+    backbone=dict(in_channels={channels}))
+test_dataloader = dict(dataset=dict(
+    _delete_=True, type='CustomDataset', data_root={folder!r}, pipeline=test_pipeline,
+    test_mode=True))
+"""
+
+
+def write_images(folder, kind):
+    """Two classes of images of a kind that a plain reading changes or refuses."""
+    rng = np.random.default_rng(0)
+    for name in 'ab':
+        (folder / name).mkdir(parents=True)
+        pixels = rng.integers(0, 256, (40, 60, 3), np.uint8)
+        if kind == 'turned':
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            Image.fromarray(pixels).save(folder / name / 'x.jpg', exif=exif)
+        elif kind == 'grey':
+            Image.fromarray(pixels[..., 0]).save(folder / name / 'x.png')
+        elif kind == 'deep':
+            deep = pixels[..., 0].astype(np.uint16) * 100 + 7
+            Image.fromarray(deep).save(folder / name / 'x.tif')
+        else:
+            four = np.concatenate([pixels, 255 - pixels[..., :1]], axis=-1)
+            Image.fromarray(four, 'RGBA').save(folder / name / 'x.png')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'options', 'channels'),
+    [
+        ('turned', dict(color_type='color_ignore_orientation'), 3),
+        ('turned', dict(), 3),
+        ('grey', dict(color_type='grayscale'), 1),
+        ('deep', dict(color_type='unchanged', to_float32=True), 1),
+        ('bands', dict(color_type='unchanged'), 4),
+    ],
+)
+def test_images_are_read_as_in_the_test(kind, options, channels, root, tmp_path):
+    """Predictions are those of the config's own data set, whatever its loader does."""
+    write_images(tmp_path / 'data', kind)
+    file = tmp_path / 'config.py'
+    mean = [100.0 + i for i in range(channels)]
+    text = CLASSIFIER.format(
+        base=str(root / CONFIGS['cls']), options=options, mean=mean, channels=channels,
+        folder=str(tmp_path / 'data'),
+    )  # fmt: skip
+    if kind == 'deep':
+        # Loaders give such images without a channel.
+        text = text.replace("loader, dict(type='R", "loader, dict(type='AddChannel'), dict(type='R")
+    file.write_text(text)
+    from mmpretrain.registry import TRANSFORMS
+
+    @TRANSFORMS.register_module(name='AddChannel', force=True)
+    def add_channel():
+        return lambda results: {**results, 'img': np.atleast_3d(results['img'])}
+
+    torch.manual_seed(0)
+    inferencer = make_inferencer(str(file), device='cpu')
+    results = list(inferencer.predict(tmp_path / 'data' / 'a'))
+    results += inferencer.predict([tmp_path / 'data' / 'b' / f'x.{s}' for s in ('jpg', 'png', 'tif')
+                                   if (tmp_path / 'data' / 'b' / f'x.{s}').is_file()])  # fmt: skip
+    from mmengine.registry import DATASETS, DefaultScope
+
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        dataset = DATASETS.build(inferencer.model.cfg.test_dataloader.dataset)
+    for result, data in zip(results, dataset, strict=True):
+        (expected,) = inferencer.model.test_step(
+            {'inputs': [data['inputs']], 'data_samples': [data['data_samples']]}
+        )
+        torch.testing.assert_close(result.sample.pred_score, expected.pred_score)
+        ignored = options.get('color_type') == 'color_ignore_orientation'
+        height, width = (60, 40) if kind == 'turned' and not ignored else (40, 60)
+        assert result.image.shape == (height, width, 3)
+        assert result.image.dtype == np.uint8
+        assert inferencer.draw(result).ndim == 3
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize('channels', [None, 1, 2, 3, 4, 13])
+def test_displayable(channels, dtype):
+    from mmvim.apis.inferencers.pipeline import displayable
+
+    rng = np.random.default_rng(0)
+    pixels = rng.random((5, 7, channels or 1)) * (255 if dtype == np.uint8 else 3000)
+    pixels = pixels.astype(dtype) if channels else pixels[..., 0].astype(dtype)
+    shown = displayable(pixels)
+    assert shown.shape == (5, 7, 3)
+    assert shown.dtype == np.uint8
+    first = np.atleast_3d(pixels)[..., 0].astype(float)
+    assert np.corrcoef(first.ravel(), shown[..., 0].ravel().astype(float))[0, 1] > 0.999
+    if dtype == np.uint8:
+        assert np.array_equal(first, shown[..., 0])
+    else:
+        assert shown.max() == 255

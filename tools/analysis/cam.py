@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis.pictures import draw_maps
 from mmvim.analysis.saliency import class_activation_map, default_cam_layer
-from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
+from mmvim.analysis.subjects import backbone_of, open_model, read_subject
 from mmvim.cli import analysis
 from mmvim.errors import UserError
 
@@ -40,13 +40,10 @@ def run(args: argparse.Namespace) -> None:
     frames = args.frames or getattr(backbone_of(model), 'num_frames', None)
     if frames is not None and len(args.images) > 1:
         raise UserError('a video model takes one video at a time')
-    size = size_for(model, args.shape)
     rows, pictures = [], []
     for name in args.images:
-        picture = read_picture(name, size, frames)
-        maps, classes, scores = class_activation_map(
-            model, to_input(model, picture), args.target, args.layer
-        )
+        picture, images = read_subject(cfg, model, name, args.shape, frames)
+        maps, classes, scores = class_activation_map(model, images, args.target, args.layer)
         rows.append((Path(name).stem, {f'class {int(classes)}, {float(scores):.0%}': maps[0]}))
         pictures.append(picture)
         print(f'{name}: class {int(classes)}, {float(scores):.1%}')

@@ -12,7 +12,7 @@ import torch
 
 from mmvim.analysis.pictures import draw_fields
 from mmvim.analysis.saliency import effective_receptive_field, high_contribution_area
-from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
+from mmvim.analysis.subjects import backbone_of, open_model, read_subject, size_for
 from mmvim.apis.inferencers.common import find_images
 from mmvim.cli import analysis
 from mmvim.errors import UserError
@@ -56,14 +56,20 @@ def run(args: argparse.Namespace) -> None:
         pooled = {'pool': None} if 'pool' in cfg.model.backbone else {}
         model = open_model(cfg, file, out_type='featmap', **pooled)
         backbone = backbone_of(model)
-        size = size_for(model, args.shape)
-        field = torch.zeros(size)
+        field = None
         for i in range(len(files) if files else args.count):
             if files:
-                image = to_input(model, read_picture(files[i], size))
+                _, image = read_subject(cfg, model, files[i], args.shape)
             else:
-                image = torch.randn(1, 3, *size)
-            field += effective_receptive_field(backbone, image)
+                channels = cfg.model.backbone.get('in_channels', 3)
+                image = torch.randn(1, channels, *size_for(model, args.shape))
+            new = effective_receptive_field(backbone, image)
+            if field is not None and field.shape != new.shape:
+                raise UserError(
+                    f'{files[i]!r} comes out of the test pipeline with {tuple(new.shape)} pixels, '
+                    f'the images before with {tuple(field.shape)}: --shape gives all one size'
+                )
+            field = new if field is None else field + new
         title = Path(name).stem if name.endswith('.py') else name
         fields[title if title not in fields else f'{title} ({len(fields)})'] = field / field.max()
         areas = high_contribution_area(field)

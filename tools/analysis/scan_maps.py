@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis.pictures import draw_maps
 from mmvim.analysis.scans import Scan, hidden_attention, record_scans
-from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
+from mmvim.analysis.subjects import backbone_of, open_model, read_subject
 from mmvim.cli import analysis
 from mmvim.errors import UserError
 from mmvim.models.backbones.base import TokenLayout
@@ -69,8 +69,7 @@ def run(args: argparse.Namespace) -> None:
     model = open_model(cfg, analysis.weights_of(args.model, args.weights))
     backbone = backbone_of(model)
     frames = args.frames or getattr(backbone, 'num_frames', None)
-    picture = read_picture(args.image, size_for(model, args.shape), frames)
-    images = to_input(model, picture)
+    picture, images = read_subject(cfg, model, args.image, args.shape, frames)
     scans = record_scans(backbone, images)
     names = list(dict.fromkeys(scan.layer for scan in scans))
     if args.layers is None:

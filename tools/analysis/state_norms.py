@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis.pictures import draw_norms
 from mmvim.analysis.scans import record_scans, state_norms
-from mmvim.analysis.subjects import backbone_of, open_model, read_picture, size_for, to_input
+from mmvim.analysis.subjects import backbone_of, open_model, read_subject
 from mmvim.cli import analysis
 
 
@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
     model = open_model(cfg, analysis.weights_of(args.model, args.weights))
     backbone = backbone_of(model)
     frames = args.frames or getattr(backbone, 'num_frames', None)
-    picture = read_picture(args.image, size_for(model, args.shape), frames)
+    _, images = read_subject(cfg, model, args.image, args.shape, frames)
     norms: dict[str, dict] = {}
-    for scan in record_scans(backbone, to_input(model, picture)):
+    for scan in record_scans(backbone, images):
         # Of a stage with windows, the mean over the windows.
         norms.setdefault(scan.direction, {})[scan.layer] = state_norms(scan).mean(0)
     with analysis.complete_file(args.out) as path:

@@ -1,17 +1,18 @@
 """Classification of images."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmpretrain.apis import ImageClassificationInferencer
-from mmpretrain.utils import progress
 
 from ..model_zoo import load_config
-from .common import TOP, Inference, OneSizeBatches, Result, make_model, ranked
+from .common import TOP, LibraryInference, Result, make_model, ranked
 
 
-class ClassificationInferencer(OneSizeBatches, Inference, ImageClassificationInferencer):
+class ClassificationInferencer(LibraryInference, ImageClassificationInferencer):
     """mmpretrain's inferencer for classifiers of mmvim.
 
     Args:
@@ -38,12 +39,10 @@ class ClassificationInferencer(OneSizeBatches, Inference, ImageClassificationInf
             built, device=device or get_device(), classes=built.dataset_meta.get('classes')
         )
 
-    def _samples(self, images: list[np.ndarray]) -> list:
-        shown, progress.disable_progress_bar = progress.disable_progress_bar, True
-        try:
-            return self(images, return_datasamples=True, batch_size=len(images))
-        finally:
-            progress.disable_progress_bar = shown
+    def preprocess(self, inputs: list, batch_size: int = 1) -> Iterator:
+        """Read and pack images: the library's own way would read them as 8-bit colour."""
+        chunks = self._get_chunk_data(map(self.pipeline, inputs), batch_size)
+        yield from map(pseudo_collate, chunks)
 
     def _plain(self, sample: Any) -> dict[str, Any]:
         return {'classes': ranked(sample.pred_score, TOP, self._class_name)}

@@ -8,18 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
 from mmengine.logging import print_log
 from torch import nn
 
 from mmvim.checkpoints.files import read_checkpoint
 from mmvim.checkpoints.loading import load_weights
 from mmvim.errors import CheckpointError, SampleError
+from mmvim.utils.configs import innermost_dataset
 
 from ..model_zoo import build_model, model_info
+from .pipeline import InferencePipeline
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
@@ -38,8 +40,8 @@ class Result:
     """Prediction of a model for an image.
 
     Attributes:
-        name: Path of the image, or its number.
-        image: The image, BGR.
+        name: The image's path, or its number.
+        image: The image as it was read, BGR uint8, for drawing.
         sample: The library's data sample.
         prediction: The prediction as plain data, ready for JSON.
     """
@@ -78,23 +80,6 @@ def find_images(inputs: Images) -> list[str | np.ndarray]:
     raise SampleError(f'the image {name!r} does not exist')
 
 
-def read_image(image: str | np.ndarray) -> np.ndarray:
-    """Read an image as BGR.
-
-    Raises:
-        SampleError: The image cannot be read.
-    """
-    if isinstance(image, np.ndarray):
-        return image
-    try:
-        read = mmcv.imread(image)
-    except Exception as error:
-        raise SampleError(f'cannot read the image {image!r}: {error}') from error
-    if read is None:
-        raise SampleError(f'cannot read the image {image!r}: it is no image, or damaged')
-    return read
-
-
 def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
     """Build a config's model, load its weights and determine its class names."""
     model = build_model(cfg)
@@ -125,17 +110,16 @@ def _config_meta(cfg: Config) -> dict[str, Any]:
     """Classes and palette, of the config or of the class of its test data."""
     from mmengine.registry import DATASETS, DefaultScope
 
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
+    dataset = innermost_dataset(cfg.get('test_dataloader'))
     meta: dict[str, Any] = {}
-    if isinstance(dataset.get('type'), str):
+    kind = dataset.get('type')
+    if isinstance(kind, str):
         with (
             DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
             DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry,
         ):
-            kind = registry.get(dataset['type'])
-        meta.update(getattr(kind, 'METAINFO', {}))
+            kind = registry.get(kind)
+    meta.update(getattr(kind, 'METAINFO', {}))
     meta.update(dataset.get('metainfo') or {})
     if cfg.get('classes') and 'classes' not in meta:
         meta['classes'] = cfg.classes
@@ -192,21 +176,29 @@ class Inference:
         """
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, got {batch_size}')
-        found = find_images(inputs)
-        for start in range(0, len(found), batch_size):
-            part = found[start : start + batch_size]
-            images = [read_image(image) for image in part]
-            for i, (given, image, sample) in enumerate(
-                zip(part, images, self._samples(images), strict=True), start
-            ):
-                name = given if isinstance(given, str) else str(i)
-                yield Result(name, image, sample, {'image': name, **self._plain(sample)})
+        batch: list[tuple[str, np.ndarray, dict]] = []
+        for i, image in enumerate(find_images(inputs)):
+            picture, data = self.pipeline.read(image)
+            if batch and (len(batch) == batch_size or not self._fits(data, batch[-1][-1])):
+                yield from self._run(batch)
+                batch = []
+            batch.append((image if isinstance(image, str) else str(i), picture, data))
+        yield from self._run(batch)
+
+    def _run(self, batch: list[tuple[str, np.ndarray, dict]]) -> Iterator[Result]:
+        if not batch:
+            return
+        with torch.no_grad():
+            samples = self.model.test_step(pseudo_collate([data for _, _, data in batch]))
+        for (name, picture, _), sample in zip(batch, samples, strict=True):
+            yield Result(name, picture, sample, {'image': name, **self._plain(sample)})
+
+    def _fits(self, data: dict, other: dict) -> bool:
+        """Whether two samples can be in one batch: by default each size has its own."""
+        return data['inputs'].shape == other['inputs'].shape
 
     def draw(self, result: Result, **options: Any) -> np.ndarray:
         """Draw a result over its image, in RGB."""
-        raise NotImplementedError
-
-    def _samples(self, images: list[np.ndarray]) -> list:
         raise NotImplementedError
 
     def _plain(self, sample: Any) -> dict[str, Any]:
@@ -222,15 +214,19 @@ class Inference:
         return str(names[label]) if names and label < len(names) else str(label)
 
 
-class OneSizeBatches:
-    """Mixin that batches images by their size after the pipeline."""
+class LibraryInference(Inference):
+    """Mixin of the inferencers that derive from a task library's: same pipeline, same batches."""
 
-    def _get_chunk_data(self, inputs: Iterable[dict], chunk_size: int) -> Iterator[list[dict]]:
-        batch: list[dict] = []
+    def _init_pipeline(self, cfg: Config) -> InferencePipeline:
+        return InferencePipeline(cfg)
+
+    def _init_collate(self, cfg: Config) -> Callable:
+        return pseudo_collate
+
+    def _get_chunk_data(self, inputs: Iterable[Any], chunk_size: int) -> Iterator[list]:
+        batch: list[Any] = []
         for data in inputs:
-            if batch and (
-                len(batch) == chunk_size or data['inputs'].shape != batch[0]['inputs'].shape
-            ):
+            if batch and (len(batch) == chunk_size or not self._fits(data, batch[-1])):
                 yield batch
                 batch = []
             batch.append(data)
@@ -238,8 +234,8 @@ class OneSizeBatches:
             yield batch
 
 
-class EngineInference(Inference):
-    """The mixin for libraries whose inferencers derive from mmengine's."""
+class EngineInference(LibraryInference):
+    """The same for the libraries whose inferencers are mmengine's."""
 
     def _start(self, model: Any, weights: Any, device: Any, **options: Any) -> None:
         from ..model_zoo import load_config

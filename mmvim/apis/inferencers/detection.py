@@ -1,5 +1,6 @@
 """Detection and instance segmentation on images."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,11 @@ class DetectionInferencer(EngineInference, DetInferencer):
         model.dataset_meta.setdefault('palette', 'random')
         return model
 
-    def _samples(self, images: list[np.ndarray]) -> list:
-        return self(images, return_datasamples=True, batch_size=len(images))['predictions']
+    def _fits(self, data: dict, other: dict) -> bool:
+        return True  # the data preprocessor pads
+
+    def _get_chunk_data(self, inputs: Iterable[Any], chunk_size: int) -> Iterator[list]:
+        return DetInferencer._get_chunk_data(self, inputs, chunk_size)
 
     def _plain(self, sample: Any) -> dict[str, Any]:
         kept = sample.pred_instances[sample.pred_instances.scores >= self.score_threshold]

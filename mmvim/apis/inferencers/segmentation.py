@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from mmseg.apis import MMSegInferencer
 
-from .common import EngineInference, OneSizeBatches, Result
+from .common import EngineInference, Result
 
 
-class SegmentationInferencer(OneSizeBatches, EngineInference, MMSegInferencer):
+class SegmentationInferencer(EngineInference, MMSegInferencer):
     """mmseg's inferencer for segmentors of mmvim.
 
     Args:
@@ -31,10 +31,6 @@ class SegmentationInferencer(OneSizeBatches, EngineInference, MMSegInferencer):
             meta['palette'] = colours.tolist()
         self.visualizer.set_dataset_meta(**meta)
         self.visualizer.alpha = opacity
-
-    def _samples(self, images: list[np.ndarray]) -> list:
-        samples = self(images, return_datasamples=True, batch_size=len(images))
-        return samples if isinstance(samples, list) else [samples]
 
     @staticmethod
     def label_map(result: Result) -> np.ndarray:

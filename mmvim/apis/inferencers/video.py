@@ -12,22 +12,19 @@ from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
 from mmvim.datasets.video import VideoReader
+from mmvim.utils.configs import type_name
 
 from ..model_zoo import load_config
 from ..videos import find_videos
 from .common import TOP, Inference, Result, label_picture, make_model, ranked
+from .pipeline import transforms_of
 
 LOADER = 'LoadVideo'
 
 
 def reads_videos(cfg: Config) -> bool:
-    """Whether a config's test pipeline starts from a video file."""
-    return bool(_pipeline(cfg)) and str(_pipeline(cfg)[0].get('type', '')).endswith(LOADER)
-
-
-def _pipeline(cfg: Config) -> list:
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    return dataset.get('pipeline') or cfg.get('test_pipeline') or []
+    """Whether a config's test pipeline begins with a video file."""
+    return [type_name(transform) for transform in transforms_of(cfg)[:1]] == [LOADER]
 
 
 class VideoInferencer(Inference):
@@ -63,7 +60,7 @@ class VideoInferencer(Inference):
         if classes is not None:
             self.model.dataset_meta['classes'] = classes
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            self.pipeline = Compose(_pipeline(cfg))
+            self.pipeline = Compose(transforms_of(cfg))
 
     def predict(
         self, inputs: str | Path | Sequence[str | Path], batch_size: int = 1

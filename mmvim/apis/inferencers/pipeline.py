@@ -1,0 +1,116 @@
+"""The test pipeline of a config, for images outside of a data set."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.registry import TRANSFORMS, DefaultScope
+
+from mmvim.errors import SampleError
+from mmvim.utils.configs import innermost_dataset, type_name
+
+
+def transforms_of(cfg: Config) -> list[dict]:
+    """Configs of the transforms of a config's test pipeline."""
+    dataset = innermost_dataset(cfg.get('test_dataloader'))
+    return list(dataset.get('pipeline') or cfg.get('test_pipeline') or [])
+
+
+class InferencePipeline:
+    """What ``tools/test.py`` does with an image, without its annotations.
+
+    A file is read by the config's own first transform, with its colour type, channels, bit depth
+    and orientation. Pixels are taken as that transform would have given them.
+
+    Args:
+        cfg: A config of mmpretrain, mmdet or mmsegmentation.
+        size: Height and width to which images are resized in place of all that the pipeline does
+            between reading and packing. Defaults to None.
+
+    Raises:
+        ValueError: The config has no test pipeline.
+    """
+
+    def __init__(self, cfg: Config, size: tuple[int, int] | None = None) -> None:
+        transforms = transforms_of(cfg)
+        if not transforms:
+            raise ValueError('the config has no test pipeline (test_dataloader.dataset.pipeline)')
+        names = [type_name(t) for t in transforms]
+        if size is not None:
+            resize = {'type': 'mmcv.Resize', 'scale': size[::-1]}
+            transforms = [transforms[0], resize, transforms[-1]]
+            names = [names[0], 'Resize', names[-1]]
+        self._of_files = next((i for i, n in enumerate(names, 1) if n.startswith('Load')), 0)
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            self._transforms = [
+                (number, transform if callable(transform) else TRANSFORMS.build(transform))
+                for number, (transform, name) in enumerate(zip(transforms, names, strict=True), 1)
+                if not (name.startswith('Load') and 'Annotation' in name)
+            ]
+
+    def __call__(self, image: str | Path | np.ndarray | Mapping) -> Any:
+        """The packed sample of an image: a file, its pixels, or a sample with 'img'."""
+        return self.read(image)[1]
+
+    def read(self, image: str | Path | np.ndarray | Mapping) -> tuple[np.ndarray, Any]:
+        """Read an image.
+
+        Args:
+            image: A file, pixels (height, width[, channels]), or a sample that holds them as 'img'.
+
+        Returns:
+            The image as it was read, for drawing, BGR uint8 (height, width, 3), and the packed
+            sample.
+
+        Raises:
+            SampleError: It cannot be read.
+        """
+        if isinstance(image, Mapping):
+            image = image['img'] if 'img' in image else image['img_path']
+        from_file = isinstance(image, (str, Path))
+        if from_file:
+            results, picture = {'img_path': str(image)}, None
+        else:
+            shape = image.shape[:2]
+            results = {'img': image, 'img_path': None, 'img_shape': shape, 'ori_shape': shape}
+            picture = displayable(image)
+        # mmdet packs a number that only data sets have.
+        results['img_id'] = 0
+        for number, transform in self._transforms:
+            if number <= self._of_files and not from_file:
+                continue
+            try:
+                results = transform(results)
+            except Exception as error:
+                if picture is not None:
+                    raise
+                raise SampleError(f'cannot read the image {str(image)!r}: {error}') from error
+            if picture is None:
+                if results is None:
+                    raise SampleError(f'cannot read the image {str(image)!r}')
+                if results.get('img') is not None:
+                    picture = displayable(results['img'])
+        return picture, results
+
+
+def displayable(pixels: np.ndarray) -> np.ndarray:
+    """A BGR uint8 picture (height, width, 3) of an image of any depth and number of channels.
+
+    Of more than three channels the first three are shown, of fewer the first. What is not 8 bits
+    deep is stretched from its least to its greatest value.
+
+    Args:
+        pixels: (height, width) or (height, width, channels).
+    """
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    shown = pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+    if shown.dtype == np.uint8:
+        return shown.copy()
+    shown = np.nan_to_num(shown.astype(np.float64))
+    low, high = float(shown.min(initial=0)), float(shown.max(initial=0))
+    # 8 bits that the pipeline has made floats of.
+    if not (low >= 0 and 1 < high <= 255):
+        shown = (shown - low) * (255 / max(high - low, 1e-12))
+    return shown.round().astype(np.uint8)
