@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def norm(sd: dict, name: str, x: Tensor) -> Tensor:
+def norm(sd: dict, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
     if f'{name}.bias' in sd:
-        return F.layer_norm(x, x.shape[-1:], sd[f'{name}.weight'], sd[f'{name}.bias'])
-    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * sd[f'{name}.weight']
+        return F.layer_norm(x, x.shape[-1:], sd[f'{name}.weight'], sd[f'{name}.bias'], eps)
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * sd[f'{name}.weight']
 
 
 def embed(sd, images, patch, stride, place):
@@ -59,7 +59,7 @@ def rotate(x, grid, where, pt_size):
 
 def streams(
     sd, images, *, patch, stride, place, bimamba, merge, rope=False, rope_residual=False,
-    pt_size=14, pairs=False, pair_merge='sum',
+    pt_size=14, pairs=False, pair_merge='sum', eps=1e-5,
 ):  # fmt: skip
     """Residual stream after each layer (each pair of layers), the grid and the tokens' places."""
     x, grid, where = embed(sd, images, patch, stride, place)
@@ -68,7 +68,7 @@ def streams(
     def layer(i, hidden, residual):
         residual = hidden if residual is None else residual + hidden
         mixer = naive_mamba.sub(sd, f'layers.{i}.mixer.')
-        normed = norm(sd, f'layers.{i}.norm', residual)
+        normed = norm(sd, f'layers.{i}.norm', residual, eps)
         return naive_mamba.mixer(mixer, normed, bimamba, merge), residual
 
     hidden, residual, after = x, None, {}

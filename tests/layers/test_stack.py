@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmvim.layers import DropPath, LayerNorm, LayerNorm2d, MambaStack, RMSNorm
+from mmvim.layers import DropPath, LayerNorm, LayerNorm2d, MambaStack, RMSNorm, build_norm
 from mmvim.layers.stack import drop_path_rates
 
 
@@ -111,6 +111,19 @@ def test_norms_add_the_residual(norm, fp32):
     torch.testing.assert_close(out.float(), normed, rtol=1e-2, atol=1e-2)
     alone = layer(x.float())
     torch.testing.assert_close(alone, layer(x.float(), torch.zeros(2, 5, 16)))
+
+
+@pytest.mark.parametrize('norm', ['RMSNorm', 'LayerNorm'])
+def test_eps_reaches_every_norm(norm):
+    layer = build_norm(norm, 16, eps=0.5)
+    x = torch.randn(2, 5, 16)
+    centred = x - (x.mean(-1, keepdim=True) if norm == 'LayerNorm' else 0)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 0.5).sqrt()
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x - 1, torch.ones_like(x)), expected)
+    stack = MambaStack(16, 2, norm=norm, norm_eps=0.5)
+    norms = [m for m in stack.modules() if isinstance(m, type(layer))]
+    assert [m.eps for m in norms] == [0.5] * 3
 
 
 def test_layer_norm_2d():

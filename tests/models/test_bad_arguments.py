@@ -1,4 +1,4 @@
-"""Each argument of what configs name refuses values of another type, and says which it was."""
+"""What configs name besides backbones refuses values of other types, and names the argument."""
 
 import pytest
 import torch
@@ -12,19 +12,10 @@ from mmvim.datasets.video import (
     VideoDataset,
     VideoTransform,
 )
-from mmvim.models import MambaVision, SimpleFPN, VideoDataPreprocessor, VideoMamba, Vim
+from mmvim.models import SimpleFPN, VideoDataPreprocessor
 from mmvim.utils.argument_types import parameters
 
-PLAIN = {'embed_dims': 8, 'depth': 1, 'd_state': 2, 'd_conv': 4, 'expand': 2, 'dt_rank': 1}
-HYBRID = {
-    'depths': (1, 1, 1, 1), 'embed_dims': 4, 'stem_dims': 4, 'num_heads': (1, 1), 'd_state': 2,
-    'window_sizes': (2, 2), 'mlp_ratio': 1, 'drop_path_rate': 0.0, 'layer_scale': None,
-    'd_conv': 3, 'expand': 1,
-}  # fmt: skip
 PARTS = {
-    Vim: {'arch': PLAIN, 'img_size': 32},
-    VideoMamba: {'arch': PLAIN, 'img_size': 32, 'num_frames': 2},
-    MambaVision: {'arch': HYBRID},
     SimpleFPN: {'in_channels': 8, 'out_channels': 8},
     VideoDataPreprocessor: {},
     LoadVideo: {'sampling': 'dense'},
@@ -60,20 +51,6 @@ def test_other_types_are_refused(part, name):
     for value in WRONG:
         with pytest.raises((TypeError, ValueError), match=rf'\b{name}\b'):
             part(**{**PARTS[part], name: value})
-
-
-@pytest.mark.parametrize('key', [*PLAIN])
-def test_arch_of_plain_models(key):
-    for value in (*WRONG, -1, 'NoSuchName'):
-        with pytest.raises((TypeError, ValueError), match=key if 'dims' not in key else 'embed|d_'):
-            Vim(arch={**PLAIN, key: value})
-
-
-@pytest.mark.parametrize('key', [*HYBRID])
-def test_arch_of_the_hybrid_model(key):
-    for value in (*WRONG, 'NoSuchName'):
-        with pytest.raises((TypeError, ValueError), match=key):
-            MambaVision(arch={**HYBRID, key: value})
 
 
 def transformed(name: str, **options: object) -> torch.Tensor:

@@ -212,21 +212,6 @@ def test_outputs(out_norm, out_type):
     )
 
 
-def test_stages_after_the_last_output_are_not_run():
-    model = build(out_indices=(0, 1), out_type='featmap')
-    sum(o.sum() for o in model(torch.randn(1, 3, 32, 32).double())).backward()
-    assert all(p.grad is None for p in model.levels[2:].parameters())
-    assert model.levels[1].downsample.reduction[0].weight.grad is None
-    assert all(p.grad is not None for p in model.levels[0].parameters())
-
-
-def test_every_parameter_gets_a_gradient():
-    model = build(**MAPS, out_norm='separate', layer_scale=0.1, layer_scale_conv=0.1).train()
-    outputs = model(torch.randn(2, 3, 64, 64, dtype=torch.float64))
-    sum(o.square().sum() for o in outputs).backward()
-    assert not [n for n, p in model.named_parameters() if p.grad is None]
-
-
 @pytest.mark.parametrize(('arch', 'rate'), [(ARCH, 0.0), ({**ARCH, 'drop_path_rate': 0.2}, 0.2)])
 def test_drop_path_rates(arch, rate):
     def rates(model):
@@ -264,107 +249,6 @@ def test_drop_path_drops_whole_samples():
     images = torch.randn(1, 3, 32, 32, dtype=torch.float64).expand(32, -1, -1, -1)
     (out,) = model(images)
     assert 1 < len(torch.unique(out, dim=0)) < 32
-
-
-@pytest.mark.parametrize('frozen_stages', [0, 1, 3, 4])
-def test_frozen_stages(frozen_stages):
-    model = build(frozen_stages=frozen_stages, **MAPS, out_norm='separate').train()
-    frozen = ['patch_embed', *(f'levels.{i}.' for i in range(frozen_stages))]
-    frozen += ['outnorm'] if frozen_stages == 4 else []
-    before = copy.deepcopy(model.state_dict())
-    outputs = model(torch.randn(2, 3, 64, 64, dtype=torch.float64))
-    if frozen_stages < 4:
-        sum(o.sum() for o in outputs).backward()
-    for name, parameter in model.named_parameters():
-        is_frozen = name.startswith(tuple(frozen))
-        assert parameter.requires_grad is not is_frozen, name
-        assert parameter.grad is None or not is_frozen, name
-    for name, value in model.named_buffers():
-        if 'running_mean' in name:
-            assert torch.equal(value, before[name]) is name.startswith(tuple(frozen)), name
-    assert [level.training for level in model.levels] == [i >= frozen_stages for i in range(4)]
-    assert model.eval().train().patch_embed.training is False
-    with pytest.raises(ValueError, match='frozen_stages=5'):
-        build(frozen_stages=5)
-
-
-def test_checkpointing_changes_neither_gradients_nor_statistics():
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    models = [build(with_cp=with_cp).train() for with_cp in (False, True)]
-    calls = []
-    for level in models[1].levels:
-        level.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    for model in models:
-        model(images)[0].square().sum().backward()
-    assert len(calls) == 8
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, msg=lambda m, name=name: f'{name}: {m}')
-    for (name, b), c in zip(models[0].named_buffers(), models[1].buffers(), strict=True):
-        torch.testing.assert_close(b, c, msg=lambda m, name=name: f'{name}: {m}')
-    assert models[1].norm.momentum == models[1].levels[0].blocks[0].norm1.momentum == 0.1
-
-
-@pytest.mark.parametrize('prefix', ['', 'backbone.'])
-def test_layer_depth(prefix):
-    model = build(**MAPS, out_norm='separate')
-    depths = {}
-    for name, _ in model.named_parameters():
-        depths[name], count = model.get_layer_depth(prefix + name, prefix)
-        assert count == 10
-    assert depths['patch_embed.conv_down.0.weight'] == 0
-    assert depths['levels.0.blocks.0.conv1.weight'] == 1
-    assert depths['levels.0.downsample.reduction.0.weight'] == 1
-    assert depths['levels.1.blocks.1.norm2.bias'] == 3
-    assert depths['levels.2.blocks.0.mixer.A_log'] == 4
-    assert depths['levels.2.downsample.reduction.0.weight'] == 6
-    assert depths['levels.3.blocks.1.mixer.qkv.weight'] == 8
-    assert depths['outnorm0.weight'] == depths['outnorm3.bias'] == 9
-    assert model.get_layer_depth('head.fc.weight', 'backbone.') == (9, 10)
-
-
-def test_compiles_without_graph_break():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    arch = {**ARCH, 'depths': (1, 1, 2, 1), 'window_sizes': (2, 1)}
-    model = MambaVision(arch=arch, **MAPS).eval()
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    images = torch.randn(1, 3, 32, 48)
-    for out, expected in zip(compiled(images), model(images), strict=True):
-        torch.testing.assert_close(out, expected)
-
-
-def test_compiles_with_checkpointing():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    arch = {**ARCH, 'depths': (1, 1, 2, 1), 'window_sizes': (2, 1)}
-    plain = MambaVision(arch=arch).double().train()
-    model = MambaVision(arch=arch, with_cp=True).double().train()
-    model.load_state_dict(plain.state_dict())
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    for network in (plain, compiled):
-        network(images)[0].square().sum().backward()
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad)
-    for b, c in zip(plain.buffers(), model.buffers(), strict=True):
-        torch.testing.assert_close(b, c)
-
-
-def test_bf16():
-    torch.manual_seed(0)
-    model = MambaVision(arch=ARCH, layer_scale=1.0).eval()
-    images = torch.randn(2, 3, 64, 64)
-    (expected,) = model(images)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        (out,) = model(images)
-        out.float().square().sum().backward()
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
-    for name, p in model.named_parameters():
-        assert p.grad.dtype == torch.float32, name
-        assert p.grad.isfinite().all(), name
-    (out,) = model.bfloat16()(images.bfloat16())
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
 
 
 def test_channels_last_gives_the_same():
@@ -414,9 +298,7 @@ def test_proper_initialisation_of_delta(double):
 @pytest.mark.parametrize(
     ('kwargs', 'error', 'message'),
     [
-        ({'arch': 'huge'}, ValueError, r"arch='huge'.*'tiny', 'tiny2', 'small'"),
         ({'arch': {'depths': (1, 1, 1, 1)}}, ValueError, r"lacks \['embed_dims', 'num_heads'"),
-        ({'arch': {**ARCH, 'deph': 2}}, ValueError, r"unknown keys \['deph'\]"),
         ({'arch': {**ARCH, 'depths': (1, 1, 1)}}, ValueError, r"arch\['depths'\]=\(1, 1, 1\)"),
         ({'arch': {**ARCH, 'depths': (1, 1, 0, 1)}}, ValueError, r"arch\['depths'\]"),
         ({'arch': {**ARCH, 'embed_dims': 0}}, ValueError, r"arch\['embed_dims'\]=0"),
@@ -424,9 +306,6 @@ def test_proper_initialisation_of_delta(double):
         ({'arch': {**ARCH, 'num_heads': 4}}, ValueError, r"arch\['num_heads'\]=4"),
         ({'arch': {**ARCH, 'num_heads': (0, 4)}}, ValueError, r"arch\['num_heads'\]=\(0, 4\)"),
         ({'arch': {**ARCH, 'mlp_ratio': 0}}, ValueError, r"arch\['mlp_ratio'\]=0"),
-        ({'arch': 3}, TypeError, 'arch=3'),
-        ({'drop_path': 0.1}, TypeError, 'drop_path'),
-        ({'depth': 50}, TypeError, 'depth'),
         ({'window_sizes': 7}, ValueError, 'window_sizes=7 must be two values'),
         ({'window_sizes': (8, 14, 7)}, ValueError, 'window_sizes=.*two values.*or four'),
         ({'window_sizes': (0, 7)}, ValueError, 'window_sizes=0'),
@@ -434,9 +313,6 @@ def test_proper_initialisation_of_delta(double):
         ({'in_channels': 0}, ValueError, 'in_channels=0'),
         ({'out_type': 'cls_token'}, ValueError, "out_type='cls_token'.*'avg_featmap'"),
         ({'out_norm': 'shared'}, ValueError, "out_norm='shared'"),
-        ({'out_indices': ()}, ValueError, 'out_indices='),
-        ({'out_indices': 4}, ValueError, 'out_indices=4'),
-        ({'out_indices': (1, 1)}, ValueError, 'out_indices='),
         ({'layer_scale': 'yes'}, ValueError, "layer_scale='yes'"),
         ({'discretization': 'euler'}, ValueError, r"discretization='euler'.*'zoh'"),
         ({'dt_init': 'constant'}, ValueError, "dt_init='constant'"),
@@ -449,25 +325,8 @@ def test_bad_arguments(kwargs, error, message):
         MambaVision(**{'arch': ARCH, **kwargs})
 
 
-def test_bad_input():
-    model = build()
-    for shape in ((1, 1, 32, 32), (3, 32, 32)):
-        with pytest.raises(ValueError, match=r'\(batch, 3, height, width\), got'):
-            model(torch.randn(shape))
+def test_bad_input_of_the_mixer():
     with pytest.raises(ValueError, match=r'wants \(batch, length, 12\), got \(2, 5, 8\)'):
         MambaVisionMixer(12)(torch.randn(2, 5, 8))
     with pytest.raises(ValueError, match=r'expand=1: .* must be even'):
         MambaVisionMixer(11)
-
-
-def test_names_and_copies():
-    from mmengine.registry import MODELS as ROOT
-
-    import mmvim
-    from mmvim.registry import MODELS
-
-    assert MODELS.get('MambaVision') is ROOT.get('MambaVision') is MambaVision
-    assert ROOT.get('mmvim.MambaVision') is mmvim.MambaVision is MambaVision
-    model = build()
-    images = torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    torch.testing.assert_close(copy.deepcopy(model)(images)[0], model(images)[0])

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from mmengine.logging import MMLogger
-from mmengine.runner import load_checkpoint, save_checkpoint
+from mmengine.runner import save_checkpoint
 
 from mmvim.models import MambaVision
 
@@ -159,27 +159,3 @@ def test_another_model(make, message):
 def test_layer_scale_that_the_checkpoint_lacks():
     with pytest.raises(ValueError, match='it has no layer scale'):
         build(layer_scale=0.1).load_state_dict(build().state_dict(), strict=False)
-
-
-def test_backbone_without_any_key():
-    parent = torch.nn.Module()
-    parent.backbone = build()
-    with pytest.raises(ValueError, match=r"no key that starts with 'backbone\.'"):
-        parent.load_state_dict({'head.weight': torch.zeros(1)}, strict=False)
-
-
-def test_classifier_reads_an_official_checkpoint(tmp_path):
-    mmpretrain = pytest.importorskip('mmpretrain.models')
-    source = build(seed=1)
-    weights = official(source)
-    torch.save({'state_dict': weights}, tmp_path / 'official.pth')
-    classifier = mmpretrain.ImageClassifier(
-        backbone={'type': 'mmvim.MambaVision', 'arch': ARCH},
-        head={'type': 'mmpretrain.LinearClsHead', 'num_classes': 5, 'in_channels': 32},
-    ).eval()
-    load_checkpoint(classifier, str(tmp_path / 'official.pth'), strict=True)
-    assert_equal(classifier.backbone, source)
-    images = torch.randn(2, 3, 64, 64)
-    expected = source(images)[0] @ weights['head.weight'].T + weights['head.bias']
-    torch.testing.assert_close(classifier(images), expected)
-    classifier.load_state_dict(classifier.state_dict(), strict=True)

@@ -30,7 +30,7 @@ def video(frames=4, height=8, width=12, batch=2):
     return torch.randn(batch, 3, frames, height, width, dtype=torch.float64)
 
 
-def naive(sd, x, tubelet=1, bimamba='v2', merge='sum'):
+def naive(sd, x, tubelet=1, bimamba='v2', merge='sum', eps=1e-5):
     """Stream after each layer, one patch and one time step at a time.
 
     Images are videos of one frame without temporal embedding.
@@ -58,7 +58,7 @@ def naive(sd, x, tubelet=1, bimamba='v2', merge='sum'):
     for i in range(2):
         residual = residual + hidden
         mixer = naive_mamba.sub(sd, f'layers.{i}.mixer.')
-        normed = naive_vim.norm(sd, f'layers.{i}.norm', residual)
+        normed = naive_vim.norm(sd, f'layers.{i}.norm', residual, eps)
         hidden = naive_mamba.mixer(mixer, normed, bimamba, merge)
         after.append(residual + hidden)
     return after
@@ -119,6 +119,13 @@ def test_pools_and_maps():
     frames = model(x)[0]
     assert frames.shape == (8, 16, *GRID)
     torch.testing.assert_close(frames[5], maps[1, 1].permute(2, 0, 1))
+
+
+def test_norm_eps():
+    model = build(norm_eps=0.5, num_frames=4, out_type='raw')
+    sd = weights(model)
+    expected = naive_vim.norm(sd, 'norm_f', naive(sd, video(), eps=0.5)[1], eps=0.5)
+    torch.testing.assert_close(model(video())[0], expected)
 
 
 def test_default_pools():
@@ -205,52 +212,9 @@ def test_drop_path_is_placed_as_in_the_official_model(monkeypatch):
     torch.testing.assert_close(model(video())[0], residual + hidden * 0.6)
 
 
-@pytest.mark.parametrize('frozen_stages', [0, 1, 2])
-def test_frozen_stages_and_layer_depth(frozen_stages):
-    model = build(num_frames=4, frozen_stages=frozen_stages, drop_rate=0.5).train()
-    stem = ('patch_embed', 'cls_token', 'pos_embed', 'temporal_pos_embedding')
-    frozen = [*stem, *(f'layers.{i}.' for i in range(frozen_stages))]
-    frozen += ['norm'] if frozen_stages == 2 else []
-    for name, parameter in model.named_parameters():
-        assert parameter.requires_grad is not name.startswith(tuple(frozen)), name
-        depth = {'l': name[7:8], 'n': 2}.get(name[0], -1)
-        expected = 0 if name.startswith(stem) else int(depth) + 1
-        assert model.get_layer_depth(f'backbone.{name}', 'backbone.') == (expected, 4), name
-    assert not model.drop_after_pos.training
-
-
-def test_checkpointing_and_gradients():
-    models = [build(num_frames=4, pool='cls+avg', with_cp=cp).train() for cp in (False, True)]
-    for model in models:
-        model(video())[0].square().sum().backward()
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert p.grad is not None, name
-        torch.testing.assert_close(p.grad, q.grad)
-
-
-def test_compiles_and_runs_in_bf16():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model = VideoMamba(ARCH, img_size=(8, 12), patch_size=4, num_frames=2)
-    x = video(2).float()
-    (expected,) = model(x)
-    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
-    torch.testing.assert_close(compiled(x)[0], expected)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        (out,) = model(x)
-        out.float().square().sum().backward()
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    (out,) = model.bfloat16()(x.bfloat16())
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
-
-
 @pytest.mark.parametrize(
     ('kwargs', 'error', 'message'),
     [
-        ({'arch': 'huge'}, ValueError, r"arch='huge'.*'middle', 'base'"),
-        ({'drop_path': 0.1}, TypeError, 'drop_path'),
         ({'num_frames': 0}, ValueError, 'num_frames=0'),
         ({'num_frames': 5, 'tubelet_size': 2}, ValueError, '5 frames.*tubelet_size=2'),
         ({'tubelet_size': 2}, ValueError, 'tubelet_size=2 needs num_frames'),
@@ -267,8 +231,6 @@ def test_compiles_and_runs_in_bf16():
         ({'merge': 'sum', 'bimamba': 'none'}, ValueError, "merge='sum' has no effect"),
         ({'dt_init': 'constant'}, ValueError, "dt_init='constant'"),
         ({'ops_backend': 'cuda'}, ValueError, "ops_backend='cuda'"),
-        ({'out_indices': 2}, ValueError, 'out_indices=2'),
-        ({'frozen_stages': 3}, ValueError, 'frozen_stages=3'),
     ],
 )
 def test_bad_arguments(kwargs, error, message):
@@ -286,11 +248,3 @@ def test_bad_input():
         model(video(width=3))
     with pytest.raises(ValueError, match=r'height, width\), got \(2, 3, 4, 8, 12\)'):
         build()(video())
-
-
-def test_names():
-    from mmengine.registry import MODELS as ROOT
-
-    from mmvim import VideoMamba as exported
-
-    assert ROOT.get('VideoMamba') is ROOT.get('mmvim.VideoMamba') is VideoMamba is exported

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from mmengine.logging import MMLogger
-from mmengine.runner import load_checkpoint, save_checkpoint
+from mmengine.runner import load_checkpoint
 
 from mmvim.layers import resize_pos_embed
 from mmvim.models import Vim
@@ -88,19 +88,6 @@ def test_official_file_through_mmengine(tmp_path):
     model = build(init_cfg=init_cfg)
     model.init_weights()
     assert_equal(model, source)
-
-
-def test_own_checkpoint_with_prefix(tmp_path):
-    source = build(seed=1)
-    parent = torch.nn.Module()
-    parent.backbone = source
-    save_checkpoint({'state_dict': parent.state_dict()}, str(tmp_path / 'own.pth'))
-    init_cfg = {'type': 'Pretrained', 'checkpoint': str(tmp_path / 'own.pth')}
-    model = build(init_cfg={**init_cfg, 'prefix': 'backbone.'})
-    model.init_weights()
-    assert_equal(model, source)
-    with pytest.raises(ValueError, match=r"a Vim's keys stand under 'backbone\.'"):
-        build(init_cfg=init_cfg).init_weights()
 
 
 @pytest.mark.parametrize('place', ['middle', 'head', 'tail', 'double', 'none'])
@@ -210,36 +197,9 @@ def test_another_model(make, message, through, tmp_path):
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
 
 
-def test_backbone_without_any_key():
-    parent = torch.nn.Module()
-    parent.backbone = build()
-    with pytest.raises(ValueError, match=r"no key that starts with 'backbone\.'"):
-        parent.load_state_dict({'head.weight': torch.zeros(1)}, strict=False)
-
-
 def test_parts_of_a_model_can_be_loaded():
     model = build()
     model.load_state_dict({'pos_embed': torch.ones_like(model.pos_embed)}, strict=False)
     assert model.pos_embed.eq(1).all()
     adapter = {'layers.0.mixer.in_proj.lora_A': torch.zeros(1)}
     assert model.load_state_dict(adapter, strict=False).unexpected_keys == [*adapter]
-
-
-def test_classifier_reads_an_official_checkpoint(tmp_path):
-    mmpretrain = pytest.importorskip('mmpretrain.models')
-    source = build(seed=1)
-    checkpoint = official(source)
-    torch.save(checkpoint, tmp_path / 'official.pth')
-    classifier = mmpretrain.ImageClassifier(
-        backbone={'type': 'mmvim.Vim', 'arch': ARCH, 'img_size': 64},
-        head={'type': 'mmpretrain.LinearClsHead', 'num_classes': 5, 'in_channels': 32},
-    ).eval()
-    load_checkpoint(classifier, str(tmp_path / 'official.pth'), strict=True)
-    assert_equal(classifier.backbone, source)
-    images = torch.randn(2, 3, 64, 64)
-    weights = checkpoint['model']
-    expected = source(images)[0] @ weights['head.weight'].T + weights['head.bias']
-    torch.testing.assert_close(classifier(images), classifier.head(source(images)))
-    torch.testing.assert_close(classifier.head((source(images)[0],)), expected)
-    load_checkpoint(classifier, str(tmp_path / 'official.pth'), strict=True)
-    classifier.load_state_dict(classifier.state_dict(), strict=True)

@@ -51,7 +51,6 @@ from mmvim.layers.position import RESIZE_MODES
 # torch 2.6 compiles a recomputation that updates batch norm's statistics once more, 2.14 does not;
 # versions in between are not known.
 _COMPILED_KEEPS_BUFFERS = torch.__version__ >= (2, 14)
-_HEAD_KEYS = ('head.weight', 'head.bias')
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,8 @@ class Backbone(BaseModule):
     _stem: tuple[str, ...] = ('patch_embed',)
     # The stages.
     _stages = 'layers'
+    # The classification head of official checkpoints.
+    _head_keys: tuple[str, ...] = ('head.weight', 'head.bias')
     # A parameter that each block has.
     _block_parameter = 'norm.weight'
 
@@ -297,7 +298,7 @@ class Backbone(BaseModule):
         keys = keys_under(state_dict, prefix)
         if any(k.startswith('backbone.') for k in keys) or not self._has_blocks(keys):
             return
-        heads = {k: k.replace('head.', 'head.fc.') for k in _HEAD_KEYS}
+        heads = {k: f'head.fc.{k.rpartition(".")[2]}' for k in self._head_keys}
         names = {prefix + k: prefix + heads.get(k, f'backbone.{k}') for k in keys}
         rename_keys(state_dict, names)
 
@@ -334,7 +335,7 @@ class Backbone(BaseModule):
 
     def _is_dropped(self, key: str) -> bool:
         """Whether the checkpoint's ``key`` is known to have no place in this model."""
-        return key in _HEAD_KEYS
+        return key in self._head_keys
 
     def _log(self, message: str, level: int = logging.INFO) -> None:
         print_log(f'{type(self).__name__}: {message}', logger='current', level=level)

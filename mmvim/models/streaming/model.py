@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmvim._checks import check_choice, check_positive
+from mmvim._checks import check_choice, check_flags, check_positive
 from mmvim.layers import MambaState
 from mmvim.ops import TWO_TAP
 
@@ -97,6 +97,8 @@ class StreamingVideoMamba(VideoMamba):
     ) -> None:
         check_choice('stream_mode', stream_mode, STREAM_MODES)
         check_choice('beyond', beyond, ('error', 'clamp'))
+        check_choice('bimamba', bimamba, (None, 'v2', 'none'))
+        check_flags(drop_backward=drop_backward)
         if pool not in ('avg', 'last'):
             raise ValueError(
                 f"pool={pool!r}: a stream's class token is its first token and sees nothing of "
