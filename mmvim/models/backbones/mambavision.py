@@ -84,7 +84,7 @@ class Downsample(nn.Module):
 
 
 def _without_bias(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """``norm(conv(x))`` with the convolution's bias subtracted from the mean instead of added."""
+    """``norm(conv(x))`` with the convolution's bias subtracted from the mean, not added."""
     x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     bias = conv.bias.detach().to(norm.running_mean.dtype)
     mean = norm.running_mean - bias
@@ -95,7 +95,7 @@ def _without_bias(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
         norm.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
-    # A norm over the batch takes a constant away: the bias has a gradient, and it is zero.
+    # A norm over the batch removes constants: the bias has a gradient, which is zero.
     beta = norm.bias + 0 * conv.bias
     before = mean.clone()
     out = F.batch_norm(x, mean, norm.running_var, norm.weight, beta, True, momentum, norm.eps)
@@ -131,8 +131,8 @@ class ConvBlock(Fusable):
 
     def _conv_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, fuse: bool) -> Tensor:
         """``norm(conv(x))``; fused without the pass that adds the convolution's bias."""
-        # With fixed statistics in training the bias has a gradient, which the mean would not pass
-        # on.
+        # With fixed statistics in training the bias has a gradient, which would be lost in the
+        # mean.
         exact = norm.training or not (torch.is_grad_enabled() and conv.bias.requires_grad)
         if fuse and exact and norm.track_running_stats:
             return _without_bias(x, conv, norm)
@@ -173,7 +173,7 @@ class Stage(nn.Module):
     Args:
         blocks (Sequence[nn.Module]): :class:`ConvBlock` or :class:`TokenBlock`.
         downsample (nn.Module, optional): None after the last stage.
-        windowed (bool): Whether the blocks take tokens, which they do window by window.
+        windowed (bool): Whether the blocks take tokens, window by window.
         window (tuple, optional): Rows and columns of a window. None: the whole map is one window,
             whatever its size.
         with_cp (bool): Whether to recompute blocks in the backward pass.
@@ -211,11 +211,11 @@ class Stage(nn.Module):
 class MambaVision(Backbone):
     """MambaVision backbone.
 
-    A convolutional stem, two stages of convolutions and two stages of tokens, whose first blocks
-    are Mamba mixers and whose last ``depth // 2`` blocks are attention, with strides 4, 8, 16 and
-    32. The token stages work in windows without shift; images of any size are accepted, since maps
-    are padded with zeros to a multiple of the window. Official checkpoints load as they are (raw,
-    or wrapped in ``{'state_dict': …}`` or ``{'model': …}``).
+    A convolutional stem, two stages of convolutions and two stages of tokens, in which the first
+    blocks are Mamba mixers and the last ``depth // 2`` attention; strides are 4, 8, 16 and 32. The
+    token stages work in windows without shift; images of any size are accepted, since maps are
+    padded with zeros to a multiple of the window. Official checkpoints load as they are (raw, or
+    wrapped in ``{'state_dict': …}`` or ``{'model': …}``).
 
     Args:
         arch (str | dict): 'tiny', 'tiny2', 'small', 'base', 'large', 'large2', 'large3', or a dict
@@ -232,28 +232,29 @@ class MambaVision(Backbone):
             large3 for images of 256), else (14, 7). Released models for images of 512 ('large2'
             and 'large3') need (32, 16).
         in_channels (int): Channels of the image. Defaults to 3.
-        out_type (str): What each output is. 'avg_featmap': (batch, channels), the mean of the map
-            after the norm; of the last stage it is what the official classification head reads.
+        out_type (str): Kind of each output. 'avg_featmap': (batch, channels), the mean of the map
+            after the norm; for the last stage, the input of the official classification head.
             'featmap': (batch, channels, height, width). Defaults to 'avg_featmap'.
         out_indices (int | Sequence[int]): Stages whose outputs, before their downsampling, are
             returned, ascending; negative ones count from the end. Stages after the last of them
             are not run. Defaults to -1.
-        out_norm (str): Norm of the outputs. 'final': the last stage's passes the batch norm
-            ``norm``, the others stay as they are (classification). 'separate': each passes a layer
-            norm over channels of its own, ``outnorm{i}``, and there is no ``norm`` (the official
-            detection and segmentation models). 'none': all stay as they are. Defaults to 'final'.
+        out_norm (str): Norm of the outputs. 'final': that of the last stage passes through the
+            batch norm ``norm``, the others are unchanged (classification). 'separate': each passes
+            through its own layer norm over channels, ``outnorm{i}``, and there is no ``norm`` (the
+            official detection and segmentation models). 'none': all are unchanged. Defaults to
+            'final'.
         layer_scale (float | str, optional): Initial value of the learnt scales of the token
-            blocks' branches; None means no scales. Defaults to 'auto', which is the arch's: 1e-5
+            blocks' branches; None means no scales. Defaults to 'auto', the arch's value: 1e-5
             from 'base' on, none below.
         layer_scale_conv (float, optional): The same for the convolutional blocks. Defaults to
             None, as in all released models.
         drop_path_rate (float, optional): Largest stochastic-depth rate; rates grow linearly from 0
-            over all blocks. A window counts as a sample. Defaults to None, which means the arch's:
+            over all blocks. A window counts as a sample. Defaults to None, the arch's value:
             0.2 ('tiny' to 'small'), 0.3 ('base' to 'large2') or 0.5 ('large3'). The official
             detection and segmentation models were trained with these, whatever their configs say.
-        double_dt_bias (bool): Whether the bias of Δ is added twice, as the official code does and
-            as released weights need it. With False it is added once; checkpoints of the other
-            kind are converted when they are loaded (a checkpoint made with False has the key
+        double_dt_bias (bool): Whether the bias of Δ is added twice, as in the official code and as
+            released weights require. With False it is added once; checkpoints of the other kind
+            are converted on loading (a checkpoint made with False has the key
             ``single_dt_bias``, official ones do not). Defaults to True.
         discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`; released checkpoints use
             'zoh'. Defaults to 'zoh'.
@@ -269,7 +270,7 @@ class MambaVision(Backbone):
 
     Raises:
         TypeError: If an argument is unknown.
-        ValueError: If an argument is not among the allowed ones, or a checkpoint does not fit.
+        ValueError: If an argument is invalid, or a checkpoint does not fit.
 
     Example:
         >>> model = MambaVision('tiny', out_type='featmap', out_indices=(0, 1, 2, 3))
@@ -401,7 +402,7 @@ class MambaVision(Backbone):
             for i in self.out_indices:
                 self.add_module(f'outnorm{i}', LayerNorm2d(self.embed_dims[i]))
         if not double_dt_bias:
-            # Only the key matters: it says of a checkpoint how its biases are meant.
+            # Only the key matters: it tells how the biases of a checkpoint are meant.
             self.register_buffer(_SINGLE_DT_BIAS, torch.ones((), dtype=torch.long))
 
         for module in self.modules():
@@ -438,7 +439,7 @@ class MambaVision(Backbone):
             x (Tensor): (batch, in_channels, height, width).
 
         Returns:
-            tuple[Tensor, ...]: One output, as ``out_type`` says, for each of ``out_indices``.
+            tuple[Tensor, ...]: One output of kind ``out_type`` for each of ``out_indices``.
 
         Raises:
             ValueError: If the shape is wrong.
@@ -461,7 +462,7 @@ class MambaVision(Backbone):
         return x if self.out_type == 'featmap' else x.mean(dim=(2, 3))
 
     def token_layout(self, shape: Sequence[int], layer: str) -> TokenLayout:
-        """Return how the tokens of a layer lie in the images; convolutional stages have none."""
+        """Return the layout of a layer's tokens in the images; convolutional stages have none."""
         match = re.search(r'levels\.(\d+)', layer)
         stage = int(match[1]) if match else -1
         if stage < 0 or not self.levels[stage].windowed:
@@ -470,7 +471,7 @@ class MambaVision(Backbone):
         return TokenLayout(size, window=self.levels[stage].window or size)
 
     def _unwrap(self, state_dict: MutableMapping[str, Any]) -> None:
-        """Of a model with an encoder, keep only that."""
+        """Keep only the encoder of a model that has one."""
         super()._unwrap(state_dict)
         keys = keys_under(state_dict, _ENCODER)
         if self._has_blocks(keys):
@@ -492,7 +493,7 @@ class MambaVision(Backbone):
             self._reject(f'it has {"a" if scaled else "no"} layer scale')
 
     def _translate(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
-        """Convert the biases of Δ between being added once and twice."""
+        """Convert the biases of Δ between single and double addition."""
         key = prefix + _SINGLE_DT_BIAS
         double = key not in state_dict
         if double == self.double_dt_bias:

@@ -38,83 +38,83 @@ _TEMPORAL = 'temporal_pos_embedding'
 class VideoMamba(PlainBackbone):
     """VideoMamba backbone, for images or for videos.
 
-    A class token and the patches, frame after frame and each frame in raster order, pass a stack
-    of pre-norm bidirectional Mamba blocks whose directions are summed. Images and videos of any
-    size and length are accepted: the position embeddings are resized, over space as
-    ``interpolate_mode`` says and over time linearly.
+    A class token and the patches, frame by frame and each frame in raster order, pass through a
+    stack of pre-norm bidirectional Mamba blocks whose directions are summed. Images and videos of
+    any size and length are accepted: the position embeddings are resized, over space by
+    ``interpolate_mode`` and over time linearly.
 
     Official checkpoints load as they are (raw or under 'model', 'module' or 'state_dict', with
-    ``module.``, ``backbone.`` or ``encoder.`` before their keys), also those of another image size
-    or number of frames. A video model also loads the weights of an image model: see
-    ``inflation``. Its temporal position embedding then is zero.
+    ``module.``, ``backbone.`` or ``encoder.`` before their keys), including those of other image
+    sizes or numbers of frames. A video model also loads the weights of an image model: see
+    ``inflation``. Its temporal position embedding is then zero.
 
     Args:
         arch (str | dict): 'tiny', 'small', 'middle', 'base', or a dict with ``embed_dims`` and
             ``depth`` and, optionally, ``d_state`` (16), ``d_conv`` (4), ``expand`` (2) and
             ``dt_rank`` ('auto'). Defaults to 'tiny'.
-        img_size (int | tuple): Height and width in pixels that the position embedding is made
-            for. Defaults to 224.
+        img_size (int | tuple): Native height and width of the position embedding, in pixels.
+            Defaults to 224.
         patch_size (int | tuple): Side of a patch in pixels. Defaults to 16.
-        stride (int | tuple, optional): Distance of patches. Defaults to None, which means
+        stride (int | tuple, optional): Distance between patches. Defaults to None:
             ``patch_size``.
         in_channels (int): Channels of the image. Defaults to 3.
-        num_frames (int, optional): Frames that the temporal position embedding is made for, a
-            multiple of ``tubelet_size``. Defaults to None, which makes an image model.
+        num_frames (int, optional): Native number of frames of the temporal position embedding, a
+            multiple of ``tubelet_size``. Defaults to None: an image model.
         tubelet_size (int): Frames that are embedded together; T frames are T / ``tubelet_size``
             time steps. Must be 1 in an image model. Defaults to 1.
-        inflation (str): How a video model takes an image model's patch embedding: 'center' puts
-            it into the middle frame of the tubelet and zeros into the others, 'average' spreads
-            it evenly. Defaults to 'center'.
+        inflation (str): Use of an image model's patch embedding in a video model: 'center' puts it
+            into the middle frame of the tubelet and zeros into the others, 'average' spreads it
+            evenly. Defaults to 'center'.
         cls_token (str): Place of the class token: 'head' or 'none'. Defaults to 'head'.
-        out_type (str): What each output is. 'pooled': (batch, channels), see ``pool``. 'featmap':
-            (batch, channels, rows, columns), of videos (batch, channels, steps, rows, columns).
-            'frame_featmap', of videos only: (batch * steps, channels, rows, columns), the steps of
+        out_type (str): Kind of each output. 'pooled': (batch, channels), see ``pool``. 'featmap':
+            (batch, channels, rows, columns), for videos (batch, channels, steps, rows, columns).
+            'frame_featmap', for videos only: (batch * steps, channels, rows, columns), the steps of
             a video one after another, for 2-D necks and heads. 'raw': (batch, length, channels),
             all tokens in order. Defaults to 'pooled'.
-        pool (str, optional): How ``out_type='pooled'`` pools: 'cls' (the class token), 'avg' (the
+        pool (str, optional): Pooling of ``out_type='pooled'``: 'cls' (the class token), 'avg' (the
             mean of the patches), 'cls+avg' (their sum) or 'cls_cat_avg' (both, with twice the
-            channels). Defaults to None, which is 'cls', or 'avg' where there is no class token or
-            only one direction; must be None where nothing is pooled.
-        keep_temporal (bool): Whether 'avg' is taken in each time step, so that pooled outputs are
-            (batch, steps, channels). Defaults to False.
+            channels). Defaults to None: 'cls', or 'avg' where there is no class token or only
+            one direction. Must be None where nothing is pooled.
+        keep_temporal (bool): Whether 'avg' is taken within each time step, so that pooled outputs
+            are (batch, steps, channels). Defaults to False.
         out_indices (int | Sequence[int]): Layers whose outputs are returned, ascending; negative
             ones count from the end. Layers after the last of them are not run. Defaults to -1.
         out_norm (str): Norm of the outputs, as in :class:`mmvim.models.Vim`: 'final', 'shared',
             'separate' or 'none'. Defaults to 'final'.
-        interpolate_mode (str): How the spatial position embedding is resized. Defaults to
-            'bicubic'.
-        bimamba (str): 'v2' (both directions) or 'none' (one). One direction has no class token
-            pooling, as a token at the head sees nothing then. Defaults to 'v2'.
-        merge (str, optional): 'sum' or 'mean' of the directions. Defaults to None, which is
+        interpolate_mode (str): Interpolation for resizing the spatial position embedding. Defaults
+            to 'bicubic'.
+        bimamba (str): 'v2' (both directions) or 'none' (one). One direction excludes pooling by the
+            class token, because a token at the head then sees nothing. Defaults to 'v2'.
+        merge (str, optional): 'sum' or 'mean' of the directions. Defaults to None:
             'sum', as in the official model.
         norm (str): 'RMSNorm' or 'LayerNorm'. Defaults to 'RMSNorm'.
-        norm_eps (float): Defaults to 1e-5.
+        norm_eps (float): Epsilon of the norms. Defaults to 1e-5.
         residual_in_fp32 (bool): Whether the residual stream is kept in float32. Defaults to True.
         layer_scale (float, optional): Initial value of a learnt scale of each mixer's output.
-            Defaults to None, which means no scale.
+            Defaults to None: no scale.
         drop_rate (float): Dropout after the position embedding. Defaults to 0.
         drop_path_rate (float): Largest stochastic-depth rate; rates grow linearly from 0 over the
-            layers and the last layer's output has the largest. Defaults to 0.
+            layers, and the last layer's output has the largest. Defaults to 0.
         discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`; released checkpoints use
             'zoh'. Defaults to 'zoh'.
-        dt_init (str): All else is initialised as in the official model. 'proper' initialises Δ in
-            [1e-3, 0.1]. 'official' does to Δ's projection what the official code does to every
-            linear layer, it too: weights of standard deviation 0.02 and zero biases, which leaves
-            Δ near 0.69. Defaults to 'proper'.
+        dt_init (str): Initialisation of Δ; everything else is initialised as in the official model.
+            'proper' initialises Δ in [1e-3, 0.1]. 'official' treats its projection as the official
+            code treats every linear layer: weights of standard deviation 0.02 and zero biases,
+            which leaves Δ near 0.69. Defaults to 'proper'.
         frozen_stages (int): -1 freezes nothing, 0 the patch embedding, the class token and the
             position embeddings, k > 0 the first k layers as well (and ``norm_f`` if these are
             all). Defaults to -1.
         with_cp (bool): Whether to recompute each layer in the backward pass to save memory.
             Defaults to False.
-        recompute (bool, optional): Whether the mixers make most of their intermediates again in
-            the backward pass (see :class:`mmvim.layers.BiMamba`). Defaults to None, which means on
-            CUDA devices, unless ``with_cp``.
+        recompute (bool, optional): Whether the mixers recompute most of their intermediates in the
+            backward pass (see :class:`mmvim.layers.BiMamba`). Defaults to None: on CUDA devices,
+            unless ``with_cp``.
         ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
         init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
 
     Raises:
         TypeError: If an argument is unknown.
-        ValueError: If an argument is not among the allowed ones, or a checkpoint does not fit.
+        ValueError: If an argument is invalid, or a checkpoint does not fit.
 
     Example:
         >>> model = VideoMamba(arch='tiny', num_frames=8)
@@ -260,7 +260,7 @@ class VideoMamba(PlainBackbone):
         return keep_temporal
 
     def _reset_projections(self, dt_init: str) -> None:
-        """Initialise linear layers as the official model does, Δ's only if that is asked for."""
+        """Initialise linear layers as the official model does, that of Δ only on request."""
         for name, module in self.layers.named_modules():
             is_delta = name.endswith(('.dt_proj', '.dt_proj_b'))
             if isinstance(module, nn.Linear) or (is_delta and dt_init == 'official'):
@@ -289,7 +289,7 @@ class VideoMamba(PlainBackbone):
         temporal: Tensor | None,
         with_token: bool = True,
     ) -> Tensor:
-        """Make tokens (batch, length, channels) of patches (batch, [steps,] patches, channels).
+        """Make tokens (batch, length, channels) from patches (batch, [steps,] patches, channels).
 
         ``temporal`` is (1, steps, channels), ``with_token`` whether the class token comes first.
         """
@@ -337,7 +337,7 @@ class VideoMamba(PlainBackbone):
             strip_prefixes(state_dict, ('backbone.',))
 
     def _is_dropped(self, key: str) -> bool:
-        # distill_head is what the official self-distillation trains beside the head.
+        # distill_head is the additional head of the official self-distillation.
         return key.startswith(('head.', 'distill_head.')) or super()._is_dropped(key)
 
     def _describe(self) -> str:
@@ -364,7 +364,7 @@ class VideoMamba(PlainBackbone):
                 f'{self.tubelet_size} frames'
             )
         if temporal is None or temporal.dim() != 3 or temporal.shape[2] != self.embed_dims:
-            return  # a wrong size is reported with the others
+            return  # reported with the other sizes
         if temporal.shape[1] != self.num_steps:
             state_dict[prefix + _TEMPORAL] = resize_temporal_pos_embed(temporal, self.num_steps)
             self._log(

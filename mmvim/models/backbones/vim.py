@@ -26,62 +26,63 @@ from .base import PlainBackbone
 class Vim(PlainBackbone):
     """Vision Mamba backbone.
 
-    Patches and a class token pass a stack of pre-norm bidirectional Mamba blocks. Images of any
-    size at least as large as a patch are accepted, square or not: the position embedding is
-    resized. Official checkpoints load as they are (raw, or wrapped in ``{'model': …}``), also
-    those trained at another image size.
+    Patches and a class token pass through a stack of pre-norm bidirectional Mamba blocks. Images of
+    any size from one patch on are accepted, square or not: the position embedding is resized.
+    Official checkpoints load as they are (raw, or wrapped in ``{'model': …}``), including those
+    trained at other image sizes.
 
     Args:
         arch (str | dict): 'tiny', 'small', 'base', or a dict with ``embed_dims`` and ``depth``
             and, optionally, ``d_state`` (16), ``d_conv`` (4), ``expand`` (2) and ``dt_rank``
             ('auto'). Defaults to 'tiny'.
-        img_size (int | tuple): Height and width in pixels that the position embedding is made
-            for. Defaults to 224.
+        img_size (int | tuple): Native height and width of the position embedding, in pixels.
+            Defaults to 224.
         patch_size (int | tuple): Side of a patch in pixels. Defaults to 16.
-        stride (int | tuple, optional): Distance of patches, for instance 8 with patches of 16.
-            Defaults to None, which means ``patch_size``.
+        stride (int | tuple, optional): Distance between patches, for instance 8 with patches of 16.
+            Defaults to None: ``patch_size``.
         in_channels (int): Channels of the image. Defaults to 3.
         cls_token (str): Place of the class token: 'middle', 'head', 'tail', 'double' (one at each
             end) or 'none'. Defaults to 'middle'.
-        out_type (str): What each output is. 'cls_token': (batch, channels), the class token (the
+        out_type (str): Kind of each output. 'cls_token': (batch, channels), the class token (the
             mean of the two of 'double'), or the patches pooled by ``pool`` if there is none.
             'featmap': (batch, channels, rows, columns) without class tokens. 'avg_featmap':
             (batch, channels), the mean of the patches. 'raw': (batch, length, channels), all
             tokens in order. Defaults to 'cls_token'.
         out_indices (int | Sequence[int]): Layers whose outputs are returned, ascending; negative
             ones count from the end. Layers after the last of them are not run. Defaults to -1.
-        pool (str, optional): How ``out_type='cls_token'`` pools where there is no class token:
+        pool (str, optional): Pooling of ``out_type='cls_token'`` where there is no class token:
             'mean', 'max' (over the features; the official model takes the maximum of the logits
-            instead), 'last' (the last patch) or 'all' (no pooling). Defaults to None, which is
-            'mean' then, and must be None where nothing is pooled.
+            instead), 'last' (the last patch) or 'all' (no pooling). Defaults to None:
+            'mean'. Must be None where nothing is pooled.
         out_norm (str): Norm of the outputs. An output is the residual stream after its layer,
-            hidden state plus residual. 'final': the last layer's goes through ``norm_f``, the
-            others stay as they are. 'shared': all go through ``norm_f``. 'separate': the last
-            layer's goes through ``norm_f``, the output of layer i through a norm of its own,
-            ``norm{i}``. 'none': all stay as they are and there is no ``norm_f`` (the paper's
-            detection recipe). Defaults to 'final'.
+            hidden state plus residual. 'final': that of the last layer passes through ``norm_f``,
+            the others are unchanged. 'shared': all pass through ``norm_f``. 'separate': that of
+            the last layer passes through ``norm_f``, the output of layer i through its own norm,
+            ``norm{i}``. 'none': all are unchanged and there is no ``norm_f`` (the paper's detection
+            recipe). Defaults to 'final'.
         abs_pos_embed (bool): Whether to add a learnt position embedding. Defaults to True.
         rope (bool): Whether to rotate the hidden state by a 2-D rotary embedding before each
-            layer. Each patch is rotated by its own row and column whatever the place of the class
-            token, the stride and the image size. Defaults to False.
-        rope_residual (bool): Whether to rotate the residual stream too. Defaults to False.
-        rope_pt_size (int): Rows and columns of the grid that the angles are scaled to (the
+            layer. Each patch is rotated by its own row and column, whatever the position of the
+            class token, the stride and the image size. Defaults to False.
+        rope_residual (bool): Whether to rotate the residual stream as well. Defaults to False.
+        rope_pt_size (int): Rows and columns of the grid to which the angles are scaled (the
             official ``pt_hw_seq_len``). Defaults to 14.
-        interpolate_mode (str): How the position embedding is resized. Defaults to 'bicubic'.
+        interpolate_mode (str): Interpolation for resizing the position embedding. Defaults to
+            'bicubic'.
         bimamba (str): 'v2' (own convolution, projections and state matrix for the backward
             branch), 'v1' (own state matrix only) or 'none' (one direction). Defaults to 'v2'.
-        merge (str, optional): 'mean' or 'sum' of the directions. Defaults to None, which is what
-            the official model does: 'mean' for v2, 'sum' for v1 and for ``if_bidirectional``.
-        if_bidirectional (bool): Whether layers form pairs, the second of which reads the sequence
-            from its end, whose hidden states and residuals are merged. Defaults to False.
+        merge (str, optional): 'mean' or 'sum' of the directions. Defaults to None, as in the
+            official model: 'mean' for v2, 'sum' for v1 and for ``if_bidirectional``.
+        if_bidirectional (bool): Whether layers form pairs, whose second layer reads the sequence
+            from its end and whose hidden states and residuals are merged. Defaults to False.
         norm (str): 'RMSNorm' or 'LayerNorm'. Defaults to 'RMSNorm'.
-        norm_eps (float): Defaults to 1e-5.
+        norm_eps (float): Epsilon of the norms. Defaults to 1e-5.
         residual_in_fp32 (bool): Whether the residual stream is kept in float32. Defaults to True.
         layer_scale (float, optional): Initial value of a learnt scale of each mixer's output.
-            Defaults to None, which means no scale.
+            Defaults to None: no scale.
         drop_rate (float): Dropout after the position embedding. Defaults to 0.
         drop_path_rate (float): Largest stochastic-depth rate; rates grow linearly from 0 over the
-            layers and the last layer's output has the largest. Defaults to 0.
+            layers, and the last layer's output has the largest. Defaults to 0.
         discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`; released checkpoints use
             'zoh'. Defaults to 'zoh'.
         dt_init (str): 'proper' initialises Δ of both directions in [1e-3, 0.1]; 'official' leaves
@@ -91,15 +92,15 @@ class Vim(PlainBackbone):
             all). Defaults to -1.
         with_cp (bool): Whether to recompute each layer in the backward pass to save memory.
             Defaults to False.
-        recompute (bool, optional): Whether the mixers make most of their intermediates again in
-            the backward pass (see :class:`mmvim.layers.BiMamba`). Defaults to None, which means on
-            CUDA devices, unless ``with_cp``.
+        recompute (bool, optional): Whether the mixers recompute most of their intermediates in the
+            backward pass (see :class:`mmvim.layers.BiMamba`). Defaults to None: on CUDA devices,
+            unless ``with_cp``.
         ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
         init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
 
     Raises:
         TypeError: If an argument is unknown.
-        ValueError: If an argument is not among the allowed ones, or a checkpoint does not fit.
+        ValueError: If an argument is invalid, or a checkpoint does not fit.
 
     Example:
         >>> model = Vim(arch='tiny', out_type='featmap', out_indices=(5, 11, 17, 23))
@@ -224,7 +225,7 @@ class Vim(PlainBackbone):
             x (Tensor): (batch, in_channels, height, width).
 
         Returns:
-            tuple[Tensor, ...]: One output, as ``out_type`` says, for each of ``out_indices``.
+            tuple[Tensor, ...]: One output of kind ``out_type`` for each of ``out_indices``.
 
         Raises:
             ValueError: If the shape is wrong or the image is smaller than a patch.
@@ -247,10 +248,10 @@ class Vim(PlainBackbone):
                 hidden, residual = self._run_pair(last, hidden, residual)
             else:
                 hidden, residual = self._run_layer(last, hidden, residual)
-                # What a layer makes is dropped once, for its output and for the next layer.
+                # Drop path is drawn once, for a layer's output and for the next layer.
                 hidden = self._drop_path_after(last)(hidden)
             if last in self.out_indices:
-                # The layers of a pair drop their input themselves, each anew.
+                # The layers of a pair draw drop path for their inputs themselves, separately.
                 out = self._drop_path_after(last)(hidden) if self.if_bidirectional else hidden
                 outputs.append(self._output(self._stream(last, out, residual), grid))
         return tuple(outputs)
@@ -258,7 +259,7 @@ class Vim(PlainBackbone):
     def _run_pair(
         self, second: int, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run the layer before ``second``, and ``second``, which reads from the end, and merge."""
+        """Run the layer before ``second`` and ``second`` itself, from the end, and merge both."""
         (hidden, residual), (hidden_b, residual_b) = (
             self._run_layer(i, self.layers[i].drop_path(hidden), residual)
             for i in (second - 1, second)
@@ -286,7 +287,7 @@ class Vim(PlainBackbone):
     def _fit_own(
         self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping
     ) -> None:
-        """Drop the tables of rotary angles, which are computed here, after comparing them."""
+        """Drop the tables of rotary angles, which are computed here, after checking them."""
         super()._fit_own(state_dict, prefix, local_metadata)
         cos = state_dict.pop(f'{prefix}rope.freqs_cos', None)
         state_dict.pop(f'{prefix}rope.freqs_sin', None)

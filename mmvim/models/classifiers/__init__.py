@@ -1,4 +1,4 @@
-"""Classifiers that mmpretrain does not have."""
+"""Classifiers that mmpretrain lacks."""
 
 from mmvim import _names
 

@@ -23,9 +23,9 @@ class MesaClassifier(ImageClassifier):
 
     with ``p`` and ``q`` the softmax of the student's and the teacher's logits divided by
     ``temperature``. The teacher sees the same images (mixed ones included), in evaluation mode, and
-    gets no gradient. Everything else, state dict included, is as in ``ImageClassifier``.
+    gets no gradient. Everything else, including the state dict, is as in ``ImageClassifier``.
 
-    :class:`mmvim.engine.MesaHook` says who the teacher is, and from when on; without it (as in
+    :class:`mmvim.engine.MesaHook` sets the teacher when distillation starts; without it (as in
     testing) there is none.
 
     Args:
@@ -56,8 +56,7 @@ class MesaClassifier(ImageClassifier):
         super().__init__(*args, **kwargs)
         self.mesa_weight = mesa_weight
         self.temperature = temperature
-        # A weak reference: the teacher is no part of this model, neither of its parameters and
-        # state nor of copies of it.
+        # A weak reference keeps the teacher out of this model's parameters, state and copies.
         self._teacher: weakref.ref[nn.Module] | None = None
 
     @property
@@ -66,7 +65,7 @@ class MesaClassifier(ImageClassifier):
         return None if self._teacher is None else self._teacher()
 
     def learn_from(self, teacher: nn.Module | None) -> None:
-        """Set the teacher, of which the caller keeps hold; None ends the distillation."""
+        """Set the teacher, which the caller keeps alive; None ends the distillation."""
         self._teacher = None if teacher is None else weakref.ref(teacher)
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:

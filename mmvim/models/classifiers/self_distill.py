@@ -16,25 +16,25 @@ from mmvim.layers import RMSNorm
 
 
 class SelfDistillClassifier(ImageClassifier):
-    """``ImageClassifier`` whose tokens also learn those of a smaller, trained model.
+    """``ImageClassifier`` whose tokens also learn to match those of a smaller, trained model.
 
     The loss is that of the head plus ``distill_weight`` times the mean over all tokens of
     ``2 - 2 cos(distill_head(student), teacher)``. ``distill_head`` is an RMSNorm and a linear layer
     to the teacher's channels. The head classifies the class token.
 
-    The teacher is in evaluation mode and learns nothing. It is part neither of the parameters nor
-    of the checkpoints; checkpoints fit an ``ImageClassifier`` with the same backbone, except for
+    The teacher is in evaluation mode and does not learn. It belongs neither to the parameters nor
+    to the checkpoints; checkpoints fit an ``ImageClassifier`` with the same backbone, except for
     ``distill_head``.
 
     Args:
         backbone (dict): A VideoMamba with ``out_type='raw'`` and a class token.
-        teacher (dict): The same, with ``init_cfg`` for its weights. Both must cut an image into
+        teacher (dict): Likewise, with ``init_cfg`` for its weights. Both must divide an image into
             the same patches.
-        distill_weight (float): Defaults to 1.
-        **kwargs: Of ``ImageClassifier``: head, train_cfg, data_preprocessor, init_cfg.
+        distill_weight (float): Weight of the distillation loss. Defaults to 1.
+        **kwargs: Arguments of ``ImageClassifier``: head, train_cfg, data_preprocessor, init_cfg.
 
     Raises:
-        ValueError: If a model does not give all tokens, or their numbers differ.
+        ValueError: If a model does not return all tokens, or their numbers differ.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class SelfDistillClassifier(ImageClassifier):
         for name, model in (('backbone', self.backbone), ('teacher', teacher)):
             if getattr(model, 'out_type', None) != 'raw' or not model.num_extra_tokens:
                 raise ValueError(f"{name} must have out_type='raw' and a class token")
-        # In a list it is no submodule: it has no place in parameters, checkpoints and DDP.
+        # Inside a list it is not a submodule: parameters, checkpoints and DDP ignore it.
         self._teacher = [teacher]
         self.distill_weight = distill_weight
         self.distill_head = nn.Sequential(
@@ -65,7 +65,7 @@ class SelfDistillClassifier(ImageClassifier):
 
     @property
     def teacher(self) -> nn.Module:
-        """The model that is learnt from."""
+        """The model to learn from."""
         return self._teacher[0]
 
     def init_weights(self) -> None:
@@ -98,7 +98,7 @@ class SelfDistillClassifier(ImageClassifier):
             data_samples (list): mmpretrain's ``DataSample``.
 
         Returns:
-            dict: 'loss' (and what else the head gives) and 'loss_distill'.
+            dict: 'loss' (and other entries of the head) and 'loss_distill'.
         """
         tokens = self.extract_feat(inputs, stage='backbone')[-1]
         losses = self.head.loss((tokens[:, 0],), data_samples)

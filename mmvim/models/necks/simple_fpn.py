@@ -17,12 +17,12 @@ from mmvim.layers import LayerNorm2d
 
 
 class SimpleFPN(BaseModule):
-    """Build a feature pyramid from one map.
+    """Feature pyramid from one map.
 
     From a map of stride 16, branches of scale 4, 2, 1 and 1/2 make maps of stride 4, 8, 16 and 32
-    (P2 .. P5): transposed convolutions of stride 2, nothing, or a maximum over 2 x 2. Each then
-    passes a 1 x 1 and a 3 x 3 convolution, each followed by a layer norm over the channels. Further
-    levels halve the last one (P6).
+    (P2 .. P5) by transposed convolutions of stride 2, the identity, or max pooling over 2 x 2. Each
+    map then passes through a 1 x 1 and a 3 x 3 convolution, each followed by a layer norm over the
+    channels. Further levels halve the last one (P6).
 
     Args:
         in_channels (int): Channels of the map. Defaults to 192.
@@ -30,11 +30,11 @@ class SimpleFPN(BaseModule):
         num_outs (int): Number of levels, at least ``4 - start_level``. Defaults to 5.
         start_level (int): The first level, 0 (P2) to 3 (P5). RetinaNet's P3 .. P7 are
             ``start_level=1, num_outs=5``. Defaults to 0.
-        norm_eps (float): Defaults to 1e-6.
+        norm_eps (float): Epsilon of the norms. Defaults to 1e-6.
         init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
 
     Raises:
-        ValueError: If an argument is not among the allowed ones.
+        ValueError: If an argument is invalid.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SimpleFPN(BaseModule):
 
         Args:
             x (Tensor | Sequence[Tensor]): The map (batch, in_channels, rows, columns), or a
-                sequence that holds just it, as a backbone returns it.
+                sequence that contains only it, as returned by a backbone.
 
         Returns:
             tuple[Tensor, ...]: ``num_outs`` maps (batch, out_channels, …), finest first.

@@ -30,21 +30,22 @@ _OPTIONAL: dict[str, Any] = {
     'pretrained': None,
     'ckpt_num_frame': None,
 }
-# Read by the official code, without a meaning here: kernels are chosen by the backend, and with
-# use_checkpoint all layers are recomputed.
+# Read by the official code but meaningless here: the backend chooses the kernels, and
+# use_checkpoint recomputes all layers.
 _IGNORED = ('fused_add_norm', 'checkpoint_num', 'name', 'd_model')
 
 
 class VideoMambaEncoder(nn.Module):
-    """VideoMamba without a head, chunk by chunk with a list of states. See
-    :func:`build_videomamba`, which makes it from a config.
+    """VideoMamba without a head, for chunks and a list of states.
+
+    :func:`build_videomamba` makes it from a config.
 
     Args:
         add_pool_norm (bool): Whether ``forward`` also returns pooled, normed features.
             Defaults to True.
         pool_type (str): 'cls', 'avg', 'cls+avg' (their sum) or 'cls_cat_avg' (one after the other).
             Defaults to 'cls+avg'.
-        **kwargs: Of :class:`mmvim.StreamingVideoMamba`, but for ``stream_mode``.
+        **kwargs: Arguments of :class:`mmvim.StreamingVideoMamba`, except ``stream_mode``.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class VideoMambaEncoder(nn.Module):
         super().__init__()
         check_choice('pool_type', pool_type, _POOLS)
         bidirectional = kwargs.pop('bimamba', 'v2') == 'v2'
-        # A look-ahead without limit is the bidirectional model; it has no states.
+        # With unlimited look-ahead it is the bidirectional model, which has no states.
         mode = {'stream_mode': 'lookahead', 'lookahead_frames': 0} if bidirectional else {}
         self.backbone = StreamingVideoMamba(**mode, **kwargs)
         self.bidirectional = bidirectional
@@ -77,7 +78,7 @@ class VideoMambaEncoder(nn.Module):
 
         Returns:
             list: (conv (batch, d_inner, d_conv - 1), ssm (batch, d_inner, d_state)); ssm is
-            float32 whatever ``dtype`` (float64 for float64).
+            float32 for any ``dtype`` (float64 for float64).
         """
         self._require_states()
         return list(self.backbone.init_state(batch_size, device, dtype).layers)
@@ -102,17 +103,17 @@ class VideoMambaEncoder(nn.Module):
 
         Args:
             x (Tensor): (batch, channels, frames, height, width).
-            mask (None): Masked pretraining is not offered.
+            mask (None): Masked pretraining is not supported.
             use_image (bool): Whether ``x`` is an image (one tubelet), which gets no temporal
                 position. Defaults to False.
-            ssm_state (list, optional): States of the layers, from :meth:`init_state` or the chunk
-                before; not changed.
+            ssm_state (list, optional): States of the layers, from :meth:`init_state` or the
+                previous chunk; not modified.
             temporal_pos_offset (int): Temporal tokens (frames / tubelet) before this chunk. The
                 class token is in the first chunk only, at offset 0. Defaults to 0.
 
         Returns:
-            Tensor or tuple: (batch, tokens, channels), normed, the class token first where there
-            is one; with ``ssm_state`` also the new states.
+            Tensor or tuple: (batch, tokens, channels), normed, with the class token, if any,
+            first; with ``ssm_state`` also the new states.
 
         Raises:
             ValueError: If the states do not fit, or the model is bidirectional and has none.
@@ -166,7 +167,7 @@ class VideoMambaEncoder(nn.Module):
         """Compute and pool the tokens; arguments as in :meth:`forward_features`.
 
         Args:
-            keep_temporal (bool): Whether each time step is pooled on its own. Defaults to False.
+            keep_temporal (bool): Whether each time step is pooled separately. Defaults to False.
 
         Returns:
             ``(x_vis, x_pool)``, with states ``(x_vis, x_pool, next_state)``; with
@@ -176,8 +177,8 @@ class VideoMambaEncoder(nn.Module):
             ``keep_temporal``; 'cls_cat_avg' has the class token's features before them.
 
         Raises:
-            ValueError: If a pool of the class token is asked for while streaming: there it is the
-                first token and sees nothing of the video.
+            ValueError: If the class token is to be pooled while streaming: there it is the first
+                token and sees nothing of the video.
         """
         features = self.forward_features(x, mask, use_image, ssm_state, temporal_pos_offset)
         features, states = features if ssm_state is not None else (features, None)
@@ -202,19 +203,19 @@ class VideoMambaEncoder(nn.Module):
         return (vis, pooled) if states is None else (vis, pooled, states)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not decayed: tokens and positions."""
+        """Names of the parameters without weight decay: tokens and positions."""
         names = ('cls_token', 'pos_embed', 'temporal_pos_embedding')
         return {f'backbone.{name}' for name in names if hasattr(self.backbone, name)}
 
     def _load_from_state_dict(self, state_dict: MutableMapping, prefix: str, *args: Any) -> None:
-        """Give the keys of the official encoder the names that they have here."""
+        """Rename the keys of the official encoder to those used here."""
         if not prefix:
             unwrap_state_dict(state_dict)
             strip_prefixes(state_dict, ('encoder.', 'vision_encoder.'))
         keys = keys_under(state_dict, prefix)
         if not any(key.startswith('backbone.') for key in keys):
             for key in keys:
-                # The teacher's decoder of multimodal pretraining is no part of the encoder.
+                # The teacher's decoder of multimodal pretraining is not part of the encoder.
                 if key.startswith('clip_decoder.') or (
                     key.startswith('pool_norm.') and not self.add_pool_norm
                 ):

@@ -1,4 +1,4 @@
-"""The steps of a stream as one CUDA graph."""
+"""Steps of a stream as one CUDA graph."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ class _Recording:
 class GraphedStream:
     """Call a :class:`mmvim.StreamingVideoMamba` chunk by chunk through a CUDA graph.
 
-    A chunk of one frame is hundreds of small kernels, which take a host longer to launch than a GPU
-    to run. This records them once, for the first chunk of a shape that finds the stream running,
-    and replays them; the chunks before (the first, and those that fill a look-ahead) run as they
-    are. Results are those of the model, in new tensors; states can be kept, reordered and reused.
+    A chunk of one frame takes hundreds of small kernels, which the host launches more slowly than
+    the GPU runs them. This class records them once, for the first chunk of a shape in a running
+    stream, and replays them; earlier chunks (the first, and those that fill a look-ahead) run
+    normally. Results are those of the model, in new tensors; states can be kept, reordered and
+    reused.
 
-    Parameters are read where they lie: they may change in place, but not move to another device
-    or dtype. Autocast is part of what is recorded.
+    Parameters are read in place: they may change in place, but not move to another device or dtype.
+    Autocast is part of the recording.
 
     Args:
-        model (StreamingVideoMamba): In evaluation mode, on a CUDA device. In mode 'block' a chunk
-            must be one block.
+        model (StreamingVideoMamba): The model, in evaluation mode, on a CUDA device. In mode
+            'block' a chunk must be one block.
 
     Raises:
         TypeError: If the model is of another class.
-        ValueError: If it is elsewhere or in training mode, or if a chunk has several blocks.
+        ValueError: If it is on another device or in training mode, or a chunk has several blocks.
 
     Example:
         >>> step = GraphedStream(model.cuda().eval())
@@ -113,7 +114,7 @@ class GraphedStream:
             return self.model._chunk(chunk, state, temporal, share)
 
         device = x.device
-        # Weights that autocast has cast outside must not become part of the graph.
+        # Weights that autocast has cast outside must not be captured in the graph.
         enabled, dtype = torch.is_autocast_enabled('cuda'), torch.get_autocast_dtype('cuda')
         with torch.autocast('cuda', dtype, enabled, cache_enabled=False), torch.cuda.device(device):
             stream = torch.cuda.Stream()
@@ -134,7 +135,7 @@ def _tensors(state: VideoState) -> list[Tensor]:
 
 
 def _key(x: Tensor, state: VideoState) -> tuple:
-    """What a recording holds for: shapes, dtypes, autocast and inference mode."""
+    """Conditions under which a recording is valid: shapes, dtypes, autocast, inference mode."""
     tensors = [x, *_tensors(state)]
     shapes = tuple((tuple(t.shape), t.dtype) for t in tensors)
     autocast = torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda')
@@ -144,7 +145,7 @@ def _key(x: Tensor, state: VideoState) -> tuple:
 def _copied(
     recording: _Recording, before: VideoState, steps: int
 ) -> tuple[Tensor, Tensor, VideoState]:
-    """The results in tensors of their own."""
+    """The results, copied to new tensors."""
     results = [recording.tokens, recording.pooled, *_tensors(recording.state)]
     copies = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in results]
     torch._foreach_copy_(copies, results)

@@ -18,10 +18,10 @@ def mix_part(
     """Mix a part of a sequence: forwards from a state, backwards from the end of the part.
 
     Args:
-        mixer (BiMamba): With ``bimamba='v2'``.
+        mixer (BiMamba): A mixer with ``bimamba='v2'``.
         x (Tensor): (batch, length, d_model).
-        state (MambaState, optional): Of the forward branch, before the part.
-        keep (int): Tokens after which the new state is taken, 1 .. length.
+        state (MambaState, optional): State of the forward branch before the part.
+        keep (int): Number of tokens after which the new state is taken, 1 .. length.
 
     Returns:
         tuple: (batch, length, d_model), and the forward branch's state after ``keep`` tokens.
@@ -35,12 +35,12 @@ def mix_part(
 
 
 def mix_blocks(mixer: BiMamba, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Mix a whole sequence, its backward branch in blocks that know nothing of each other.
+    """Mix a whole sequence, with the backward branch in independent blocks.
 
     Args:
         mixer (BiMamba): With ``bimamba='v2'``.
         x (Tensor): (batch, length, d_model).
-        sizes (Sequence[int]): Tokens of each block; together ``length``.
+        sizes (Sequence[int]): Tokens of each block; their sum is ``length``.
 
     Returns:
         Tensor: (batch, length, d_model).

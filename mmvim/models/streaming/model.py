@@ -28,23 +28,22 @@ Mix = Callable[[int, Tensor], Tensor]
 
 
 class StreamingVideoMamba(VideoMamba):
-    """VideoMamba for streams of any length: a state of constant size passes from chunk to chunk.
+    """VideoMamba for streams of any length, with a state of constant size between chunks.
 
     A backward scan needs the future, so the bidirectional VideoMamba itself cannot be computed on
-    a stream. ``stream_mode`` says what is computed instead:
+    a stream. ``stream_mode`` chooses what is computed instead:
 
-    - 'causal': one direction only. Chunks of any size give exactly what the whole video gives.
-    - 'block': the forward direction runs through; the backward one (convolution and scan) begins
-      anew at the end of each block of ``block_frames``. On chunks that are whole blocks this is
-      exactly what :meth:`forward` computes on the whole video. It is not the full bidirectional
-      model.
-    - 'lookahead': a frame comes out when ``lookahead_frames`` more frames are there, and the
-      backward direction begins at the last of them. Approximates the full bidirectional model,
-      the better the longer the look-ahead, and equals it where this reaches the end of the video.
+    - 'causal': one direction only. Chunks of any size give exactly the result of the whole video.
+    - 'block': the forward direction runs through; the backward one (convolution and scan) restarts
+      at the end of each block of ``block_frames``. On chunks that are whole blocks this is exactly
+      what :meth:`forward` computes on the whole video. It is not the full bidirectional model.
+    - 'lookahead': a frame is output once ``lookahead_frames`` more frames have arrived, and the
+      backward direction begins at the last of them. This approximates the full bidirectional model,
+      better with a longer look-ahead, and equals it where this reaches the end of the video.
 
-    ``forward(x)`` without a state processes a whole video, and is what to train: 'causal' and
+    ``forward(x)`` without a state processes a whole video and is used for training: 'causal' and
     'block' as above, 'lookahead' fully bidirectional. ``forward(x, state=…)`` processes the next
-    chunk. The class token is the first token of a stream; it never comes out, and cannot be pooled.
+    chunk. The class token is the first token of a stream; it is never output and cannot be pooled.
 
     Temporal positions are absolute: the position embedding is resized once, to ``max_frames``, and
     does not depend on where a chunk ends.
@@ -56,20 +55,20 @@ class StreamingVideoMamba(VideoMamba):
         block_frames (int, optional): Frames of a block; 'block' needs it.
         lookahead_frames (int, optional): Frames of look-ahead, 0 or more; 'lookahead' needs it.
         max_frames (int, optional): Frames that the temporal position embedding spans. Defaults to
-            None, which is ``num_frames``.
-        beyond (str): What frames after ``max_frames`` do: 'error', or 'clamp' to give them the last
-            position. Defaults to 'error'.
-        pool (str): What is pooled: 'avg', the mean of all tokens so far, or 'last', the mean of the
-            last time step's tokens. Defaults to 'avg'.
+            None: ``num_frames``.
+        beyond (str): Treatment of frames after ``max_frames``: 'error', or 'clamp' to give them the
+            last position. Defaults to 'error'.
+        pool (str): 'avg', the mean of all tokens so far, or 'last', the mean of the last time
+            step's tokens. Defaults to 'avg'.
         bimamba (str, optional): 'v2' or 'none'. Defaults to None: 'none' for 'causal', else 'v2'.
-        drop_backward (bool): Whether a 'causal' model takes the weights of a bidirectional one and
-            leaves its backward branch out, which makes another model of it: to be fine-tuned.
+        drop_backward (bool): Whether a 'causal' model takes the weights of a bidirectional one
+            without its backward branch, which results in a different model, to be fine-tuned.
             Defaults to False.
-        **kwargs: Of :class:`mmvim.VideoMamba`, other than out_type, out_indices, out_norm and
-            keep_temporal.
+        **kwargs: Arguments of :class:`mmvim.VideoMamba`, other than out_type, out_indices, out_norm
+            and keep_temporal.
 
     Raises:
-        ValueError: If arguments do not go together, such as a bidirectional causal model.
+        ValueError: If arguments contradict each other, as in a bidirectional causal model.
 
     Example:
         >>> model = StreamingVideoMamba(arch='tiny', num_frames=8, max_frames=3000).eval()
@@ -187,8 +186,8 @@ class StreamingVideoMamba(VideoMamba):
 
         Args:
             batch_size (int): Number of streams.
-            device (torch.device, optional): Defaults to the parameters' device.
-            dtype (torch.dtype, optional): Of the chunks. Defaults to the parameters' dtype.
+            device (torch.device, optional): The device. Defaults to the parameters' device.
+            dtype (torch.dtype, optional): Dtype of the chunks. Defaults to the parameters' dtype.
         """
         check_positive(batch_size=batch_size)
         weight = self.layers[0].mixer.in_proj.weight
@@ -310,19 +309,19 @@ class StreamingVideoMamba(VideoMamba):
 
         Args:
             x (Tensor): (batch, in_channels, frames, height, width); the frames are a multiple of
-                ``tubelet_size``, and in mode 'block' of ``block_frames`` (but for the last chunk
+                ``tubelet_size``, and in mode 'block' of ``block_frames`` (except in the last chunk
                 of a stream).
-            state (VideoState, optional): From :meth:`init_state` or the chunk before; not changed.
-                Defaults to None: ``x`` is a whole video.
+            state (VideoState, optional): From :meth:`init_state` or the previous chunk; not
+                modified. Defaults to None: ``x`` is a whole video.
 
         Returns:
             tuple: Without a state, as other backbones: one tensor (batch, channels), pooled. With
-            a state: the tokens that came out (batch, steps, rows * columns, channels), normed; the
-            pooled (batch, channels); the new state. In mode 'lookahead' fewer steps than went in
-            may come out, also none.
+            a state: the tokens of the steps output by this call (batch, steps, rows * columns,
+            channels), normed; the pooled features (batch, channels); the new state. In mode
+            'lookahead' there may be fewer steps than in the input, or none.
 
         Raises:
-            TypeError: If the state is none.
+            TypeError: If the state is not a VideoState.
             ValueError: If shapes, dtypes, sizes or frames do not fit the state.
         """
         if state is None:
@@ -339,9 +338,9 @@ class StreamingVideoMamba(VideoMamba):
     ) -> tuple[Tensor, Tensor, VideoState]:
         """Process the next chunk.
 
-        What depends on the number of steps so far can be given, so that nothing else does: the
-        chunk's ``temporal`` embedding (1, steps, channels) and the ``share`` () that the steps that
-        come out have in the running mean.
+        Everything that depends on the number of steps so far can be passed in: the chunk's
+        ``temporal`` embedding (1, steps, channels), and the ``share`` () of the output steps in the
+        running mean.
         """
         self._check_state(state, x)
         waiting = 0 if state.pending is None else self._pending_steps(state)
@@ -362,13 +361,13 @@ class StreamingVideoMamba(VideoMamba):
         return self._advance(hidden, state, steps - self.lookahead_steps, share)
 
     def flush(self, state: VideoState) -> tuple[Tensor, Tensor, VideoState]:
-        """Let out the frames that still wait for their look-ahead, at the end of a stream.
+        """Output the frames that still wait for their look-ahead, at the end of a stream.
 
         Args:
-            state (VideoState): Not changed.
+            state (VideoState): The state; not modified.
 
         Returns:
-            tuple: As :meth:`forward` with a state; no steps come out if none waited.
+            tuple: As :meth:`forward` with a state; without steps if none were waiting.
         """
         self._check_state(state)
         if state.pending is None:
@@ -402,7 +401,7 @@ class StreamingVideoMamba(VideoMamba):
     def _advance(
         self, hidden: Tensor, state: VideoState, steps: int, share: Tensor | None = None
     ) -> tuple[Tensor, Tensor, VideoState]:
-        """Let ``steps`` steps of ``hidden`` out; what follows them waits."""
+        """Output ``steps`` steps of ``hidden``; the rest waits."""
         if steps <= 0:
             return self._nothing(replace(state, pending=hidden))
         per_step = math.prod(state.grid)

@@ -1,4 +1,4 @@
-"""What a streaming model remembers between chunks."""
+"""State of a streaming model between chunks."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from mmvim.layers import MambaState
 
 @dataclass(frozen=True)
 class VideoState:
-    """State of a :class:`mmvim.StreamingVideoMamba`. Never changed: each call returns a new one.
+    """State of a :class:`mmvim.StreamingVideoMamba`. Immutable: each call returns a new one.
 
     Attributes:
-        layers (tuple[MambaState]): Of each layer: ``conv`` (batch, d_inner, d_conv - 1) and
+        layers (tuple[MambaState]): For each layer ``conv`` (batch, d_inner, d_conv - 1) and
             ``ssm`` (batch, d_inner, d_state), the latter float32 (float64 for float64).
         steps (int): Time steps (frames / tubelet_size) that the layer states cover.
         mean (Tensor): (batch, channels) float32 (float64 for float64), the mean of all tokens
-            that came out so far.
-        count (int): Time steps that came out so far.
+            output so far.
+        count (int): Time steps output so far.
         grid (tuple, optional): Rows and columns of patches; None before the first chunk.
-        pending (Tensor, optional): (batch, tokens, channels), embedded steps that wait for the
-            frames after them ('lookahead' only).
-        model (str): What kind of model the state belongs to.
+        pending (Tensor, optional): (batch, tokens, channels), embedded steps waiting for later
+            frames ('lookahead' only).
+        model (str): Kind of model that the state belongs to.
     """
 
     layers: tuple[MambaState, ...]
@@ -49,14 +49,14 @@ class VideoState:
         )
 
     def detach(self) -> VideoState:
-        """Return the state without its history: gradients end here."""
+        """Return the state detached from its history, so that gradients stop here."""
         return self._map(lambda x: x.detach())
 
     def reorder(self, index: Tensor) -> VideoState:
         """Return the state of other streams: stream ``i`` is now what stream ``index[i]`` was.
 
         Args:
-            index (Tensor): (new batch,) int64, on the state's device; may repeat and leave out
+            index (Tensor): (new batch,) int64, on the state's device; may repeat and omit
                 streams.
         """
         return self._map(lambda x: x.index_select(0, index))

@@ -1,4 +1,4 @@
-"""Video classifier that averages views."""
+"""Video classifier that averages over views."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ class VideoClassifier(ImageClassifier):
     the sigmoid of a ``MultiLabelClsHead``, the values of a ``RegressionHead``.
 
     Args:
-        views_per_step (int, optional): Most views that pass the network at once in evaluation;
-            lower it where twelve views of a batch do not fit into memory. Defaults to None: all.
+        views_per_step (int, optional): Largest number of views that pass through the network at
+            once in evaluation, to save memory. Defaults to None: all.
         data_preprocessor (dict, optional): Defaults to :class:`mmvim.VideoDataPreprocessor`.
-        **kwargs: Of ``ImageClassifier``: backbone, neck, head, train_cfg, init_cfg, pretrained.
+        **kwargs: Arguments of ``ImageClassifier``: backbone, neck, head, train_cfg, init_cfg,
+            pretrained.
 
     Raises:
         ValueError: If ``views_per_step`` is not positive.
@@ -48,7 +49,7 @@ class VideoClassifier(ImageClassifier):
 
         Args:
             inputs (Tensor): (batch, views, channels, frames, height, width), or without views.
-            data_samples (list, optional): Get the predictions. Defaults to new ones.
+            data_samples (list, optional): Receive the predictions. Defaults to new ones.
 
         Raises:
             TypeError: The head is of another kind and there are views.
@@ -73,9 +74,10 @@ class VideoClassifier(ImageClassifier):
         return self.head._get_predictions(merged, data_samples, **kwargs)
 
     def _mean_of_views(self, scores: Tensor) -> Tensor:
-        """Scores (batch, classes) that predict the mean of what (batch, views, classes) predict.
+        """Scores (batch, classes) that predict the mean of the views' predictions.
 
-        A head turns scores into predictions itself, so the mean is put back through the inverse.
+        ``scores`` is (batch, views, classes). A head turns scores into predictions itself, so the
+        mean passes through the inverse.
         """
         if isinstance(self.head, MultiLabelClsHead):
             return scores.sigmoid().mean(1).logit()

@@ -12,20 +12,20 @@ from mmvim._checks import check_numbers, check_positive
 
 
 class VideoDataPreprocessor(BaseDataPreprocessor):
-    """Stack, move and normalise clips; mix them in training.
+    """Preprocessor that stacks, moves and normalises clips, and mixes them in training.
 
     Clips are (batch, channels, frames, height, width). A sample may have several views
-    (:class:`mmvim.RepeatAugment`, several clips, three crops). In training each becomes a sample
-    of its own, with the label of its video. In evaluation they stay together, (batch, views,
+    (:class:`mmvim.RepeatAugment`, several clips, three crops). In training each becomes a separate
+    sample, with the label of its video. In evaluation they stay together, (batch, views,
     channels, frames, height, width), for :class:`mmvim.VideoClassifier`, which averages them.
 
     Args:
-        mean (Sequence[float]): Of each channel, in 0 .. 255. Defaults to ImageNet's, RGB.
-        std (Sequence[float]): Of each channel. Defaults to ImageNet's, RGB.
-        num_classes (int, optional): Needed for mixing. Defaults to None.
+        mean (Sequence[float]): Mean of each channel, in 0 .. 255. Defaults to ImageNet's, RGB.
+        std (Sequence[float]): Standard deviation of each channel. Defaults to ImageNet's, RGB.
+        num_classes (int, optional): Number of classes; needed for mixing. Defaults to None.
         batch_augments (dict, optional): ``augments`` (and ``probs``) of mmpretrain's
             ``RandomBatchAugment``, such as Mixup and CutMix. A classifier passes its ``train_cfg``
-            here. All frames of a clip are mixed and cut alike. Defaults to None.
+            here. All frames of a clip are mixed in the same way. Defaults to None.
         non_blocking (bool): Whether copies to a device may overlap with it. Defaults to False.
 
     Raises:
@@ -101,7 +101,7 @@ class VideoDataPreprocessor(BaseDataPreprocessor):
                 'data preprocessor'
             )
         scores = torch.nn.functional.one_hot(labels, self.num_classes).float()
-        # mmpretrain's augmentations are for images: frames go where they keep channels.
+        # mmpretrain's augmentations expect images: frames move into the channel dimension.
         channels = inputs.shape[1]
         mixed, scores = self.batch_augments(inputs.flatten(1, 2), scores)
         for sample, score in zip(samples, scores, strict=True):
