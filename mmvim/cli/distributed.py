@@ -1,10 +1,15 @@
 """Distributed runs without a GPU: gloo instead of NCCL."""
 
+import atexit
 import datetime
+import gc
 import os
 import subprocess
 
 import torch
+
+# Its functions keep the default group that there is when it is imported, which DDP does: forever.
+import torch.distributed.nn.functional
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
@@ -79,12 +84,24 @@ def prepare(cfg: Config, launcher: str, notes: list[str]) -> None:
         backend=settings['backend'],
         timeout=datetime.timedelta(seconds=settings.get('timeout', 1800)),
     )
+    atexit.register(_end_threads)
 
 
 def finish() -> None:
     """Leave the process group, if there is one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _end_threads() -> None:
+    """Leave the process group and end gloo's threads, before the interpreter ends.
+
+    A thread that drops the last tensor of a collective while the interpreter ends aborts the
+    process. The threads end with the last reference to the group, and the wrapper of the model,
+    which holds one, is part of a circle.
+    """
+    finish()
+    gc.collect()
 
 
 def _fit_strategy(cfg: Config) -> None:

@@ -1,7 +1,9 @@
 """Batches of a DataLoader from any position on, as if all earlier ones had been taken."""
 
+import atexit
 import functools
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -140,7 +142,7 @@ class Batches:
         if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
             return
         if loader.num_workers > 0:
-            loader.worker_init_fn = functools.partial(_prepare_worker, inner=loader.worker_init_fn)
+            _outlive_sigterm(loader, _seed_each_sample)
         self._placed = _PlacedBatches(loader.batch_sampler, seeds, loader.num_workers > 0)
         # A DataLoader refuses to change this attribute, but the reason does not apply here: the
         # new sampler yields the same batches.
@@ -214,7 +216,7 @@ def isolate_validation(loader: DataLoader) -> None:
     """Isolate validation from the process's random numbers, and its workers from a SIGTERM."""
     isolate(loader)
     if loader.num_workers > 0:
-        loader.worker_init_fn = functools.partial(_outlive_sigterm, inner=loader.worker_init_fn)
+        _outlive_sigterm(loader)
 
 
 def isolate(loader: DataLoader, seeds: tuple[int, ...] = (0,)) -> None:
@@ -228,9 +230,40 @@ def isolate(loader: DataLoader, seeds: tuple[int, ...] = (0,)) -> None:
         loader.generator = torch.Generator().manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
 
 
-def _prepare_worker(worker_id: int, inner: Callable[[int], None] | None) -> None:
-    """Seed each sample that this worker loads, and let the worker outlive a SIGTERM."""
-    _outlive_sigterm(worker_id, inner)
+def _outlive_sigterm(loader: DataLoader, prepare: Callable[[], None] | None = None) -> None:
+    """Let workers outlive a SIGTERM to the whole job, but not the end of their parent."""
+    # At its end the parent sends SIGTERM as well, after what is registered here has run. Without a
+    # lock, which a worker that is killed could hold.
+    ending = (loader.multiprocessing_context or multiprocessing).RawValue('b', 0)
+    atexit.register(setattr, ending, 'value', 1)
+    loader.worker_init_fn = functools.partial(
+        _prepare_worker, inner=loader.worker_init_fn, prepare=prepare, ending=ending
+    )
+
+
+def _prepare_worker(
+    worker_id: int,
+    inner: Callable[[int], None] | None,
+    prepare: Callable[[], None] | None,
+    ending: Any,
+) -> None:
+    if inner is not None:
+        inner(worker_id)
+    signal.signal(signal.SIGTERM, functools.partial(_leave, ending))
+    if prepare is not None:
+        prepare()
+
+
+def _leave(ending: Any, signum: int, frame: object) -> None:
+    if ending.value:
+        os._exit(0)
+    timer = threading.Timer(_GRACE, os._exit, (128 + signum,))
+    timer.daemon = True
+    timer.start()
+
+
+def _seed_each_sample() -> None:
+    """Seed each sample that this worker loads."""
     dataset = get_worker_info().dataset
     kind = type(dataset)
     if kind in (list, tuple):
@@ -252,15 +285,3 @@ def _prepare_worker(worker_id: int, inner: Callable[[int], None] | None) -> None
             logger='current',
             level=logging.WARNING,
         )
-
-
-def _outlive_sigterm(worker_id: int, inner: Callable[[int], None] | None) -> None:
-    if inner is not None:
-        inner(worker_id)
-    signal.signal(signal.SIGTERM, _leave_later)
-
-
-def _leave_later(signum: int, frame: object) -> None:
-    timer = threading.Timer(_GRACE, os._exit, (128 + signum,))
-    timer.daemon = True
-    timer.start()
