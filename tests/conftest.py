@@ -1,13 +1,20 @@
 """Shared pytest configuration: GPU tests are skipped where there is no CUDA device."""
 
+import os
 import random
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
 import mmvim  # noqa: F401  # its shims come before the packages that they are for
+
+# Outputs of the official code that are too large for the repository.
+GOLDEN = Path(__file__).resolve().parents[2] / 'shared' / 'golden'
+if GOLDEN.is_dir():
+    os.environ.setdefault('MMVIM_GOLDEN', str(GOLDEN))
 
 
 def pytest_collection_modifyitems(items):

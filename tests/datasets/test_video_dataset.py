@@ -186,6 +186,17 @@ def test_erasing():
     assert not torch.equal(frames[0, 0], frames[0, 1])
 
 
+def test_erasing_noise_ends_at_black_and_white():
+    before = {'frames': torch.full((1, 4, 3, 64, 64), 7, dtype=torch.uint8)}
+    step = RandomErasingVideo(prob=1.0, area=(0.3, 0.3), mean=(250.0,) * 3, std=(200.0,) * 3)
+    frames = step(before)['frames']
+    noise = frames[frames != 7]
+    # Half of this distribution lies above 255, a tenth below 0; wrapped around, nearly none is at
+    # either.
+    assert 0.4 < (noise == 255).float().mean() < 0.6
+    assert 0.05 < (noise == 0).float().mean() < 0.2
+
+
 @pytest.mark.parametrize(('height', 'width'), [(32, 50), (50, 32), (32, 32)])
 def test_three_crop(height, width):
     sample = constant_in_time(2, 3, height, width)
