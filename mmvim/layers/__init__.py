@@ -1,4 +1,4 @@
-"""Layers made of :mod:`mmvim.ops`, for any PyTorch program (torch is all they need)."""
+"""Layers built from :mod:`mmvim.ops`, for any PyTorch program; they need only torch."""
 
 from .bimamba import BiMamba
 from .conv import CausalConv1d

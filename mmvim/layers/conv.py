@@ -19,16 +19,16 @@ class CausalConv1d(nn.Module):
 
     Args:
         dim (int): Channels.
-        kernel_size (int): 2 to 4. Defaults to 4.
+        kernel_size (int): Kernel size, 2 to 4. Defaults to 4.
         bias (bool): Whether there is a bias. Defaults to True.
         activation (str, optional): None or 'silu'. Defaults to None.
         mode (str): 'causal'; 'reverse' looks into the future instead (flip, convolve, flip);
-            'same' centres the kernel as torch's padding='same' does, and has no state.
+            'same' centres the kernel like torch's padding='same' and has no state.
             Defaults to 'causal'.
         ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
 
     Raises:
-        ValueError: If an argument is not among the allowed ones.
+        ValueError: If an argument is invalid.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CausalConv1d(nn.Module):
 
     @property
     def taps(self) -> Tensor:
-        """The weight as the ops want it: (dim, kernel_size)."""
+        """The weight in the shape of the ops, (dim, kernel_size)."""
         return self.weight.squeeze(1)
 
     def init_state(

@@ -12,7 +12,7 @@ class DropPath(nn.Module):
     ``1 / (1 - drop_prob)`` otherwise. In evaluation it is the identity.
 
     Args:
-        drop_prob (float): In [0, 1). Defaults to 0.
+        drop_prob (float): Probability, in [0, 1). Defaults to 0.
 
     Raises:
         ValueError: If ``drop_prob`` is not in [0, 1).

@@ -1,4 +1,4 @@
-"""Modules that compute in one function what they would else ask of their parts."""
+"""Modules with a fused path that bypasses their submodules."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ Parts = tuple[tuple[str, type[nn.Module], Callable], ...]
 
 
 def parts(**kinds: type[nn.Module]) -> Parts:
-    """The submodules that a fused function stands for: name, class and the forward of the class."""
+    """The submodules that a fused function replaces: name, class and the forward of the class."""
     return tuple((name, kind, kind.forward) for name, kind in kinds.items())
 
 
@@ -46,7 +46,7 @@ class Fusable(nn.Module):
         return self._is_plain()
 
     def _is_plain(self) -> bool:
-        """Whether nothing is lost when the submodules are read instead of called."""
+        """Whether reading the submodules instead of calling them loses nothing."""
         if not self.fused or _has_any_global_hook() or nn.Module.__call__ is not _CALL:
             return False
         modules = self._modules

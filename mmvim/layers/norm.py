@@ -54,7 +54,7 @@ class RMSNorm(nn.Module):
 
         Args:
             x (Tensor): (..., dim).
-            residual (Tensor, optional): The stream that ``x`` is added to, shaped like ``x``.
+            residual (Tensor, optional): The stream to which ``x`` is added, of the same shape.
             return_residual (bool): Whether to return the sum as well. Defaults to False.
 
         Returns:
@@ -135,7 +135,7 @@ def build_norm(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> RMSNorm | LayerNorm:
-    """Build the norm called ``name``: 'RMSNorm' or 'LayerNorm'.
+    """Build the norm named ``name``: 'RMSNorm' or 'LayerNorm'.
 
     Raises:
         ValueError: If there is no norm of that name.

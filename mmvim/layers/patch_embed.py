@@ -34,17 +34,17 @@ def _matrix_product(x: Tensor, proj: nn.Conv2d | nn.Conv3d) -> Tensor:
 
 
 class PatchEmbed(Fusable):
-    """Cut an image into patches and embed each with one linear map.
+    """Division of an image into patches, each embedded by one linear map.
 
-    Patches do not reach beyond the image: rows and columns that do not fill a patch are left out,
-    so a side of ``n`` pixels gives ``(n - patch_size) // stride + 1`` patches.
+    Patches do not extend beyond the image: rows and columns that do not fill a patch are ignored,
+    so a side of ``n`` pixels yields ``(n - patch_size) // stride + 1`` patches.
 
     Args:
         in_channels (int): Channels of the image. Defaults to 3.
         embed_dims (int): Channels of a patch's embedding. Defaults to 192.
         patch_size (int | tuple): Side of a patch in pixels. Defaults to 16.
-        stride (int | tuple, optional): Distance of patches; smaller than ``patch_size`` makes
-            them overlap. Defaults to None, which means ``patch_size``.
+        stride (int | tuple, optional): Distance between patches, which overlap if it is smaller
+            than ``patch_size``. Defaults to None: ``patch_size``.
     """
 
     _fused_parts = parts(proj=nn.Conv2d)

@@ -1,4 +1,4 @@
-"""Where tokens are: class-token positions, resizable and rotary position embeddings."""
+"""Positions of tokens: class-token places, resizable and rotary position embeddings."""
 
 from collections.abc import Sequence
 
@@ -53,7 +53,7 @@ def insert_tokens(patches: Tensor, tokens: Sequence[Tensor], positions: Sequence
 def split_tokens(x: Tensor, positions: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
     """Undo :func:`insert_tokens`: return the patches and the tokens, each (batch, 1, dim).
 
-    The patches are a view of ``x`` where no token stands between them.
+    The patches are a view of ``x`` if no token lies between them.
     """
     pieces, start = [], 0
     for position in positions:
@@ -71,15 +71,15 @@ def resize_pos_embed(
     place: str = 'none',
     mode: str = 'bicubic',
 ) -> Tensor:
-    """Resize the patches' part of a position embedding; class tokens keep theirs.
+    """Resize the patches' part of a position embedding; class tokens keep their positions.
 
     Args:
         pos_embed (Tensor): (1, rows * columns + class tokens, dim).
         source (tuple): Rows and columns of ``pos_embed``.
-        target (tuple): Rows and columns wanted.
-        place (str): Where the class token stands, before and after. Defaults to 'none'.
-        mode (str): One of :data:`RESIZE_MODES`, those of :func:`torch.nn.functional.interpolate`
-            that are for two dimensions. Defaults to 'bicubic'.
+        target (tuple): Rows and columns of the result.
+        place (str): Place of the class token, before and after. Defaults to 'none'.
+        mode (str): One of :data:`RESIZE_MODES`, the two-dimensional ones of
+            :func:`torch.nn.functional.interpolate`. Defaults to 'bicubic'.
 
     Returns:
         Tensor: (1, rows * columns + class tokens, dim) for ``target``, in the dtype of

@@ -14,9 +14,9 @@ from .norm import build_norm
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
     """Stochastic-depth rates of a stack: one for the input of each layer and one for the output.
 
-    A block adds its input, the output of the layer before, to the residual stream, so layer ``i``
-    drops what layer ``i - 1`` made: ``[0] + linspace(0, drop_path_rate, depth)`` for the inputs
-    (of which the last is not used) and ``drop_path_rate`` for the output of the last layer.
+    A block adds its input, the output of the previous layer, to the residual stream, so layer ``i``
+    drops the output of layer ``i - 1``: ``[0] + linspace(0, drop_path_rate, depth)`` for the inputs
+    (the last of which is unused) and ``drop_path_rate`` for the output of the last layer.
 
     Raises:
         ValueError: If ``drop_path_rate`` is not in [0, 1).
@@ -29,14 +29,14 @@ def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
 
 
 class MambaBlock(nn.Module):
-    """Add, norm, mix: ``residual += hidden; hidden = mixer(norm(residual))``.
+    """Pre-norm block: ``residual += hidden; hidden = mixer(norm(residual))``.
 
     Args:
         d_model (int): Channels.
         bidirectional (str, optional): None for :class:`Mamba`, 'v1' or 'v2' for
             :class:`BiMamba`. Defaults to None.
         norm (str): 'RMSNorm' or 'LayerNorm'. Defaults to 'RMSNorm'.
-        norm_eps (float): Defaults to 1e-5.
+        norm_eps (float): Epsilon of the norms. Defaults to 1e-5.
         residual_in_fp32 (bool): Whether the residual stream is float32. Defaults to True.
         drop_path (float): Rate of ``self.drop_path``, which the owner of the block applies to the
             incoming hidden state. Defaults to 0.
@@ -72,7 +72,7 @@ class MambaBlock(nn.Module):
         """Add, norm and mix.
 
         Args:
-            hidden (Tensor): (batch, length, d_model), what the block before made.
+            hidden (Tensor): (batch, length, d_model), the output of the previous block.
             residual (Tensor, optional): (batch, length, d_model), the stream so far. None before
                 the first block.
 
@@ -95,7 +95,7 @@ class MambaStack(nn.Module):
         bidirectional (str, optional): None, 'v1' or 'v2' (see :class:`BiMamba`). Only None has
             states. Defaults to None.
         norm (str): 'RMSNorm' or 'LayerNorm'. Defaults to 'RMSNorm'.
-        norm_eps (float): Defaults to 1e-5.
+        norm_eps (float): Epsilon of the norms. Defaults to 1e-5.
         residual_in_fp32 (bool): Whether the residual stream is float32. Defaults to True.
         drop_path_rate (float): Largest stochastic-depth rate. Defaults to 0.
         discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`. Defaults to 'zoh'.
@@ -104,7 +104,7 @@ class MambaStack(nn.Module):
 
     Raises:
         TypeError: If a mixer argument is unknown.
-        ValueError: If an argument is not among the allowed ones.
+        ValueError: If an argument is invalid.
 
     Example:
         >>> stack = MambaStack(d_model=64, n_layers=4)
@@ -197,7 +197,7 @@ class MambaStack(nn.Module):
             Tensor or tuple: (batch, length, d_model), and the states with ``return_state``.
 
         Raises:
-            ValueError: If states are asked of a bidirectional stack, or their number is wrong.
+            ValueError: If states are used with a bidirectional stack, or their number is wrong.
         """
         streaming = state is not None or return_state
         if streaming:

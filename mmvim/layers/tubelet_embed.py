@@ -11,16 +11,16 @@ from .patch_embed import PatchEmbed
 
 
 class TubeletEmbed(PatchEmbed):
-    """Cut a video into tubelets and embed each with one linear map.
+    """Division of a video into tubelets, each embedded by one linear map.
 
-    A tubelet is ``tubelet_size`` frames long and a patch wide and high. Tubelets do not overlap
-    in time.
+    A tubelet is ``tubelet_size`` frames long and as wide and high as a patch. Tubelets do not
+    overlap in time.
 
     Args:
         in_channels (int): Channels of a frame. Defaults to 3.
         embed_dims (int): Channels of a tubelet's embedding. Defaults to 192.
         patch_size (int | tuple): Side of a tubelet in pixels. Defaults to 16.
-        stride (int | tuple, optional): Distance of patches. Defaults to None, which means
+        stride (int | tuple, optional): Distance between patches. Defaults to None:
             ``patch_size``.
         tubelet_size (int): Frames of a tubelet. Defaults to 1.
     """
@@ -74,7 +74,7 @@ class TubeletEmbed(PatchEmbed):
 
         Raises:
             ValueError: If the shape is wrong, a frame is smaller than a patch, or the number of
-                frames is no multiple of ``tubelet_size``.
+                frames is not a multiple of ``tubelet_size``.
         """
         if x.dim() != 5 or x.shape[1] != self.in_channels:
             raise ValueError(

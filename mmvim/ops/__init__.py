@@ -1,7 +1,7 @@
-"""State-space operators on tensors; needs torch alone.
+"""State-space operators on tensors; they need only torch.
 
-Every function has a PyTorch implementation that runs on any device and, where it is built, a
-compiled one for CPU and CUDA. Layout is (batch, length, channels) throughout.
+Every function has a PyTorch implementation that runs on any device and, where built, a compiled
+one for CPU and CUDA. Layout is (batch, length, channels) throughout.
 """
 
 from . import extension
@@ -40,5 +40,5 @@ __all__ = [
     'use_backend',
 ]
 
-# The ops are defined by the imports above; compiled kernels register to them.
+# The imports above define the ops, to which compiled kernels register.
 extension.load()

@@ -1,4 +1,4 @@
-"""Autocast as the public functions apply it: activations are cast, parameters are not."""
+"""Autocast in the public functions: activations are cast, parameters are not."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from ._library import autocast_enabled, compute_dtype
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast wants for ``x``'s device, or None where it is off or x is float64."""
+    """The autocast dtype of ``x``'s device, or None if autocast is off or x is float64."""
     if not isinstance(x, Tensor) or x.dtype == torch.float64 or not x.is_floating_point():
         return None
     device_type = x.device.type
@@ -22,7 +22,7 @@ def to_activation(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | 
 
 
 def to_parameter(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Bring low-precision parameters to the dtype of parameters beside activations of ``dtype``."""
+    """Cast low-precision parameters to the parameter dtype of activations of ``dtype``."""
     return [_cast(x, compute_dtype(dtype)) for x in tensors]
 
 

@@ -1,6 +1,6 @@
-"""How every op is defined: one schema, two namespaces, one PyTorch implementation.
+"""Definition of ops: one schema, two namespaces, one PyTorch implementation.
 
-``mmvim::<op>`` is what compiled kernels register to (dispatch keys ``CPU`` and ``CUDA``); the
+Compiled kernels register to ``mmvim::<op>`` (dispatch keys ``CPU`` and ``CUDA``); the
 PyTorch implementation sits below them as ``CompositeExplicitAutograd``, so the dispatcher itself is
 the fallback. ``mmvim_torch::<op>`` has the same schema and the same implementation and never gets a
 compiled kernel: choosing a backend is choosing a namespace. The autograd formula of a namespace
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 NAMESPACES = ('mmvim', 'mmvim_torch')
-# Asked once: torch.compile of torch 2.11 cannot trace the question.
+# Queried once: torch.compile of torch 2.11 cannot trace the query.
 _WITH_AUTOCAST = frozenset(
     name
     for name in ('cpu', 'cuda', 'mps', 'xpu', 'hpu', 'mtia', 'xla', 'ipu', 'privateuseone')
@@ -63,9 +63,9 @@ def _differentiable(
 ) -> Callable:
     """The autograd kernel of ``op``.
 
-    What ``torch.library.register_autograd`` makes too, but that one walks through the schema in
-    every call: 0.35 of the 0.88 ms of host time that a bidirectional scan, with its 19 arguments,
-    took forward and backward.
+    ``torch.library.register_autograd`` makes one, too, but it walks through the schema in every
+    call: 0.35 of the 0.88 ms of host time that a bidirectional scan, with its 19 arguments, took
+    forward and backward.
     """
 
     def forward(ctx, *inputs):
@@ -102,10 +102,10 @@ def define(
     Args:
         schema: ``name(arguments) -> returns``; the first argument is a tensor.
         implementation: The PyTorch implementation (no autograd inside).
-        fake: Shapes, dtypes and strides of the results, for symbolic shapes too.
-        setup_context: ``(ctx, inputs, output)``: what forward keeps for backward.
+        fake: Shapes, dtypes and strides of the results, including symbolic shapes.
+        setup_context: ``(ctx, inputs, output)``: saves what backward needs.
         backward: ``(namespace, ctx, *grads)``: the gradient of each input, computed with the ops of
-            ``namespace``. An op without one refuses to be differentiated.
+            ``namespace``. An op without one cannot be differentiated.
     """
     name = schema.partition('(')[0]
     for namespace, library in _LIBRARIES.items():
@@ -127,5 +127,5 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def as_compute_dtype(x: Tensor) -> Tensor:
-    """``x`` in the dtype of parameters and arithmetic beside it: float64 stays, else float32."""
+    """``x`` in the dtype of its parameters and arithmetic: float64 stays, else float32."""
     return x.to(compute_dtype(x.dtype))

@@ -1,4 +1,4 @@
-"""Checks of the arguments of public functions, made before anything runs."""
+"""Checks of the arguments of public functions, before anything runs."""
 
 import math
 
@@ -69,7 +69,7 @@ def check_shape(name: str, value: Tensor, axes: str, shape: tuple) -> None:
 
 
 def check_device(name: str, value: Tensor, first: str, device: torch.device) -> None:
-    """Refuse a tensor that lies elsewhere than the first argument."""
+    """Refuse a tensor on a device other than that of the first argument."""
     if value.device != device:
         raise ValueError(
             f'all tensors must be on one device: {first} is on {device}, {name} on {value.device}'
@@ -77,7 +77,7 @@ def check_device(name: str, value: Tensor, first: str, device: torch.device) -> 
 
 
 def check_dtype(name: str, value: Tensor, *allowed: torch.dtype, why: str) -> None:
-    """Refuse other dtypes than ``allowed``."""
+    """Refuse dtypes other than ``allowed``."""
     if value.dtype not in allowed:
         names = ' or '.join(map(str, dict.fromkeys(allowed)))
         raise TypeError(f'{name} must be {names} ({why}), got {value.dtype}')
@@ -150,15 +150,15 @@ def check_scan(
 
 
 def check_negative(name: str, A: Tensor, u: Tensor) -> None:
-    """Refuse an A that is not negative, without looking twice at the same values.
+    """Refuse an A that is not negative, without reading the same values twice.
 
-    Looking costs a synchronisation on a GPU, so what was seen is remembered on the tensor, with its
+    Reading costs a synchronisation on a GPU, so the result is remembered on the tensor, with its
     version. Values that do not exist (fake and meta tensors, tracing) or must not be waited for
-    (capture of a CUDA graph) are taken on trust.
+    (capture of a CUDA graph) are trusted.
     """
     if torch.compiler.is_compiling() or not isinstance(A, Tensor):
         return
-    # What is no matrix of parameters, or not u's, is refused when all arguments are checked.
+    # Anything but a matrix of parameters that fits u is refused when all arguments are checked.
     if A.is_nested or A.layout != torch.strided or A.is_meta or A.dtype not in ACTIVATION_DTYPES:
         return
     channels = u.shape[-1:] if isinstance(u, Tensor) and not u.is_nested else None

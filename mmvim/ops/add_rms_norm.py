@@ -24,10 +24,10 @@ def add_rms_norm(
 
     Args:
         x: (..., d): float32, bfloat16, float16 or float64.
-        weight: (d,), dtype of x, or float32 (float64 beside a float64 x).
+        weight: (d,), dtype of x, or float32 (float64 if x is float64).
         residual: Shape of x; dtype of x or float32. None adds nothing.
         eps: Added to the mean square, not negative.
-        residual_in_fp32: Return r in float32 (float64 beside float64), else in the dtype of
+        residual_in_fp32: Return r in float32 (float64 if x is float64), else in the dtype of
             residual if given, else of x.
         backend: See :func:`mmvim.ops.selective_scan`.
 
@@ -137,7 +137,7 @@ def _autograd(ops, ctx, grad_out, grad_residual_out, _):
     x_dtype, residual_dtype = ctx.dtypes
     if grad_out is None:
         grad_out = torch.zeros_like(residual_out, dtype=x_dtype)
-    # Where both have one dtype their gradients are equal, and one tensor serves.
+    # Where both have the same dtype their gradients are equal, and one tensor suffices.
     separate = residual_dtype is not None and residual_dtype != x_dtype
     dx, dresidual, dweight = ops.add_rms_norm_backward(
         grad_out,

@@ -1,8 +1,8 @@
-"""Which implementation runs: compiled kernels, PyTorch, or what a caller puts in their place.
+"""Choice of the implementation: compiled kernels, PyTorch, or a caller's replacement.
 
 Precedence: the ``backend=`` argument of a function > :func:`use_backend` > :func:`set_backend` >
 the environment variable ``MMVIM_BACKEND`` (read at import) > ``'auto'``.
-:func:`intercept_ops` stands before whichever of them was chosen.
+:func:`intercept_ops` applies before whichever of them was chosen.
 """
 
 import functools
@@ -16,7 +16,7 @@ import torch
 from . import extension
 
 BACKENDS = ('auto', 'compiled', 'torch')
-# Newer than the oldest torch supported; an exported graph is for inference.
+# Newer than the oldest supported torch; an exported graph is for inference.
 is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
 
 
@@ -54,14 +54,14 @@ def set_backend(name: str) -> None:
 
 
 def get_backend() -> str:
-    """The backend in force here: that of the innermost :func:`use_backend`, else the process's."""
+    """The current backend: that of the innermost :func:`use_backend`, else of the process."""
     return _scope.name or _process
 
 
 class use_backend:
     """Choose the backend for a block of code, in this thread only.
 
-    Gradients of what is computed inside use the same backend, wherever ``backward()`` is called.
+    Gradients of results computed inside use the same backend, wherever ``backward()`` is called.
 
     Args:
         name: As for :func:`set_backend`.
@@ -83,7 +83,7 @@ class use_backend:
 
 
 class intercept_ops:
-    """See or replace calls of ops for a block of code, in this thread only.
+    """Observe or replace calls of ops for a block of code, in this thread only.
 
     Blocks nest: the op of an inner block's function is the outer block's function. Mixers call op
     by op inside (see :class:`mmvim.layers.fusion.Fusable`). Gradients of what a replaced op
@@ -142,7 +142,7 @@ class _Intercepted:
 
 
 def _compiled(requested: str, op: str, device_type: str, dtype: torch.dtype) -> bool:
-    """Whether ``op`` is to run compiled. What is installed does not change while a graph lives."""
+    """Whether ``op`` is to run compiled; the answer is constant while a graph lives."""
     global _warned
     if requested == 'torch':
         return False
@@ -163,7 +163,7 @@ def _compiled(requested: str, op: str, device_type: str, dtype: torch.dtype) -> 
     return False
 
 
-# What torch.compiler.assume_constant_result sets; calling that would import the compiler, seconds.
+# Set as by torch.compiler.assume_constant_result, which would import the compiler for seconds.
 _compiled._dynamo_marked_constant = True
 
 
@@ -174,7 +174,7 @@ def resolve(backend: str | None, op: str, tensor: torch.Tensor) -> object:
         backend: The caller's ``backend=`` argument; None and ``'auto'`` state no preference, so the
             next level of the precedence decides.
         op: Name of the op.
-        tensor: The tensor whose device and dtype count.
+        tensor: The tensor whose device and dtype decide.
 
     Raises:
         ValueError: If ``backend`` is unknown.

@@ -1,4 +1,4 @@
-"""Two selective scans in opposite directions whose outputs are summed and gated once."""
+"""Two selective scans in opposite directions, summed and gated once."""
 
 from typing import NamedTuple
 

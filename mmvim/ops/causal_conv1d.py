@@ -27,12 +27,12 @@ def causal_conv1d(
     """Depthwise convolution over time, with bias and SiLU fused.
 
     With w the width, ``'causal'`` gives out_t = Σ_k weight[w−1−k] x_{t−k}, ``'reverse'`` its mirror
-    image Σ_k weight[w−1−k] x_{t+k} (flip, convolve, flip), and ``'same'`` is centred as PyTorch's
+    image Σ_k weight[w−1−k] x_{t+k} (flip, convolve, flip), and ``'same'`` is centred like PyTorch's
     ``padding='same'``. Arithmetic is in float32 (float64 for float64); the output is rounded once.
 
     Args:
         x: Input (b, l, d): float32, bfloat16, float16 or float64; b and l may be 0.
-        weight: (d, w) with w = 2, 3 or 4; dtype of x, or float32 (float64 beside a float64 x).
+        weight: (d, w) with w = 2, 3 or 4; dtype of x, or float32 (float64 if x is float64).
         bias: (d,), dtype as for weight.
         activation: ``'silu'`` or None.
         mode: ``'causal'``, ``'reverse'`` or ``'same'``.
@@ -132,7 +132,7 @@ def _check_activation(activation: str | None) -> bool:
 
 
 def check_width(name: str, weight: Tensor) -> None:
-    """Check that there are (d, w) weights, of a width that the ops have."""
+    """Check that the weights are (d, w), with a width that the ops support."""
     check.check_tensor(name, weight)
     check.check_rank(name, weight, 'd w')
     if weight.shape[1] not in WIDTHS:
@@ -174,7 +174,7 @@ def _padded(x: Tensor, width: int, initial_state: Tensor | None, mode: str) -> T
 
 
 def _taps(weight: Tensor, mode: str, dtype: torch.dtype) -> list[Tensor]:
-    """The weights in the order in which they meet the padded input, each (d,)."""
+    """The weights in the order of the padded input, each (d,)."""
     taps = list(weight.to(dtype).t().contiguous().unbind(0))
     return taps[::-1] if mode == 'reverse' else taps
 

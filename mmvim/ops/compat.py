@@ -1,8 +1,8 @@
-"""Signatures of other packages, on mmvim's ops: any device, any number of states, with gradients.
+"""Signatures of other packages, on mmvim's ops: any device, any state size, with gradients.
 
 ``selective_scan_fn`` is mamba_ssm's, ``causal_conv1d_fn`` and ``causal_conv1d_update`` are
 causal_conv1d's, and ``SelectiveScanCuda`` is mamba-windows-cuda's. Code written for those packages
-runs with only its import changed. What they offer and mmvim does not raises an error that says so.
+runs with only its import changed. Features that mmvim lacks raise an error.
 """
 
 import torch
@@ -31,10 +31,10 @@ def selective_scan_fn(
     Args:
         u: (b, d, l).
         delta: (b, d, l), dtype of u.
-        A: (d, n), negative, float32 (float64 beside a float64 u). Not complex.
+        A: (d, n), negative, float32 (float64 if u is float64). Not complex.
         B: (b, n, l) or (b, g, n, l) in the dtype of u, or constant over time: (d, n) in the dtype
             of A, for which the whole call is computed in that dtype.
-        C: Like B, each of the two in either form; grouped ones have the same g.
+        C: Like B; each may have either form, and grouped ones have the same g.
         D: (d,), dtype of A.
         z: (b, d, l), dtype of u.
         delta_bias: (d,), dtype of A.
@@ -85,7 +85,7 @@ def selective_scan_fn(
 
 
 def _time_first(name: str, matrix: Tensor, u: Tensor, A: Tensor, per_channel: bool) -> Tensor:
-    """(d, n), (b, n, l) or (b, g, n, l) to (b, l, g, n), with a group per channel if asked for."""
+    """(d, n), (b, n, l) or (b, g, n, l) to (b, l, g, n), with a group per channel on request."""
     b, d, length = u.shape
     n = A.shape[-1]
     if matrix.dim() == 2:
@@ -113,7 +113,7 @@ def _silu(activation: str | None) -> str | None:
 
 
 def _check_conv_state(name: str, state: Tensor | None, x: Tensor, weight: Tensor) -> None:
-    """Refuse initial states that do not fit, under the name that the caller knows."""
+    """Refuse unfit initial states, under the caller's name for them."""
     if state is None:
         return
     check.check_tensor(name, state)
@@ -180,7 +180,7 @@ def causal_conv1d_fn(
 
 
 def _check_rows(indices: Tensor, rows: int) -> None:
-    """Check the rows of a pool of states; on other devices than the CPU that would wait for it."""
+    """Check the rows of a pool of states; only on a CPU, as other devices would have to wait."""
     if torch.compiler.is_compiling() or not indices.numel():
         return
     if not rows or (
@@ -210,7 +210,7 @@ def causal_conv1d_update(
         cache_seqlens: (b,), integers. If given, ``conv_state`` is a ring buffer in which the next
             input of row i goes to position ``cache_seqlens[i] % s``.
         conv_state_indices: (b,), distinct integers: the row of ``conv_state``, then (any, d, s),
-            that belongs to each row of x. On a CPU it is checked that there are such rows.
+            that belongs to each row of x. Only on a CPU are the rows checked to exist.
 
     Returns:
         The output, with the shape and dtype of x.
@@ -263,7 +263,7 @@ def causal_conv1d_update(
         state = state.index_select(0, conv_state_indices)
     if cache_seqlens is None:
         history = state[..., size - reach :].clone()
-        # Copying, unlike cat, knows every dtype under autocast.
+        # Unlike cat, copying supports every dtype under autocast.
         updated = state.new_empty((b, d, size + length))
         updated[..., :size], updated[..., size:] = state, x.detach()
         updated = updated[..., length:]
@@ -271,7 +271,7 @@ def causal_conv1d_update(
         start = cache_seqlens.long().view(b, 1, 1)
         ring = (start + torch.arange(-reach, 0, device=x.device)) % size
         history = state.gather(2, ring.expand(b, d, reach))
-        # Of more inputs than fit only the last ones stay.
+        # Of more inputs than fit, only the last ones stay.
         kept = min(length, size)
         slots = (start + torch.arange(length - kept, length, device=x.device)) % size
         updated = state.scatter(
@@ -296,8 +296,8 @@ class SelectiveScanCuda(nn.Module):
     """mamba-windows-cuda's module: a scan that takes and returns the state, on any device.
 
     Unlike there, the number of states is free, gradients exist with and without a state, and the
-    state is kept in float32 (float64 for float64 inputs), so that a sequence cut into chunks gives
-    what it gives in one piece.
+    state is kept in float32 (float64 for float64 inputs), so that a sequence in chunks gives the
+    result of the whole.
     """
 
     def forward(

@@ -128,7 +128,7 @@ def _phi_derivative(phi: list[Tensor], z: Tensor, k: int) -> Tensor:
 
 
 def phi_of(method: str, z: Tensor, *, for_derivatives: bool) -> list[Tensor] | None:
-    """The φ functions that ``method`` is made of, None for methods without.
+    """The φ functions that ``method`` uses, or None.
 
     Args:
         method: One of :data:`DISCRETIZATIONS`.
@@ -153,8 +153,8 @@ def coefficients(
         method: One of :data:`DISCRETIZATIONS`.
         delta: Δ, broadcastable to ``z``.
         z: ΔA.
-        phi: What :func:`phi_of` gives, if it is there already.
-        overwrite: z may be overwritten, and a stored there.
+        phi: The result of :func:`phi_of`, if already computed.
+        overwrite: Whether z may be overwritten by a.
 
     Returns:
         ``w0`` has the shape of ``delta`` for ``'zoh'``, else of ``z``.
@@ -198,10 +198,10 @@ def derivatives(
         delta: Δ, broadcastable to ``z``.
         z: ΔA; ignored by ``'zoh'``.
         a: The coefficient a, from :func:`coefficients`.
-        phi: What :func:`phi_of` gives, if it is there already.
+        phi: The result of :func:`phi_of`, if already computed.
 
     Returns:
-        Nothing that was given is modified, but results may be a or one of phi.
+        No argument is modified, but results may be a or one of phi.
     """
     if method == 'zoh':
         return Derivatives(a, torch.ones_like(delta), None, None, None)

@@ -1,8 +1,8 @@
-"""Finds, loads and, when asked, compiles the library of compiled kernels.
+"""Finding, loading and, on request, compiling the library of kernels.
 
-The library lies inside the package if it was built with it, else in a cache of this user if
-:func:`build` made it. Each lies beside a description, and is loaded only into the torch that it was
-compiled against. Without a library every op runs on its PyTorch implementation.
+The library is inside the package if it was built with it, else in this user's cache if
+:func:`build` made it. A description accompanies each, which is loaded only into the torch that it
+was compiled against. Without a library every op runs on its PyTorch implementation.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ _gpus_checked = False
 
 
 class BackendInfo(dict):
-    """What is compiled; ``str()`` gives it in words."""
+    """Description of the compiled kernels; ``str()`` makes it readable."""
 
     def __str__(self) -> str:
         width = max(map(len, self))
@@ -61,8 +61,7 @@ def _text(value: object) -> str:
 def load() -> bool:
     """Load the compiled library if there is one that fits this torch.
 
-    Never raises: a library that is missing or does not fit only leaves its reason for
-    :func:`why_not`.
+    Never raises: if the library is missing or does not fit, :func:`why_not` has the reason.
 
     Returns:
         Whether the library is loaded.
@@ -96,7 +95,7 @@ def supports(op: str, device_type: str, dtype: torch.dtype) -> bool:
 
 
 def why_not() -> str:
-    """Why compiled kernels are missing, and what to do about it; for error messages."""
+    """The reason why compiled kernels are missing, and the remedy; for error messages."""
     if _library is None:
         return f'{_reason}; {_HOW}'
     devices = sorted({device for _, device in _supported})
@@ -106,14 +105,14 @@ def why_not() -> str:
 
 
 def backend_info() -> BackendInfo:
-    """What is compiled, for which devices, and why not when not.
+    """Describe the compiled kernels, their devices, or the reason why there are none.
 
     Returns:
         A dict with the keys ``loaded``, ``library`` (path), ``reason`` (None when loaded),
         ``torch`` (version), ``compiler``, ``cpu_kernels``, ``cpu_dtypes``, ``cuda_kernels`` and
         ``cuda_dtypes``, ``cpu_instruction_set`` (the one in use), ``cuda_architectures``,
-        ``no_cuda`` (why there are no CUDA kernels), ``cache`` (folder of what :func:`build`
-        makes). ``str()`` gives lines.
+        ``no_cuda`` (why there are no CUDA kernels), ``cache`` (where :func:`build` puts
+        libraries). ``str()`` makes it readable.
     """
     _check_gpus()
     info = BackendInfo(
@@ -140,17 +139,17 @@ def backend_info() -> BackendInfo:
 def build(verbose: bool = True, cuda: bool | None = None) -> Path:
     """Compile the kernels for this torch into this user's cache, and load them.
 
-    What was built before is used again. Processes that build at the same time wait for the first.
+    An earlier build is reused. Of several processes that build at the same time, one builds.
 
     Args:
         verbose: Print progress to stderr.
-        cuda: True demands the CUDA kernels (nvcc, no GPU needed), False leaves them out, None
-            builds them if nvcc and a GPU are here or ``MMVIM_FORCE_CUDA=1``.
+        cuda: True requires the CUDA kernels (needs nvcc, but no GPU), False omits them, None
+            builds them if there are nvcc and a GPU, or with ``MMVIM_FORCE_CUDA=1``.
             ``TORCH_CUDA_ARCH_LIST`` chooses the architectures, ``MAX_JOBS`` the number of
             compilers, ``MMVIM_CACHE_DIR`` the cache.
 
     Returns:
-        The library in use. One that is loaded already stays: a process cannot exchange it.
+        The library in use. If one is already loaded it stays: a process cannot exchange it.
 
     Raises:
         RuntimeError: If it cannot be built, with the reason.
@@ -172,7 +171,7 @@ def build(verbose: bool = True, cuda: bool | None = None) -> Path:
         with _file_lock(folder.with_name(f'{variant}.lock'), report):
             reason = _problem(folder)
             if reason is not None:
-                # What builds that were killed have left; nobody else builds this variant now.
+                # Remains of killed builds; no other process builds this variant now.
                 for leftover in folder.parent.glob(f'building.{variant}.*'):
                     shutil.rmtree(leftover, ignore_errors=True)
                 with tempfile.TemporaryDirectory(
@@ -182,7 +181,7 @@ def build(verbose: bool = True, cuda: bool | None = None) -> Path:
                     objects = new / 'objects'
                     builder.build(new, cuda=config is not None, report=report, objects=objects)
                     folder.mkdir(mode=0o700, exist_ok=True)
-                    # The description last: without one that fits, a library is not loaded.
+                    # The description comes last: without a matching one a library is not loaded.
                     (folder / builder.INFO_NAME).unlink(missing_ok=True)
                     for name in (builder.LIBRARY_NAME, builder.INFO_NAME):
                         _write_to_disk(new / name)
@@ -231,7 +230,7 @@ def _load_first(folders: list[Path]) -> str:
 
 
 def _problem(folder: Path) -> str | None:
-    """Why the library of ``folder`` cannot be used, or None."""
+    """The reason why the library of ``folder`` cannot be used, or None."""
     info = _read_info(folder)
     if 'error' in info:
         return f'the kernels were not compiled: {info["error"]}'
@@ -248,7 +247,7 @@ def _problem(folder: Path) -> str | None:
     try:
         builder = _builder()
     except RuntimeError:
-        return None  # no sources beside it that could differ
+        return None  # there are no sources that could differ
     if info.get('sources') != builder.sources_hash(bool(info.get('cuda'))):
         return 'the sources in csrc have changed since the kernels were compiled'
     return None
@@ -271,17 +270,17 @@ def _find_kernels() -> None:
     for device, key in (('cpu', 'CPU'), ('cuda', 'CUDA')):
         for name in torch._C._dispatch_get_registrations_for_dispatch_key(key):
             namespace, _, op = name.partition('::')
-            # The gradients of an op are not chosen apart from it.
+            # The gradients of an op are not chosen separately.
             if namespace == 'mmvim' and not op.endswith('_backward'):
                 _supported[op, device] = _DTYPES[device]
     _gpus_checked = False
 
 
 def _check_gpus() -> None:
-    """Leave the CUDA kernels alone if there is a GPU that they have no code for.
+    """Do not use the CUDA kernels if there is a GPU that they have no code for.
 
-    Done when they are first wanted, not when they are loaded: asking a GPU starts CUDA, and a
-    process that has started CUDA cannot be forked into others that use it.
+    Checked at their first use, not on loading: querying a GPU initialises CUDA, and a process that
+    has initialised CUDA cannot be forked into others that use it.
     """
     global _gpus_checked
     with _lock:
@@ -325,7 +324,7 @@ def _instruction_set() -> str | None:
 
 
 def _builder() -> ModuleType:
-    """csrc/build.py: beside the package in a checkout, inside it once installed."""
+    """csrc/build.py: next to the package in a checkout, inside it once installed."""
     for root in (_PACKAGE / 'csrc', _PACKAGE.parent / 'csrc'):
         path = root / 'build.py'
         if path.is_file():
@@ -364,7 +363,7 @@ def _cache_root() -> Path:
 
 
 def _write_to_disk(path: Path) -> None:
-    """Have the content on the disk before it gets its name, lest a crash leaves the name alone."""
+    """Flush a file to disk before it gets its name, lest a crash leave an empty one."""
     with open(path, 'r+b') as file:
         os.fsync(file.fileno())
 
@@ -381,7 +380,7 @@ def _private(folder: Path) -> Path:
 
 
 def _cached_folders() -> list[Path]:
-    """What :func:`build` made for this torch and these sources; the best for this machine first."""
+    """Libraries of :func:`build` for this torch and these sources, the best one first."""
     try:
         builder, root = _builder(), _cache_root()
     except (RuntimeError, OSError):
@@ -394,7 +393,7 @@ def _cached_folders() -> list[Path]:
 
 @contextlib.contextmanager
 def _file_lock(path: Path, report) -> Iterator[None]:
-    """Hold an exclusive lock, which the system releases when the process ends, however it ends."""
+    """Hold an exclusive lock, which the system releases however the process ends."""
     with open(path, 'a+b') as file:
         if os.name == 'nt':
             import msvcrt

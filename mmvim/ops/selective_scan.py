@@ -42,7 +42,7 @@ def selective_scan(
         y_t = (C_t h_t + D u_t)\,\mathrm{silu}(z_t)
 
     with a, w0, w1 as in :mod:`mmvim.ops.discretization`. "Activation dtype" below is float32,
-    bfloat16, float16 or float64; "parameter dtype" is float32, or float64 beside float64.
+    bfloat16, float16 or float64; "parameter dtype" is float32, or float64 for float64 activations.
     Arithmetic is in the parameter dtype; the output is rounded once. Under autocast u, delta, B, C
     and z are cast to its dtype and the rest kept.
 
@@ -60,7 +60,7 @@ def selective_scan(
         initial_state: State before the first step (b, d, n), parameter dtype. The two-tap methods
             ``foh_hold`` and ``tustin`` also take (b, d, 2n): the state and the previous B u.
         return_last_state: Also return the state after the last step, (b, d, n) or, for two-tap
-            methods, (b, d, 2n). Given to the next call as ``initial_state`` it continues exactly.
+            methods, (b, d, 2n). Passed to the next call as ``initial_state`` it continues exactly.
         discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
         reverse: Scan from the last step to the first. The initial state then enters at the last
             step, and the last state is the one after the first step.
@@ -112,14 +112,14 @@ def selective_scan(
 
 
 def grouped(x: object) -> object:
-    """(b, l, n) to (b, l, 1, n); anything else as it is."""
+    """(b, l, n) to (b, l, 1, n); anything else unchanged."""
     if isinstance(x, Tensor) and not x.is_nested and x.dim() == 3:
         return x.unsqueeze(2)
     return x
 
 
 def checkpoint_interval(*inputs: Tensor | None) -> int:
-    """Steps between checkpoints: 0, nothing kept, unless a gradient will be asked for."""
+    """Steps between checkpoints; 0, nothing kept, if no gradient will be needed."""
     if is_exporting() or not torch.is_grad_enabled():
         return 0
     if not any(x is not None and x.requires_grad for x in inputs):
@@ -128,7 +128,7 @@ def checkpoint_interval(*inputs: Tensor | None) -> int:
 
 
 def default_checkpoint_interval(u: Tensor) -> int:
-    """Steps between checkpoints for an input ``u`` of which a gradient will be asked."""
+    """Steps between checkpoints for an input ``u`` that needs a gradient."""
     return CHECKPOINT_INTERVAL.get(u.device.type, _CHECKPOINT_INTERVAL_ELSEWHERE)
 
 

@@ -2,7 +2,7 @@
 
 Work proceeds in chunks of time so that only (chunk, b, d, n) values exist at once. Inside a chunk,
 tensors are laid out (t, b, g, n, m) with m = d/g channels innermost: every step is contiguous, and
-Δ, B and C broadcast without copies. A reverse scan walks the same memory from its end.
+Δ, B and C broadcast without copies. A reverse scan runs through the same memory from its end.
 """
 
 from typing import NamedTuple
@@ -18,13 +18,13 @@ from .discretization import TWO_TAP, coefficients, derivatives, phi_of
 # the caches; elsewhere a chunk must be long enough to keep the device busy.
 _CHUNK_VALUES_CPU = 2**20
 _CHUNK_VALUES = 2**24
-# A CPU walks a chunk step by step unless a step has fewer values than this; then, and on every
-# other device, where each step would cost a launch, the scan is a tree of logarithmic depth.
+# A CPU processes a chunk step by step unless a step has fewer values than this. Then, and on other
+# devices, where each step would cost a launch, the scan is a tree of logarithmic depth.
 _STEP_VALUES_CPU = 2**9
 
 
 class ScanGradients(NamedTuple):
-    """Gradients of one direction; ``y`` is the recomputed output if asked for."""
+    """Gradients of one direction; ``y`` is the recomputed output, if requested."""
 
     u: Tensor
     delta: Tensor
@@ -41,7 +41,7 @@ def linear_scan_(a: Tensor, h: Tensor, reverse: bool) -> None:
     """In place, h[t+1] += a[t] h[t] with t ascending; or h[t] += a[t] h[t+1], descending.
 
     Args:
-        a: (t, ...), overwritten unless walked step by step.
+        a: (t, ...), overwritten unless processed step by step.
         h: (t+1, ...).
         reverse: Direction of the walk.
     """
@@ -96,7 +96,7 @@ def _tree_scan_(a: Tensor, x: Tensor, reverse: bool) -> None:
 
 
 class _Direction:
-    """The inputs of one direction, cut into chunks in the layout of this module."""
+    """The inputs of one direction, in chunks with the layout of this module."""
 
     def __init__(self, u, delta, A, B, C, D, delta_bias, delta_softplus, method, reverse):
         self.u, self.delta, self.B, self.C = u, delta, B, C
@@ -116,7 +116,7 @@ class _Direction:
         self._workspace = {}
 
     def buffer(self, name: str, steps: int) -> Tensor:
-        """Uninitialised (t, b, g, n, m), the same memory for the same name.
+        """Uninitialised (t, b, g, n, m); the same name reuses the same memory.
 
         Fresh memory for every temporary costs more in page faults than the arithmetic on it.
         """
@@ -151,7 +151,7 @@ class _Direction:
         return total.transpose(0, 1)
 
     def memory(self, start: int, stop: int) -> slice:
-        """Where steps start to stop, in scan order, lie in memory."""
+        """Places in memory of the steps from start to stop, in scan order."""
         if self.reverse:
             return slice(self.length - stop, self.length - start)
         return slice(start, stop)
@@ -195,7 +195,7 @@ class _Direction:
 
 
 class _Chunk:
-    """Coefficients and states of one chunk; ``h`` holds the state before it too."""
+    """Coefficients and states of one chunk; ``h`` also holds the state before it."""
 
     def __init__(
         self, scan: _Direction, start: int, stop: int, h: Tensor, v: Tensor | None, last_use: bool
@@ -207,7 +207,7 @@ class _Chunk:
         self.B = scan.states_of(scan.B, where)
         self.z = torch.mul(self.delta, scan.A, out=scan.buffer('z', steps))
         self.phi = phi_of(scan.method, self.z, for_derivatives=not last_use)
-        # Without a backward pass nobody asks for z again; that of 'zoh' needs only a.
+        # Without a backward pass z is not needed again; that of 'zoh' needs only a.
         self.coefficients = a, w0, w1 = coefficients(
             scan.method,
             self.delta,
@@ -245,12 +245,12 @@ class _Chunk:
 
 
 def _in_tree(a: Tensor) -> bool:
-    """Whether to treat the steps of ``a`` (t, ...) together rather than one by one."""
+    """Whether to process the steps of ``a`` (t, ...) in a tree rather than one by one."""
     return a.device.type != 'cpu' or a.numel() < _STEP_VALUES_CPU * a.shape[0]
 
 
 def _full_precision_matmul() -> bool:
-    """Whether a float32 matmul is one, and not TF32 or bfloat16 as a process may choose."""
+    """Whether float32 matmuls use float32, and not TF32 or bfloat16 by the process's choice."""
     try:
         return torch.get_float32_matmul_precision() == 'highest'
     except RuntimeError:
@@ -369,7 +369,7 @@ def scan_backward(
     dD = torch.zeros(scan.channels, **new) if D is not None else torch.empty(0, **new)
     y = torch.empty(u.shape, **new) if need_y else None
 
-    # Gradients that flow back from later steps into the state and the drive at the end of a chunk.
+    # Gradients from later steps with respect to the state and the drive at the end of a chunk.
     carry = torch.zeros(carry_shape, **new)
     carry_v = torch.zeros(carry_shape, **new) if scan.two_tap else None
     if grad_last_state is not None:
@@ -402,7 +402,7 @@ def scan_backward(
         a_z, w0_delta, w0_z, w1_delta, w1_z = derivatives(
             method, chunk.delta, chunk.z, a, chunk.phi
         )
-        # Gradient with respect to z, and to Δ where it acts other than through z.
+        # Gradient with respect to z, and to Δ where it does not act through z.
         gz = torch.mul(g, h_before, out=scan.buffer('gz', stop - start)).mul_(a_z)
         if w0_z is None:
             # w0 is the same for all states: sums over them come first.
@@ -463,8 +463,8 @@ def _chunks_backwards(
 ):
     """Yield (start, stop, state before, drive before) of every chunk, the last one first."""
     h0, v0 = scan.start(initial_state)
-    # Chunks are cut at checkpoints; one that would still be too long is cut further, its inner
-    # states recomputed by an extra forward pass over it.
+    # Chunks end at checkpoints; one that would still be too long is divided further, and an extra
+    # forward pass over it recomputes its inner states.
     segment = scan.length if interval == 0 else max(scan.chunk // interval, 1) * interval
     for seg_start in reversed(range(0, scan.length, max(segment, 1))):
         seg_stop = min(seg_start + segment, scan.length)
