@@ -1,4 +1,4 @@
-"""What importing mmvim does and does not do, each in a fresh interpreter."""
+"""Effects of importing mmvim, each in a fresh interpreter."""
 
 import json
 import os

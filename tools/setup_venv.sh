@@ -5,7 +5,7 @@
 #   build    mmvim itself in editable mode, with the extension when a compiler is there
 # pip writes to VENV/pip.log, whose end is shown when it fails.
 # environment: PYTHON (python3), TORCH_SPEC ('torch torchvision'), PIP_ARGS (for every pip install,
-# such as --index-url ...), EXTRAS (onedl,quickstart,dev), NEEDED_MIB (10240, free disk asked for)
+# such as --index-url ...), EXTRAS (onedl,quickstart,dev), NEEDED_MIB (10240, free disk space required)
 set -u
 
 PYTHON=${PYTHON:-python3}

@@ -50,7 +50,7 @@ def scan_inputs(groups=1):
 
 
 def applied(scan):
-    """What the matrices make of the input, in channels-last layout."""
+    """The matrices applied to the input, in channels-last layout."""
     matrices = hidden_attention(scan)
     out = torch.einsum('bdts,bsd->btd', matrices, scan.u)
     return out if scan.D is None else out + scan.u * scan.D

@@ -1,4 +1,4 @@
-"""Which exceptions become one line, and which keep their traceback."""
+"""Exceptions that become one line, and exceptions that keep their traceback."""
 
 import pickle
 import sys

@@ -1,4 +1,4 @@
-"""What mmcv's ops compute, written down from their definitions, one number at a time.
+"""mmcv's ops from their definitions, one number at a time.
 
 Plain loops in float64, with no code shared with torchvision or with the package.
 """

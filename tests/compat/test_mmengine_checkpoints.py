@@ -1,4 +1,4 @@
-"""What loads without running code, what is refused, and how it is said."""
+"""Checkpoints that load without running code, and refusals with their messages."""
 
 import argparse
 import functools
@@ -113,7 +113,7 @@ def test_training_history(tmp_path, never_unsafe):
 
 
 def touch(path):
-    """What an attack would do."""
+    """The effect of an attack."""
     with open(path, 'w') as file:
         file.write('run')
 

@@ -1,4 +1,4 @@
-"""What would crash pycocotools is refused."""
+"""Refusal of input that would crash pycocotools."""
 
 import math
 

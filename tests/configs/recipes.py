@@ -34,7 +34,7 @@ def fits(entry: dict, path: Path) -> bool:
 
 
 def expected(path: Path) -> dict:
-    """What the tables say of a recipe; of two entries the later one counts."""
+    """A recipe's entries in the tables; of two for one setting the later one counts."""
     settings: dict = {}
     for entry in [*table('_base_'), *table(path.parent.name)]:
         if fits(entry, path):

@@ -1,4 +1,4 @@
-"""What MambaVision's recipes say of schedules, regularisation, windows and sizes."""
+"""Schedules, regularisation, windows and sizes of MambaVision's recipes."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""What the model index and the README say about configs is true."""
+"""Truth of the model index and the READMEs about the configs."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What can be said about a config without running it."""
+"""Checks of configs without running them."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What csrc/build.py finds, compiles and refuses; nothing here compiles the library."""
+"""csrc/build.py: what it finds, compiles and refuses, without compiling the library."""
 
 import os
 import re

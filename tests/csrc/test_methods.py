@@ -77,7 +77,7 @@ struct Rule<Discretization::kEuler, Math> : Traits<Discretization::kEuler> {
 
 
 def table(builder, csrc, tmp_path):
-    """What the program prints: {name: (taps, decays exponentially, [(a, w0, w1)])}."""
+    """Output of the program: {name: (taps, decays exponentially, [(a, w0, w1)])}."""
     steps, rates = (', '.join(map(str, values)) for values in (STEPS, RATES))
     (tmp_path / 'print.cpp').write_text(PRINT.replace('STEPS', steps).replace('RATES', rates))
     program = tmp_path / 'print'

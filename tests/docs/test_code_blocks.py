@@ -1,4 +1,4 @@
-"""What README and docs tell people to type works.
+"""Commands and code of README and docs work.
 
 Python blocks run. A block that needs data, a GPU or a network has a visible mark before it,
 ``<!-- not run: reason -->``, and is compiled only. Of shell blocks every command of this repository

@@ -1,4 +1,4 @@
-"""Which heads must agree with the classes of the data set."""
+"""Heads that must match the classes of the data set."""
 
 import pytest
 from torch import nn

@@ -1,4 +1,4 @@
-"""What configs name besides backbones refuses values of other types, and names the argument."""
+"""Refusal of arguments of wrong types, by name, in components other than backbones."""
 
 import pytest
 import torch

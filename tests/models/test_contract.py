@@ -1,4 +1,4 @@
-"""What every registered backbone keeps to; a new one needs a row in the table, and no test."""
+"""The contract of every registered backbone; a new one needs a row in the table, and no test."""
 
 import copy
 from collections.abc import Callable

@@ -20,7 +20,7 @@ def build(seed=0, **kwargs):
 
 
 def official(model, classes=5):
-    """What the official training script saves of such a model."""
+    """A checkpoint as saved by the official training script."""
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     weights['head.weight'] = torch.randn(classes, 32)
     weights['head.bias'] = torch.randn(classes)

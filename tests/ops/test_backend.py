@@ -1,4 +1,4 @@
-"""Which implementation runs, in forward and backward, and who may say so."""
+"""Choice of the implementation, in forward and backward, and its precedence."""
 
 import subprocess
 import sys
@@ -85,7 +85,7 @@ CALLS = {
 
 
 def dispatched(function, **options):
-    """What forward and backward dispatch to, backward on a thread that knows of no choice."""
+    """Targets of forward and backward, backward on a thread without a choice of its own."""
     with Calls() as forward:
         out = function(**options)
     seen = []

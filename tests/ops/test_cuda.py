@@ -1,4 +1,4 @@
-"""What only a GPU shows: equal results in every run, memory, and tensors beyond 32-bit offsets."""
+"""Properties specific to GPUs: reproducibility, memory, and tensors beyond 32-bit offsets."""
 
 import pytest
 import torch

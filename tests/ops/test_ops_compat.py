@@ -346,7 +346,7 @@ def test_selective_scan_cuda(backend, device, n, with_state):
 
 
 def test_selective_scan_cuda_in_chunks(backend, device):
-    """What that package is for: a long sequence in pieces, in half precision."""
+    """The purpose of that package: a long sequence in pieces, in half precision."""
     need(backend, 'selective_scan', device, torch.float16)
     tensors = windows_inputs(device, torch.float16, 16)
     module = SelectiveScanCuda()

@@ -291,7 +291,7 @@ def call(op: str, given: dict[str, Any], options: dict[str, Any]) -> Any:
 
 
 def expected(op: str, given: dict[str, Any], options: dict[str, Any]) -> tuple:
-    """What the references say, in float64."""
+    """The results of the references, in float64."""
     given = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
         for k, v in given.items()

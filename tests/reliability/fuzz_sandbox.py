@@ -25,7 +25,7 @@ START_SECONDS = 300
 
 
 class Outcome(NamedTuple):
-    """What became of a case.
+    """Outcome of a case.
 
     ``kind`` is 'ok' (a right result), 'refused' (a clear error), 'failed' (anything else that left
     the process alive), 'crashed' (the process ended) or 'hung' (it did not answer in time).
@@ -102,7 +102,7 @@ class Sandbox:
             raise RuntimeError(f'the sandbox does not start:\n{self._tail()}')
 
     def _stacks(self) -> str:
-        """Where the child is, from its fault handler."""
+        """The child's position, from its fault handler."""
         self._process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)

@@ -128,7 +128,7 @@ class Run:
         return code
 
     def check(self) -> None:
-        """What is there loads, and never gets older."""
+        """Every existing checkpoint loads, and the newest never gets older."""
         work = self.path / 'work'
         found = candidates(str(work))
         if not found:
@@ -197,7 +197,7 @@ def test_survives_kills_at_random_moments(
 
 
 def line_count(path: Path, name: str) -> int:
-    """How many lines the file of a run has."""
+    """Number of lines in the file of a run."""
     return len((path / name).read_text().splitlines()) if (path / name).exists() else 0
 
 

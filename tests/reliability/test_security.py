@@ -213,7 +213,7 @@ SLOW_USES = (
     'use', [*QUICK_USES, *(pytest.param(use, marks=pytest.mark.slow) for use in SLOW_USES)]
 )
 def test_other_libraries_run_no_pickle_beside_mmvim(use, remote, server):
-    """What a script calls that imports mmvim and then loads weights without it."""
+    """Calls of a script that imports mmvim and then loads weights without it."""
     folder, address = server
     marker, harmful = folder / 'it-was-executed', folder / 'harmful.pth'
     zipped(harmful, Harmful(marker))
@@ -493,7 +493,7 @@ def test_cache_of_compiled_kernels_is_private(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name == 'nt', reason='POSIX permissions')
 def test_a_cache_that_others_prepared_in_the_temporary_folder_is_not_used(tmp_path, monkeypatch):
-    """Where there is no home, the fall-back has a name that everybody can guess."""
+    """Without a home directory, the name of the fallback can be guessed."""
     from mmvim.ops import extension
 
     monkeypatch.delenv('MMVIM_CACHE_DIR', raising=False)

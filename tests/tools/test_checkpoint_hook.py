@@ -1,4 +1,4 @@
-"""Which checkpoints there are, and which random state each process gets."""
+"""Existing checkpoints, and the random state of each process."""
 
 import random
 import shutil

@@ -1,4 +1,4 @@
-"""Which values are of another type than a declaration, however it is written."""
+"""Values whose type differs from a declaration, however it is written."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

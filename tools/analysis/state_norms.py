@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""How large the states of all scans become: python tools/analysis/state_norms.py MODEL IMAGE"""
+"""Sizes of the states of all scans: python tools/analysis/state_norms.py MODEL IMAGE"""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-# The package beside this script is the one that runs, installed or not, from any directory.
+# The package next to this script runs, whether installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis.pictures import draw_norms

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time the ops beside the peers that are installed, in one run.
+"""Time the ops and the installed peers in one run.
 
     python tools/benchmark/ops.py                                  # every op and built-in shape
     python tools/benchmark/ops.py --ops scan --shapes vim-t-224 --methods all
@@ -8,7 +8,7 @@
 On a GPU, calls over several sets of inputs (more bytes than the cache holds) are captured in a CUDA
 graph, so that only kernels and the gaps between them are timed; times are medians over replays.
 `mamba_ssm`, `causal_conv1d` and VMamba's `oflex` scan are measured through their compiled functions
-where those can be imported, or are given as files (`--peer`), on inputs that lie as they want them.
+where those can be imported, or are given as files (`--peer`), on inputs in the layout they expect.
 
 `HBM` is the share of the time in which the bytes of all inputs and outputs, each once, pass at the
 speed of an elementwise kernel measured in the same run; `exp` that in which the special function
@@ -128,7 +128,7 @@ class Clock:
     def _cpu(self, calls: list[Thunk]) -> list[float]:
         begin = time.perf_counter()
         calls[0]()
-        # A call of many seconds, such as a peer's loop over steps in Python, is timed but once.
+        # A call of many seconds, such as a peer's loop over steps in Python, is timed only once.
         least = 3 if time.perf_counter() - begin < 5 else 1
         times, start = [], time.perf_counter()
         while len(times) < least or (
@@ -343,7 +343,7 @@ def cpu_scan_peers(x, compiled) -> Iterator[Candidate]:
         mamba_selective_scan = None
 
     def turning(function, **options):
-        """Of tensors that lie as (batch, channels, length)."""
+        """Of tensors laid out as (batch, channels, length)."""
 
         def run(u, delta, A, B, C, D, z, delta_bias):
             u, delta, z = (t.transpose(1, 2) for t in (u, delta, z))
@@ -373,7 +373,7 @@ def cpu_scan_peers(x, compiled) -> Iterator[Candidate]:
 def scan_candidates(
     shape, dtype, device, seed, method, peers, torch_path, compiled
 ) -> list[Candidate]:
-    """The implementations of a scan on one set of inputs; peers know ``zoh`` alone."""
+    """The implementations of a scan on one set of inputs; peers know only ``zoh``."""
     x = scan_data(shape, dtype, device, seed)
     found = [mmvim_scan(x, method)]
     if torch_path:
@@ -391,7 +391,7 @@ def scan_candidates(
 
 
 def bidirectional_candidates(shape, dtype, device, seed, method) -> list[Candidate]:
-    """One call for two directions beside two calls, and two calls with the sum they need."""
+    """One call for two directions, two calls, and two calls with the sum they need."""
     x, y = (scan_data(shape, dtype, device, 2 * seed + i) for i in (0, 1))
     ops = torch.ops.mmvim
     names = ('u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias')
@@ -579,7 +579,7 @@ def exponentials(op, shape) -> int:
 
 
 def peak_memory(candidate: Candidate, backward: bool, device) -> float | None:
-    """MiB allocated at most by a forward pass, or a forward and a backward pass, beside inputs."""
+    """Peak MiB of a forward pass, or a forward and a backward pass, without the inputs."""
     if device.type != 'cuda':
         return None
     torch.cuda.synchronize()
@@ -666,7 +666,7 @@ def input_sets(op, shape, dtype, device) -> int:
 
 
 def measure(args, device, peers, report, write) -> list[Row]:
-    """Every combination that was asked for; each row goes to ``write`` when it is there."""
+    """Every requested combination; each row goes to ``write`` when it is measured."""
     clock = Clock(device, args.seconds)
     hbm, exp = copy_rate(device, clock), exp_rate(device, args.clock)
     report(f'copy: {hbm / 1e12:.2f} TB/s')
@@ -775,7 +775,7 @@ def text_of(row: Row, rows: list[Row]) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """Our times beside the fastest other implementation's, one line a measurement."""
+    """Our times and those of the fastest other implementation, one line per measurement."""
     head = ('op', 'shape', 'dtype', 'method', 'pass', 'us', 'HBM', 'exp', 'error', 'MiB', 'others')
     lines = [head]
     for row in rows:
@@ -820,7 +820,7 @@ def csv_writer(path: Path | None, machine: dict[str, str]) -> Iterator[Callable[
 
 
 def read_csv(path: Path) -> tuple[list[Row], dict[str, str]]:
-    """What :func:`csv_writer` wrote."""
+    """Read a file of :func:`csv_writer`."""
     rows, machine = [], {}
     with path.open(newline='') as file:
         for line in csv.DictReader(file):
@@ -842,7 +842,7 @@ def write_plot(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
     """Factors over the fastest other implementation, a panel for each op.
 
     Raises:
-        ValueError: If nothing was measured beside another implementation.
+        ValueError: If no other implementation was measured.
     """
     import matplotlib
 
@@ -883,7 +883,7 @@ def write_plot(path: Path, rows: list[Row], machine: dict[str, str]) -> None:
 
 
 def machine_of(device: torch.device) -> dict[str, str]:
-    """What the figures depend on."""
+    """The conditions of the measurements."""
     if device.type == 'cuda':
         name = torch.cuda.get_device_name(device)
     else:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# The package beside this script is the one that runs, installed or not, from any directory.
+# The package next to this script runs, whether installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Output:
-    """Where the drawn frames of one video go."""
+    """Destination of the drawn frames of one video."""
 
     def __init__(
         self, args: argparse.Namespace, out: OutputFolder | None, stem: str, rate: float
@@ -94,7 +94,7 @@ def used_frames(
 
 
 def count_frames(video: VideoReader, args: argparse.Namespace) -> int:
-    """How many these are."""
+    """Number of these frames."""
     return min(-(-len(video) // args.every), args.max_frames or len(video))
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw the README's picture, the scan against mamba_ssm, from the figures of tools/benchmark/ops.py
+"""Draw the scan against mamba_ssm, for docs/operations, from the rows of tools/benchmark/ops.py
 
-The picture is plain text made of the figures alone, so that --check can tell whether it is theirs.
+The picture is plain text that depends only on the rows, so that --check can tell if it is current.
 """
 
 import argparse
@@ -18,7 +18,7 @@ WIDTH, LEFT, RIGHT, TOP, BAR, GAP = 760, 178, 44, 64, 10, 7
 
 
 def factors(path: Path) -> tuple[dict[str, dict[str, float]], str]:
-    """How many times as fast as the peer the scan is, by shape and direction; and the device."""
+    """Speed of the scan relative to the peer, by shape and direction; and the device."""
     times: dict[tuple[str, str, str], float] = {}
     device = ''
     with path.open(newline='') as file:

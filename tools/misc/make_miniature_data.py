@@ -71,7 +71,7 @@ def imagenet_wnids() -> list[str]:
 
 
 def _lines(name: str) -> list[str]:
-    """Return the lines of a list beside this script."""
+    """Return the lines of a list next to this script."""
     return Path(__file__).with_name(name).read_text().splitlines()
 
 

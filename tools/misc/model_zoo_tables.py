@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Bring the model tables of README files and docs up to date with the metafiles."""
+"""Update the model tables of README files and docs from the metafiles."""
 
 import argparse
 import sys
 from pathlib import Path
 
-# The package beside this script is the one that runs, installed or not, from any directory.
+# The package next to this script runs, whether installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.apis.tables import files, fill

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print a config with its bases and the changes of the command line put in.
+"""Print a config, merged with its bases and the changes of the command line.
 
     python tools/misc/print_config.py configs/vim/vim-small_8xb64_in1k.py \\
         --cfg-options train_cfg.max_epochs=100
@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# The package beside this script is the one that runs, installed or not, from any directory.
+# The package next to this script runs, whether installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mmvim  # noqa: F401, I001  makes `_base_ = 'mmvim::…'` resolve

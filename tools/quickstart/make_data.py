@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-# The package beside this script is the one that runs, installed or not, from any directory.
+# The package next to this script runs, whether installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.datasets.quickstart import TASKS, QuickstartDataError, prepare

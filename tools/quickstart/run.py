@@ -18,12 +18,12 @@ MOST_THREADS = 8
 
 @dataclass(frozen=True)
 class Quickstart:
-    """What differs between the tasks.
+    """Differences between the tasks.
 
     Attributes:
         config: path of the config inside the repository.
-        library: what the config needs installed.
-        test_out: what ``tools/test.py --out`` writes, inside ``<work dir>/test``.
+        library: package that the config needs.
+        test_out: output of ``tools/test.py --out``, inside ``<work dir>/test``.
     """
 
     config: str
