@@ -136,10 +136,19 @@ class BiMamba(MixerBase):
             A = -torch.exp(as_compute_dtype(self.A_b_log))
             other = ops.ScanInputs(own.u, own.delta, A, own.B, own.C, own.D, own.delta_bias)
             return own, other
+        u, u_b = self._convolved(u)
+        return (
+            self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D),
+            self._scan_inputs(u_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
+        )
+
+    def _convolved(self, u: Tensor) -> tuple[Tensor, Tensor]:
         first, second = self.conv1d, self.conv1d_b
+        if not self._is_plain('conv1d', 'conv1d_b'):
+            return first(u), second(u)
         if self.reverse:
             first, second = second, first
-        u, u_b = ops.bidirectional_conv1d(
+        results = ops.bidirectional_conv1d(
             u,
             first.taps,
             first.bias,
@@ -148,12 +157,7 @@ class BiMamba(MixerBase):
             activation='silu',
             backend=self.ops_backend,
         )
-        if self.reverse:
-            u, u_b = u_b, u
-        return (
-            self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D),
-            self._scan_inputs(u_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
-        )
+        return results[::-1] if self.reverse else results
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix along the sequence in both directions.
@@ -182,6 +186,22 @@ class BiMamba(MixerBase):
             check_values=False,
         )
         return self._project_out(y)
+
+    def _may_fuse(self, x: Tensor) -> bool:
+        return super()._may_fuse(x) and self.x_proj.bias is None and self.x_proj_b.bias is None
+
+    def _is_plain(self, *names: str) -> bool:
+        if not super()._is_plain(*names):
+            return False
+        first, second = self._modules['conv1d'], self._modules['conv1d_b']
+        if self.reverse:
+            first, second = second, first
+        return (
+            first.mode == 'causal'
+            and second.mode == 'reverse'
+            and first.activation == second.activation == 'silu'
+            and first.kernel_size == second.kernel_size
+        )
 
     def _fused(self, x: Tensor) -> Tensor:
         """The same as step by step, in one function (see :mod:`mmvim.ops.mixers`)."""

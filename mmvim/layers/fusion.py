@@ -11,12 +11,12 @@ from mmvim.ops.backend import is_exporting, is_intercepted
 _CALL = nn.Module.__call__
 _PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
 
-Parts = tuple[tuple[str, type[nn.Module], Callable], ...]
+Parts = dict[str, tuple[type[nn.Module], Callable]]
 
 
 def parts(**kinds: type[nn.Module]) -> Parts:
-    """The submodules that a fused function replaces: name, class and the forward of the class."""
-    return tuple((name, kind, kind.forward) for name, kind in kinds.items())
+    """The submodules that a fused function replaces: their classes, and the forward of each."""
+    return {name: (kind, kind.forward) for name, kind in kinds.items()}
 
 
 class Fusable(nn.Module):
@@ -34,7 +34,7 @@ class Fusable(nn.Module):
     """
 
     fused: bool = True
-    _fused_parts: Parts = ()
+    _fused_parts: Parts = {}  # noqa: RUF012
 
     def _may_fuse(self, x: Tensor) -> bool:
         """Whether a fused function of ops may run instead of the submodules."""
@@ -45,29 +45,32 @@ class Fusable(nn.Module):
             return False
         return self._is_plain()
 
-    def _is_plain(self) -> bool:
-        """Whether reading the submodules instead of calling them loses nothing."""
+    def _is_plain(self, *names: str) -> bool:
+        """Whether reading submodules (by default all) instead of calling them loses nothing.
+
+        Subclasses add the options of submodules that their fused function takes for granted.
+        """
         if not self.fused or _has_any_global_hook() or nn.Module.__call__ is not _CALL:
             return False
-        modules = self._modules
-        return all(_is_plain(modules.get(name), *kind) for name, *kind in self._fused_parts)
+        # A loop over dictionaries: this runs in every layer and step, and attributes of modules
+        # are slow.
+        for name in names or self._fused_parts:
+            module, (kind, forward) = self._modules.get(name), self._fused_parts[name]
+            if type(module) is not kind or getattr(module.forward, '__func__', None) is not forward:
+                return False
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+            ):
+                return False
+            for parameter in module._parameters.values():
+                if type(parameter) not in _PLAIN_TENSORS:
+                    return False
+        return True
 
     def _wants_gradient(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
-
-
-def _is_plain(module: nn.Module | None, kind: type[nn.Module], forward: Callable) -> bool:
-    """Whether a module does what its class does and nothing else."""
-    return (
-        type(module) is kind
-        and getattr(module.forward, '__func__', None) is forward
-        and not (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        )
-        and all(type(p) in _PLAIN_TENSORS for p in module._parameters.values())
-    )

@@ -180,6 +180,12 @@ class MixerBase(Fusable):
         skip: Tensor,
     ) -> ops.ScanInputs:
         """Derive Δ, B and C from ``u`` (batch, length, d_inner)."""
+        if isinstance(dt_proj, nn.Linear) or not hasattr(dt_proj, 'bias'):
+            raise TypeError(
+                f'{type(dt_proj).__name__} cannot stand for a DeltaProjection: its forward has to '
+                "leave out the bias of Δ, which the scan adds, and its attribute 'bias' has to "
+                'have it'
+            )
         low_rank, b, c = x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         return ops.ScanInputs(
             u=u,

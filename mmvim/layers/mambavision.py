@@ -133,18 +133,10 @@ class MambaVisionMixer(MixerBase):
             Tensor: (batch, length, d_model).
         """
         self._check_input(x)
-        # Depthwise: one convolution of all channels is the two of the halves.
-        taps = torch.cat((self.conv1d_x.taps, self.conv1d_z.taps))
         if self._may_fuse(x):
-            return self._fused(x, taps)
-        xz = ops.causal_conv1d(
-            self.in_proj(x),
-            taps,
-            activation='silu',
-            mode='same',
-            backend=self.ops_backend,
-        )
-        u, z = xz.chunk(2, dim=-1)
+            return self._fused(x)
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = self.conv1d_x(u), self.conv1d_z(z)
         inputs = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
         y = ops.selective_scan(
             inputs.u,
@@ -165,10 +157,24 @@ class MambaVisionMixer(MixerBase):
         bias = as_compute_dtype(self.dt_proj.bias)
         return 2 * bias if self.double_dt_bias else bias
 
-    def _fused(self, x: Tensor, taps: Tensor) -> Tensor:
+    def _is_plain(self, *names: str) -> bool:
+        if not super()._is_plain(*names):
+            return False
+        modules = self._modules
+        first, second = modules['conv1d_x'], modules['conv1d_z']
+        return (
+            first.mode == second.mode == 'same'
+            and first.activation == second.activation == 'silu'
+            and first.kernel_size == second.kernel_size
+            and first.bias is second.bias is modules['in_proj'].bias is None
+            and modules['x_proj'].bias is modules['out_proj'].bias is None
+        )
+
+    def _fused(self, x: Tensor) -> Tensor:
         """The same as step by step, in one function (see :mod:`mmvim.ops.mixers`)."""
         direction = Direction(
-            taps,
+            # Depthwise: one convolution of all channels is the two of the halves.
+            torch.cat((self.conv1d_x.taps, self.conv1d_z.taps)),
             None,
             self.x_proj.weight,
             self.dt_proj.weight,

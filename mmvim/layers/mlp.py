@@ -32,10 +32,19 @@ class Mlp(Fusable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., dim)."""
-        if self._wants_gradient(x) and self._may_fuse(x):
-            linears = self.fc1, self.fc2
-            return _Mlp.apply(x, *(p for m in linears for p in (m.weight, m.bias)))
+        if torch.is_grad_enabled() and self._may_fuse(x):
+            tensors = x, *(p for m in (self.fc1, self.fc2) for p in (m.weight, m.bias))
+            if any(t.requires_grad for t in tensors):
+                return _Mlp.apply(*tensors)
         return self.fc2(self.act(self.fc1(x)))
+
+    def _is_plain(self, *names: str) -> bool:
+        return (
+            super()._is_plain(*names)
+            and self.act.approximate == 'none'
+            and self.fc1.bias is not None
+            and self.fc2.bias is not None
+        )
 
 
 class _Mlp(torch.autograd.Function):

@@ -107,6 +107,16 @@ class PatchEmbed(Fusable):
         grid = self.grid(x.shape[2], x.shape[3])
         return self._embed(x).flatten(1, 2), grid
 
+    def _is_plain(self, *names: str) -> bool:
+        proj = self.proj
+        return (
+            super()._is_plain(*names)
+            and proj.kernel_size == proj.stride
+            and not any(proj.padding)
+            and set(proj.dilation) == {1}
+            and proj.groups == 1
+        )
+
     def _embed(self, x: Tensor) -> Tensor:
         """Apply the convolution to (batch, channels, …) as a layer of tokens (batch, …, channels).
 
@@ -114,6 +124,6 @@ class PatchEmbed(Fusable):
         for patches of 16 pixels cuDNN's choices take several times as long.
         """
         proj = self.proj
-        if x.is_cuda and self._is_plain() and proj.kernel_size == proj.stride:
+        if x.is_cuda and self._is_plain():
             return _matrix_product(x, proj)
         return proj(x).movedim(1, -1)

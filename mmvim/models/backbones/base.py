@@ -551,6 +551,7 @@ class PlainBackbone(Backbone):
                 frames is no multiple of ``tubelet_size``.
         """
         hidden, grid = self._embed(x)
+        hidden = self.layers[0].drop_path(hidden)
         residual, outputs = None, []
         for i in range(self.out_indices[-1] + 1):
             hidden, residual = self._run_layer(i, hidden, residual)

@@ -131,10 +131,11 @@ class ConvBlock(Fusable):
 
     def _conv_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, fuse: bool) -> Tensor:
         """``norm(conv(x))``; fused without the pass that adds the convolution's bias."""
+        if not fuse or not norm.track_running_stats:
+            return norm(conv(x))
         # With fixed statistics in training the bias has a gradient, which would be lost in the
         # mean.
-        exact = norm.training or not (torch.is_grad_enabled() and conv.bias.requires_grad)
-        if fuse and exact and norm.track_running_stats:
+        if norm.training or not (torch.is_grad_enabled() and conv.bias.requires_grad):
             return _without_bias(x, conv, norm)
         return norm(conv(x))
 

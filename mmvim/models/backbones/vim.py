@@ -238,6 +238,8 @@ class Vim(PlainBackbone):
                 self.embed_dims, grid, self.rope_pt_size, positions, device=x.device
             )
         outputs = []
+        if not self.if_bidirectional:
+            hidden = self.layers[0].drop_path(hidden)
         step = 2 if self.if_bidirectional else 1
         for last in range(step - 1, self.out_indices[-1] + 1, step):
             if table is not None:
