@@ -70,6 +70,28 @@ def test_predict(task, photos, root, tmp_path):
     assert alone[0][value] == pytest.approx(results[1].prediction[KEYS[task]][0][value], abs=1e-4)
 
 
+@pytest.mark.parametrize('task', KEYS)
+def test_pictures_are_rgb(task, root, tmp_path):
+    cfg = Config.fromfile(root / CONFIGS[task])
+    weights = tmp_path / 'x.pth'
+    meta = {'classes': tuple('abcdefghijk'), 'palette': [[128, 128, 128]] * 11}
+    content = {'state_dict': build_model(cfg).state_dict(), 'meta': {'dataset_meta': meta}}
+    torch.save(content, weights)
+    inferencer = make_inferencer(cfg, weights, 'cpu')
+    if task == 'det':
+        inferencer.score_threshold = 2.0
+    image = np.full((256, 256, 3), (90, 30, 200), np.uint8)  # BGR
+    given = tmp_path / 'x.png'
+    Image.fromarray(image[..., ::-1]).save(given)
+    for source in (image, given):
+        (result,) = inferencer.predict(source)
+        assert np.array_equal(result.image, image)
+        red, green, blue = np.median(inferencer.draw(result).reshape(-1, 3), axis=0)
+        assert red > blue > green
+        if task != 'seg':
+            assert (red, green, blue) == (200, 30, 90)
+
+
 def test_the_library_inferencers_are_the_base(root):
     from mmpretrain.apis import ImageClassificationInferencer
 

@@ -5,7 +5,7 @@ import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from torch.utils.data import DataLoader
 
-from mmvim.engine.batches import Batches
+from mmvim.engine.batches import Batches, _PlacedBatches
 
 PASS = 4  # batches
 
@@ -36,3 +36,15 @@ def test_passes_of_epochs_begin_where_they_are_told():
     assert len(whole) == PASS
     for skip in range(PASS):
         assert [batch.tolist() for batch in batches.epoch(3, skip)] == whole[skip:]
+
+
+def test_every_sample_of_a_run_has_random_numbers_of_its_own():
+    def seeds(epoch: int, skip: int = 0) -> list[int]:
+        batches = _PlacedBatches([[5, 6, 7], [8, 9, 5], [6]], (0, 1), placed=True)
+        batches.begin(epoch, skip)
+        with batches.in_training():
+            return [index.seed for batch in batches for index in batch]
+
+    first, second = seeds(0), seeds(1)
+    assert len({*first, *second}) == 14
+    assert seeds(0, skip=1) == first[3:]

@@ -171,6 +171,25 @@ def test_a_missing_file_is_named(data, tmp_path, capsys, monkeypatch, report_scr
     assert missing.rpartition('/')[2].replace('2*', '[0-9]*') in error
 
 
+def test_label_maps_are_drawn_with_their_own_classes(data, tmp_path, monkeypatch, report_script):
+    fill_work_dir(tmp_path, 'seg', data, 80.0)
+    seen, overlay = [], report_script.overlay
+    monkeypatch.setattr(
+        report_script,
+        'overlay',
+        lambda image, labels: seen.append(labels) or overlay(image, labels),
+    )
+    report_script.draw_segmentation(tmp_path, data)
+    folder = data / 'seg' / 'annotations' / 'test'
+    names = sorted(path.name for path in folder.iterdir())
+    chosen = [names[i] for i in report_script.spread(len(names), len(seen) // 2)]
+    for name, true, predicted in zip(chosen, seen[::2], seen[1::2], strict=True):
+        # 0 in a file is no class.
+        classes = np.asarray(Image.open(folder / name)).astype(int) - 1
+        assert np.array_equal(true, classes)
+        assert np.array_equal(predicted, np.clip(classes, 0, None))
+
+
 def test_the_overlay_colours_digits_only(report_script):
     image = np.full((4, 4, 3), 100, np.uint8)
     labels = np.zeros((4, 4), int)

@@ -50,6 +50,21 @@ def test_what_an_interrupted_save_left_is_removed(toy):
     assert Path((WORK_DIR / 'last_checkpoint').read_text()).name == 'epoch_2.pth'
 
 
+def test_a_copy_of_a_run_leaves_the_original_alone(toy, monkeypatch):
+    import toy as task
+
+    values = iter(range(10))
+    monkeypatch.setattr(
+        task.ToyMetric, 'compute_metrics', lambda *args: {'accuracy': float(next(values))}
+    )
+    best = ['--cfg-options', 'default_hooks.checkpoint.save_best=accuracy']
+    main_train(['config.py', *best, 'train_cfg.max_epochs=1'])
+    shutil.copytree(WORK_DIR, 'copy')
+    main_train(['config.py', '--work-dir', 'copy', '--resume', *best, 'train_cfg.max_epochs=2'])
+    assert [path.name for path in WORK_DIR.glob('best_*')] == ['best_accuracy_epoch_1.pth']
+    assert [path.name for path in Path('copy').glob('best_*')] == ['best_accuracy_epoch_2.pth']
+
+
 @pytest.mark.parametrize('rank', [0, 1])
 def test_each_process_gets_its_own_random_state(rank, monkeypatch, tmp_path):
     states = []

@@ -15,6 +15,7 @@ def test_two_processes_train_and_test(toy, run_script):
         'default_hooks = dict(checkpoint=dict(by_epoch=False, interval=2))\n'
         "env_cfg = dict(dist_cfg=dict(backend='nccl'))\n"
         "norm_cfg = dict(type='SyncBN')\n"
+        'randomness = dict(seed=0, diff_rank_seed=True)\n'
     )
     done = run_script('dist_train.sh', 'dist.py', '2', '--auto-scale-lr', cwd=toy, PORT=free_port())
     assert done.returncode == 0, done.stderr[-3000:]
@@ -23,7 +24,10 @@ def test_two_processes_train_and_test(toy, run_script):
     assert 'the current batch size is 8' in log
     assert 'Epoch(val) [0][2/2]    accuracy' in log
     checkpoint = toy / 'work_dirs' / 'dist' / 'iter_2.pth'
-    assert torch.load(checkpoint, weights_only=False)['meta']['iter'] == 2
+    saved = torch.load(checkpoint, weights_only=False)
+    assert saved['meta']['iter'] == 2
+    first, second = (state['torch'] for state in saved['mmvim_random_states'])
+    assert not torch.equal(first, second)
 
     arguments = ('--out', 'metrics.json', '--out-item', 'metrics')
     done = run_script(

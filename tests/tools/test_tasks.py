@@ -42,10 +42,20 @@ def test_classification(task, fails):
     assert len(painted('shown')) == 2
     plain = np.stack([p['pred_score'] for p in predictions])
 
-    main_test(['config.py', CHECKPOINT, '--tta', '--amp', '--out', 'tta.pkl'])
-    mirrored = np.stack([p['pred_score'].float() for p in mmengine.load('tta.pkl')])
-    assert mirrored.shape == plain.shape
-    assert not np.array_equal(mirrored, plain)
+    def scores(*flags: str) -> np.ndarray:
+        main_test(['config.py', CHECKPOINT, *flags, '--out', 'scores.pkl'])
+        return np.stack([p['pred_score'].float() for p in mmengine.load('scores.pkl')])
+
+    augmented = scores('--tta')
+    assert augmented.shape == plain.shape
+    assert np.isfinite(scores('--tta', '--amp')).all()
+    for path in (task / 'images').glob('*.png'):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    # An image and its mirror image are averaged.
+    mirrored = scores()
+    assert np.abs(mirrored - plain).max() > 1e-4
+    np.testing.assert_allclose(scores('--tta'), augmented, atol=1e-6)
+    np.testing.assert_allclose(augmented, (plain + mirrored) / 2, atol=1e-6)
 
     line = fails(main_test, 'config.py', CHECKPOINT, '--cfg-options', 'model.head.num_classes=3')
     assert 'model.head.num_classes is 3' in line

@@ -1,0 +1,214 @@
+#!/usr/bin/env python
+"""Mistakes that the tests must notice: python tests/mutants.py [PART OF A NAME ...]
+
+Each is one change of one line, made in a copy of the checkout; the tests named beside it must fail.
+Run it by hand after changes of the tests; it takes about a minute for each mistake.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# What is built lies in the package, outside version control.
+BUILT = ('mmvim/_C.so', 'mmvim/_build_info.json')
+
+#: file, the right text, the mistake, tests
+MUTANTS = (
+    # engine
+    ('mmvim/engine/batches.py', 'number += len(batch)', 'number += 1', 'engine/test_batches.py'),
+    (
+        'mmvim/engine/loops.py', 'done = self._iter - self._epoch * then',
+        'done = self._iter - self._epoch * length', 'tools/test_loops.py',
+    ),
+    (
+        'mmvim/engine/hooks/checkpoint.py', 'self.best_ckpt_path = here(self.best_ckpt_path)',
+        'pass', 'tools/test_checkpoint_hook.py',
+    ),
+    (
+        'mmvim/engine/hooks/checkpoint.py',
+        'return step >= self.save_begin and (step - self.save_begin) % self.interval == 0',
+        'return step % self.interval == 0', 'tools/test_checkpoint_hook.py',
+    ),
+    (
+        'mmvim/engine/hooks/non_finite.py', 'self._consecutive = 0\n            step',
+        'step', 'reliability/test_non_finite_hook.py',
+    ),
+    (
+        'mmvim/engine/hooks/non_finite.py', 'buffer.copy_(before)\n\n    def _diagnose',
+        'pass\n\n    def _diagnose', 'reliability/test_non_finite_hook.py',
+    ),
+    (
+        'mmvim/engine/hooks/mesa.py', 'self._progress(runner) > self.start',
+        'self._progress(runner) >= self.start', 'engine/test_mesa.py',
+    ),
+    (
+        'mmvim/engine/hooks/data_check.py', 'bad = (labels < 0) | (labels >= count)',
+        'bad = (labels < 0) | (labels > count)', 'tools/test_tasks.py',
+    ),
+    (
+        'mmvim/engine/hooks/weights.py', 'find_weights(checkpoint, ema=self.ema)',
+        'find_weights(checkpoint, ema=not self.ema)', 'tools/test_test.py',
+    ),
+    (
+        'mmvim/engine/optim/layer_decay.py', 'rate ** (layers - 1 - layer)',
+        'rate ** (layers - layer)', 'engine/test_layer_decay.py',
+    ),
+    (
+        'mmvim/engine/optim/layer_decay.py', 'key=lambda key: (-len(key), key)',
+        'key=lambda key: (len(key), key)', 'engine/test_layer_decay.py',
+    ),
+    (
+        'mmvim/engine/tasks.py', "flips = [{'type': 'RandomFlip', 'prob': 0.0}",
+        "flips = [{'type': 'RandomFlip', 'prob': 1.0}", 'tools/test_tasks.py',
+    ),
+    # cli
+    (
+        'mmvim/cli/flags.py', "setdefault('loss_scale', {'enabled': False} if is_bf16 else",
+        "setdefault('loss_scale', 'dynamic' if is_bf16 else", 'tools/test_train.py',
+    ),
+    (
+        'mmvim/cli/flags.py', "cfg.load_from, cfg.resume = args.checkpoint, False",
+        'cfg.load_from = args.checkpoint', 'tools/test_test.py',
+    ),
+    (
+        'mmvim/cli/flags.py', "_set_loaders(cfg, persistent_workers=False)",
+        "_set_loaders(cfg, pin_memory=False)", 'tools/test_train.py',
+    ),
+    (
+        'mmvim/cli/launcher.py', 'for i, item in enumerate(outputs, start=seen)',
+        'for i, item in enumerate(outputs)', 'tools/test_tasks.py',
+    ),
+    (
+        'mmvim/cli/distributed.py', "wrapper['device_ids'] = None\n    cfg.model_wrapper_cfg",
+        'cfg.model_wrapper_cfg', 'cli/test_config_tools.py tools/test_scripts.py',
+    ),
+    # apis
+    (
+        'mmvim/apis/inferencers/video.py', 'picture = result.image[..., ::-1] if frame',
+        'picture = result.image if frame', 'apis/test_video_demo.py',
+    ),
+    (
+        'mmvim/apis/inferencers/detection.py', 'result.image[..., ::-1]', 'result.image',
+        'apis/test_inferencers.py',
+    ),
+    (
+        'mmvim/apis/model_zoo.py', 'return sorted(name for name in names if not pretrained or',
+        'return sorted(name for name in names if pretrained or', 'apis/test_model_zoo.py',
+    ),
+    # datasets
+    (
+        'mmvim/datasets/video/sampling.py', 'np.arange(1, num_clips + 1)', 'np.arange(num_clips)',
+        'datasets/test_video_dataset.py',
+    ),
+    (
+        'mmvim/datasets/video/transforms.py', "(0, room_x // 2, room_x)", "(0, room_x // 2, 0)",
+        'datasets/test_video_dataset.py',
+    ),
+    (
+        'mmvim/datasets/video/transforms.py',
+        'outputs = [self.transforms(dict(results)) for _ in range(self.times)]',
+        'outputs = [self.transforms(dict(results))] * self.times', 'datasets/test_video_dataset.py',
+    ),
+    (
+        'mmvim/datasets/video/transforms.py', "inputs = results['frames'].transpose(1, 2)",
+        "inputs = results['frames'].flip(2).transpose(1, 2)", 'datasets/test_video_dataset.py',
+    ),
+    (
+        'mmvim/datasets/video/dataset.py', 'names = sorted(numbers, key=numbers.get)',
+        'names = sorted(numbers)', 'datasets/test_video_dataset.py',
+    ),
+    # export
+    (
+        'mmvim/export/formats.py', "'RGB' if to_rgb else 'BGR'", "'BGR' if to_rgb else 'RGB'",
+        'export/test_export.py',
+    ),
+    (
+        'mmvim/export/operations.py', 'h = decay * h + drive[t].unsqueeze(-1) * B[t]',
+        'h = h + drive[t].unsqueeze(-1) * B[t]', 'export/test_export.py',
+    ),
+    # configs
+    (
+        'configs/_base_/schedules/coco_100ep_adamw.py', 'layer_decay_rate=0.837',
+        'layer_decay_rate=0.873', 'configs/test_recipes.py',
+    ),
+    (
+        'configs/_base_/datasets/kinetics400.py', 'num_clips=4', 'num_clips=2',
+        'configs/test_recipes.py',
+    ),
+    (
+        'configs/_base_/datasets/imagenet_deit_224.py', 'to_rgb=True', 'to_rgb=False',
+        'configs/test_recipes.py',
+    ),
+    # tools
+    (
+        'tools/converters/convert_checkpoint.py', 'else False if args.no_ema',
+        'else None if args.no_ema', 'checkpoints/test_weights.py',
+    ),
+    (
+        'tools/analysis/get_flops.py', 'return int(sides[0]), int(sides[-1])',
+        'return int(sides[-1]), int(sides[0])', 'analysis/test_flops.py',
+    ),
+    (
+        'tools/export/evaluate.py', 'total += len(labels)', 'total = len(labels)',
+        'export/test_export_tools.py',
+    ),
+    (
+        'tools/quickstart/report.py', "return np.asarray(Image.open(path)).astype(int) - 1",
+        'return np.asarray(Image.open(path)).astype(int)', 'quickstart/test_report.py',
+    ),
+)  # fmt: skip
+
+
+def copy(target: Path) -> None:
+    """Copy what is under version control, or would be, and what is built."""
+    listed = ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard']
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in (*filter(None, names.split('\0')), *BUILT):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def noticed(root: Path, file: str, right: str, wrong: str, tests: str) -> bool:
+    """Whether the tests fail with the mistake."""
+    path = root / file
+    text = path.read_text()
+    if text.count(right) != 1:
+        raise SystemExit(f'{file} has {right!r} {text.count(right)} times, not once')
+    path.write_text(text.replace(right, wrong))
+    try:
+        done = subprocess.run(
+            [sys.executable, '-m', 'pytest', '-q', '-x', '-m', 'not slow', '-p', 'no:cacheprovider',
+             *(f'tests/{name}' for name in tests.split())],
+            cwd=root, env={**os.environ, 'PYTHONPATH': str(root), 'PYTHONDONTWRITEBYTECODE': '1'},
+            capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        path.write_text(text)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f'{tests} cannot be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}')
+    return done.returncode == 1
+
+
+def main() -> int:
+    """Try every mistake whose file or text has one of the words of the command line."""
+    words = sys.argv[1:]
+    chosen = [m for m in MUTANTS if not words or any(word in part for word in words for part in m)]
+    survivors = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy(Path(folder))
+        for mutant in chosen:
+            found = noticed(Path(folder), *mutant)
+            survivors += not found
+            file, _, wrong, tests = mutant
+            print(f'{"noticed" if found else "SURVIVED"}  {file}: {wrong!r}  ({tests})', flush=True)
+    print(f'{survivors} of {len(chosen)} mistakes survive')
+    return int(survivors > 3)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
