@@ -3,11 +3,10 @@
 import itertools
 
 import pytest
-import reference
 import torch
 from ops_support import HALF, assert_error_bounded, gradients, need, randn
 
-from mmvim.ops import add_rms_norm
+from mmvim.ops import add_rms_norm, reference
 from mmvim.ops._library import compute_dtype
 
 

@@ -1,7 +1,6 @@
 """Both directions in one call against two loops over time."""
 
 import pytest
-import reference
 import torch
 from ops_support import assert_error_bounded, gradients, need, randn, scan_inputs
 
@@ -9,6 +8,7 @@ from mmvim.ops import (
     DISCRETIZATIONS,
     ScanInputs,
     bidirectional_scan,
+    reference,
     selective_scan,
     use_backend,
 )
@@ -40,12 +40,7 @@ def run(tensors, **options):
 
 def run_reference(tensors, dtype, cast, scale=1.0, **options):
     tensors = {k: v.detach().cpu().to(dtype).requires_grad_() for k, v in tensors.items()}
-    forward, backward = (x._asdict() for x in split(tensors))
-    out = reference.selective_scan(**forward, **options)[0]
-    out = out + reference.selective_scan(**backward, reverse=True, **options)[0]
-    out = out * scale
-    if 'z' in tensors:
-        out = out * torch.nn.functional.silu(tensors['z'])
+    out = reference.bidirectional_scan(*split(tensors), tensors.get('z'), scale=scale, **options)
     results = (out, *gradients([out], list(tensors.values()), cast=cast))
     if dtype == torch.float64:
         return results

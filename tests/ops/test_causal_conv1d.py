@@ -3,11 +3,10 @@
 import itertools
 
 import pytest
-import reference
 import torch
 from ops_support import HALF, assert_error_bounded, gradients, need, randn
 
-from mmvim.ops import bidirectional_conv1d, causal_conv1d
+from mmvim.ops import bidirectional_conv1d, causal_conv1d, reference
 
 MODES = ('causal', 'reverse', 'same')
 DTYPES = (torch.float64, torch.float32, *HALF)
@@ -198,13 +197,8 @@ def test_both_directions(backend, device, dtype, activation, bias):
             wanted = [v for v in values if v is not None]
             return (*outputs, *gradients(outputs, wanted, cast=cast))
 
-        def expected(x, weight_f, bias_f, weight_b, bias_b):
-            return (
-                reference.causal_conv1d(x, weight_f, bias_f, activation=activation)[0],
-                reference.causal_conv1d(x, weight_b, bias_b, activation=activation, mode='reverse')[
-                    0
-                ],
-            )
+        def expected(*values):
+            return reference.bidirectional_conv1d(*values, activation=activation)
 
         got = run_one(
             lambda *v: bidirectional_conv1d(*v, activation=activation), lambda v: v.detach().clone()

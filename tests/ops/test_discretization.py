@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import mpmath
 import pytest
-import reference
 import torch
 
 from mmvim.ops import DISCRETIZATIONS, selective_scan
@@ -31,10 +30,6 @@ def exact_phi(k, z):
         for i in range(1, k + 1):
             value = (value - 1 / mpmath.factorial(i - 1)) / z
         return value
-
-
-def test_names():
-    assert DISCRETIZATIONS == reference.METHODS
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])

@@ -1,7 +1,6 @@
 """The borrowed signatures, against loops written from those packages' documentation."""
 
 import pytest
-import reference
 import torch
 from ops_support import gradients, need, randn, scan_inputs
 
@@ -9,6 +8,7 @@ from mmvim.ops import (
     SelectiveScanCuda,
     causal_conv1d_fn,
     causal_conv1d_update,
+    reference,
     selective_scan_fn,
 )
 

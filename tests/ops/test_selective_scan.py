@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,9 +18,15 @@ from ops_support import (
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmvim.ops import DISCRETIZATIONS, selective_scan, selective_scan_torch, use_backend
+from mmvim.ops import (
+    DISCRETIZATIONS,
+    TWO_TAP,
+    reference,
+    selective_scan,
+    selective_scan_torch,
+    use_backend,
+)
 
-TWO_TAP = reference.TWO_TAP
 OPTIONS = ('delta_softplus', 'discretization', 'reverse')
 
 

@@ -1,4 +1,4 @@
-"""Cases for the ops: described by plain data, run against the float64 references of tests/ops.
+"""Cases for the ops: described by plain data, run against the references in float64.
 
 An op must give what the reference gives, or refuse the arguments with a ValueError or TypeError
 that names one of them.
@@ -6,8 +6,6 @@ that names one of them.
 
 import inspect
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mmvim.ops as ops
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / 'ops'))
-import reference
+from mmvim.ops import reference
 
 DTYPES = {
     'float32': torch.float32,
@@ -299,29 +295,14 @@ def expected(op: str, given: dict[str, Any], options: dict[str, Any]) -> tuple:
     options = {k: v for k, v in options.items() if k != 'backend'}
     states = options.pop('return_last_state', options.pop('return_final_states', False))
     if op == 'selective_scan':
-        given.update({k: v.unsqueeze(2) for k, v in given.items() if k in 'BC' and v.dim() == 3})
         return reference.selective_scan(**given, **options)[: 1 + states]
     if op == 'bidirectional_scan':
-        scale = options.pop('scale')
-        given.update({k: v.unsqueeze(2) for k, v in given.items() if k[0] in 'BC' and v.dim() == 3})
-        total = sum(
-            reference.selective_scan(
-                **{k: given[f'{k}_{side}'] for k in ONE_WAY}, reverse=side == 'b', **options
-            )[0]
-            for side in 'fb'
-        )
-        z = given['z']
-        return (scale * (total if z is None else total * torch.nn.functional.silu(z)),)
+        directions = ([given[f'{k}_{side}'] for k in ONE_WAY] for side in 'fb')
+        return (reference.bidirectional_scan(*directions, given['z'], **options),)
     if op == 'causal_conv1d':
         return reference.causal_conv1d(**given, **options)[: 1 + states]
     if op == 'bidirectional_conv1d':
-        x = given['x']
-        return tuple(
-            reference.causal_conv1d(
-                x, given[f'weight_{side}'], given[f'bias_{side}'], mode=mode, **options
-            )[0]
-            for side, mode in (('f', 'causal'), ('b', 'reverse'))
-        )
+        return reference.bidirectional_conv1d(**given, **options)
     if op == 'add_rms_norm':
         return reference.add_rms_norm(**given, eps=float(options['eps']))
     if op == 'selective_scan_fn':
