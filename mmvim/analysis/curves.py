@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 SCALARS = '[0-9]*/vis_data/scalars.json'
 #: Entries that do not measure the training itself.
 _BOOKKEEPING = frozenset({'step', 'epoch', 'iter', 'time', 'data_time', 'memory', 'lr', 'base_lr'})
+
+# As in: Epoch(train)  [3][ 40/113]
+_EPOCH = r'Epoch\(train\)\s+\[\d+\]\[\s*\d+/(\d+)\]'
 
 
 @dataclass(frozen=True)
@@ -70,44 +74,69 @@ def _real(value: Any) -> bool:
 
 
 def read_run(path: str | Path) -> Run:
-    """Read the newest training run of a work directory.
+    """Read the training of a work directory, with all its resumptions.
 
     Args:
         path: A work directory of ``tools/train.py``, or a ``scalars.json``.
 
     Raises:
         FileNotFoundError: There is no ``scalars.json``.
-        ValueError: The file has no training entry, or a line that is not JSON.
+        ValueError: There is no training entry, or a line that is not JSON.
     """
     path = Path(path)
-    file = path
-    if path.suffix != '.json':
-        found = sorted(path.glob(SCALARS))
-        if not found:
+    if path.suffix == '.json':
+        files = [path]
+        name = path.resolve().parents[2].name if len(path.resolve().parents) > 2 else path.stem
+    else:
+        files, name = sorted(path.glob(SCALARS)), path.resolve().name
+        if not files:
             raise FileNotFoundError(
                 f'no {SCALARS} in {str(path)!r}: it is no work directory of a training run with '
                 'LocalVisBackend'
             )
-        # Tests write scalars of their own in addition to those of the training.
-        file = next((f for f in reversed(found) if '"loss"' in f.read_text()), found[-1])
-        name = path.resolve().name
-    else:
-        name = file.resolve().parents[2].name if len(file.resolve().parents) > 2 else file.stem
-    train, val = [], []
+    train: list[dict] = []
+    val: list[dict] = []
+    for file in files:
+        new_train, new_val = _read_scalars(file)
+        if not new_train:  # of a test
+            continue
+        # What was logged after the checkpoint that this part starts from was done again.
+        start = new_train[0]['step']
+        train = [entry for entry in train if entry['step'] < start] + new_train
+        val = [entry for entry in val if entry['step'] < start] + new_val
+    if not train:
+        raise ValueError(f'{str(path)!r} has no entry of a training loop')
+    return Run(name, tuple(train), tuple(val))
+
+
+def _read_scalars(file: Path) -> tuple[list[dict], list[dict]]:
+    """Entries of the training and of the validations, 'step' in iterations."""
+    train, val, before = [], [], []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f'line {number} of {str(file)!r} is no JSON: {error}') from error
-        (train if 'loss' in entry else val).append(entry)
-    if not train:
-        raise ValueError(f'{str(file)!r} has no entry of a training loop')
-    # Validation entries count in epochs or iterations, like the training loop.
-    last = train[-1]
-    if val and 'epoch' in last and val[-1].get('step', 0) <= last['epoch'] < last['step']:
-        per_epoch = last['step'] / last['epoch']
-        val = [{**entry, 'step': round(entry['step'] * per_epoch)} for entry in val]
-    return Run(name, tuple(train), tuple(entry for entry in val if 'step' in entry))
+        if 'loss' in entry:
+            train.append(entry)
+        elif 'step' in entry:
+            val.append(entry)
+            before.append(train[-1]['step'] if train else 0)
+    # A validation counts in epochs or iterations, as the training loop does. In iterations, none is
+    # before the training that was logged before it.
+    if any(entry['step'] < step for entry, step in zip(val, before, strict=True)):
+        length = _epoch_length(file, train)
+        val = [{**entry, 'step': round(entry['step'] * length)} for entry in val]
+    return train, val
+
+
+def _epoch_length(file: Path, train: list[dict]) -> float:
+    """Iterations of an epoch: from the text log, which has it, else as the entries allow."""
+    for log in sorted(file.parents[1].glob('*.log')):
+        found = re.search(_EPOCH, log.read_text(errors='replace'))
+        if found:
+            return int(found[1])
+    return max(entry['step'] / entry.get('epoch', 1) for entry in train)
 
 
 def draw_runs(

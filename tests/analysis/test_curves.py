@@ -41,6 +41,30 @@ def test_validations_are_placed_at_iterations(tmp_path, by_epoch):
     }
 
 
+def test_resumptions_are_joined(tmp_path):
+    """Epochs of 13 iterations, logged every 5, stopped after the second and resumed from it."""
+
+    def log(time, steps, validations):
+        folder = tmp_path / 'run' / time
+        (folder / 'vis_data').mkdir(parents=True)
+        lines = [
+            *((s, {'loss': 1 / s, 'step': s, 'epoch': -(-s // 13), 'iter': s}) for s in steps),
+            *((13 * e + 0.5, {'accuracy': float(e), 'step': e}) for e in validations),
+        ]
+        text = '\n'.join(json.dumps(entry) for _, entry in sorted(lines, key=lambda x: x[0]))
+        (folder / 'vis_data' / 'scalars.json').write_text(text)
+        (folder / f'{time}.log').write_text('INFO - Epoch(train)   [1][ 5/13]  lr: 1.0e-03')
+
+    log('20200101_000000', (5, 10, 18, 23, 31, 36), (1, 2))
+    log('20200102_000000', (31, 36, 44, 49), (3, 4))
+    run = read_run(tmp_path / 'run')
+    assert run.series('loss')[0] == [5, 10, 18, 23, 31, 36, 44, 49]
+    assert run.series('accuracy') == ([13, 26, 39, 52], [1.0, 2.0, 3.0, 4.0])
+    assert run.summary()['iterations'] == 49
+    log('20200103_000000', (5, 10), (1,))  # anew
+    assert read_run(tmp_path / 'run').series('accuracy') == ([13], [1.0])
+
+
 def test_a_test_after_training_does_not_hide_it(tmp_path):
     write(tmp_path / 'run', '20210101_000000', 2.0)
     test = tmp_path / 'run' / '20220101_000000' / 'vis_data'
