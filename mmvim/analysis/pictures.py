@@ -126,12 +126,15 @@ def draw_fields(fields: Mapping[str, Tensor], out: str | Path) -> Path:
     return _save(figure, out)
 
 
-def draw_norms(norms: Mapping[str, Mapping[str, Tensor]], out: str | Path) -> Path:
+def draw_norms(
+    norms: Mapping[str, Mapping[str, Tensor]], out: str | Path, title: str | None = None
+) -> Path:
     """Draw the sizes of states: over layers, and over layers and tokens.
 
     Args:
         norms: For each direction the norms of each layer, by name: (length,).
         out: File to write.
+        title: Over the picture.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(
@@ -141,6 +144,8 @@ def draw_norms(norms: Mapping[str, Mapping[str, Tensor]], out: str | Path) -> Pa
         layout='constrained',
         squeeze=False,
     )
+    if title:
+        figure.suptitle(title)
     lines, *maps = axes.flat
     every = torch.cat([values for by_layer in norms.values() for values in by_layer.values()])
     high = float(every.max())

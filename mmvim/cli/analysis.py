@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +74,14 @@ def weights_of(model: str, weights: str | None) -> str | None:
     if found is None:
         raise UserError(f'no weights were published for {model!r}')
     return found
+
+
+def note_on(weights: str | None) -> str:
+    """What a picture's title says of the weights: that they are random, also said on stderr."""
+    if weights:
+        return ''
+    print('note: without --weights the model is random, and so is what it shows', file=sys.stderr)
+    return ' (random weights)'
 
 
 @contextlib.contextmanager

@@ -109,11 +109,12 @@ def unique_stems(names: Iterable[str]) -> list[str]:
     return list(used)
 
 
-def summary(prediction: Mapping[str, Any]) -> str:
-    """One readable line."""
+def summary(prediction: Mapping[str, Any], inferencer: Any) -> str:
+    """One line of text about a prediction, with a warning of random weights."""
+    remark = ' (random weights: it means nothing)' if inferencer.model.has_random_weights else ''
     for key, value in (('classes', 'score'), ('objects', 'score'), ('areas', 'share')):
         if key in prediction:
             found = prediction[key]
             some = ', '.join(f'{item["class"]} {item[value]:.0%}' for item in found[:5])
-            return f'{some or "nothing"}{" …" if len(found) > 5 else ""}'
-    return ''
+            return f'{some or "nothing"}{" …" if len(found) > 5 else ""}{remark}'
+    return remark

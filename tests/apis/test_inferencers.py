@@ -285,3 +285,50 @@ def test_displayable(channels, dtype):
         assert np.array_equal(first, shown[..., 0])
     else:
         assert shown.max() == 255
+
+
+@pytest.mark.parametrize('task', KEYS)
+def test_random_weights_are_named(task, photos, root, tmp_path):
+    """On the picture and in the text; nothing of it with a checkpoint."""
+    image = photos / 'a.png'
+    arguments = ('demo/image_demo.py', root / CONFIGS[task], image, '--no-progress')
+    assert '(random weights: it means nothing)' in run_script(*arguments).stdout
+    cfg = Config.fromfile(root / CONFIGS[task])
+    torch.save({'state_dict': build_model(cfg).state_dict()}, tmp_path / 'x.pth')
+    trained = run_script(*arguments, '--weights', tmp_path / 'x.pth').stdout
+    assert 'random' not in trained
+    assert str(image) in trained
+    inferencer = make_inferencer(cfg, device='cpu')
+    (result,) = inferencer.predict(image)
+    marked = inferencer.draw(result)
+    inferencer.model.has_random_weights = False
+    plain = inferencer.draw(result)
+    assert marked.shape == plain.shape
+    red = (marked != plain).any(-1) & (marked[..., 0] > 200) & (marked[..., 1] < 100)
+    assert red.sum() > 20
+
+
+@pytest.mark.parametrize('task', KEYS)
+def test_class_names_of_any_script(task, photos, root):
+    """Letters that are no ASCII are drawn: other names give other pictures."""
+    inferencer = make_inferencer(Config.fromfile(root / CONFIGS[task]), device='cpu')
+    if task == 'det':
+        inferencer.score_threshold = 0.0
+    drawn = []
+    for names in (['ёж'] * 11, ['ňú'] * 11, ['ёж'] * 11):
+        inferencer.model.dataset_meta['classes'] = names
+        inferencer.classes = names
+        (result,) = inferencer.predict(photos / 'c.png')
+        if task == 'seg':
+            result.prediction['areas'] = result.prediction['areas'][:2]
+        drawn.append(inferencer.draw(result))
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert np.array_equal(drawn[0], drawn[2])
+
+
+def test_fonts(caplog):
+    from mmvim.apis.inferencers.text import font_files
+
+    assert len(font_files(frozenset('aéñßЖΩ'))) == 1
+    unknown = font_files(frozenset('a\U0010fffd'))
+    assert len(unknown) == 1

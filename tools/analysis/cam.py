@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         pictures.append(picture)
         print(f'{name}: class {int(classes)}, {float(scores):.1%}')
     title = f'Grad-CAM at {args.layer or default_cam_layer(model)}'
+    title += analysis.note_on(args.weights)
     with analysis.complete_file(args.out) as path:
         draw_maps(pictures if frames is None else pictures[0], rows, path, title=title)
     print(f'maps: {args.out}')

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
                 )
             field = new if field is None else field + new
         title = Path(name).stem if name.endswith('.py') else name
+        title += analysis.note_on(file)
         fields[title if title not in fields else f'{title} ({len(fields)})'] = field / field.max()
         areas = high_contribution_area(field)
         text = ', '.join(f'{share:.0%} in {area:.1%}' for share, area in areas.items())

@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     what = 'hidden attention' if args.what == 'attention' else 'mean Δ'
     if args.token:
         what += f' of token {tuple(args.token)}'
+    what += analysis.note_on(args.weights)
     with analysis.complete_file(args.out) as path:
         draw_maps(picture, rows, path, title=what)
     print(f'{what} of {len(rows)} of {len(names)} mixers: {args.out}')

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         # Of a stage with windows, the mean over the windows.
         norms.setdefault(scan.direction, {})[scan.layer] = state_norms(scan).mean(0)
     with analysis.complete_file(args.out) as path:
-        draw_norms(norms, path)
+        draw_norms(norms, path, f'states{analysis.note_on(args.weights)}')
     means = {
         direction: {layer: round(float(x.mean()), 6) for layer, x in by_layer.items()}
         for direction, by_layer in norms.items()

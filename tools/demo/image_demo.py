@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
             if args.show:
                 inferencer.visualizer.show(picture)
             predictions.append(prediction)
-            print(f'{result.name}: {demo.summary(prediction)}')
+            print(f'{result.name}: {demo.summary(prediction, inferencer)}')
         if out:
             text = json.dumps(predictions, indent=2)
             out.path('predictions.json').write_text(f'{text}\n')

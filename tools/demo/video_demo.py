@@ -166,14 +166,14 @@ def run(args: argparse.Namespace) -> None:
                 with contextlib.closing(output):
                     if is_whole:
                         prediction = whole(inferencer, next(results), video, args, output)
-                        line = demo.summary(prediction)
+                        line = demo.summary(prediction, inferencer)
                         progress.advance(task)
                     else:
                         prediction = by_frame(
                             inferencer, video, args, output, lambda t=task: progress.advance(t)
                         )
                         used = prediction['frames']
-                        line = f'{len(used)} frames; the last: {demo.summary(used[-1])}'
+                        line = f'{len(used)} frames; the last: {demo.summary(used[-1], inferencer)}'
             drawn = {'drawn': str(out.final(output.name))} if output.name else {}
             predictions.append({'video': name, **drawn, **prediction})
             print(f'{name}: {line}')

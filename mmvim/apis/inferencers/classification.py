@@ -47,7 +47,7 @@ class ClassificationInferencer(LibraryInference, ImageClassificationInferencer):
     def _plain(self, sample: Any) -> dict[str, Any]:
         return {'classes': ranked(sample.pred_score, TOP, self._class_name)}
 
-    def draw(self, result: Result, **options: Any) -> np.ndarray:
+    def _draw(self, result: Result, **options: Any) -> np.ndarray:
         """Draw the class and its score over the image, in RGB; small images are enlarged."""
         from mmpretrain.visualization import UniversalVisualizer
 

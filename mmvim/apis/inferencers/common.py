@@ -1,7 +1,7 @@
 """Common parts of the inferencers: models and weights by their names in mmvim, images, results."""
 
 import glob
-import math
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from mmvim.utils.configs import innermost_dataset
 
 from ..model_zoo import build_model, model_info
 from .pipeline import InferencePipeline
+from .text import fonts_for, write_lines
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
 
@@ -29,9 +30,6 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.
 TOP = 5
 
 _META = ('classes', 'palette')
-#: Smaller pictures are enlarged before text is drawn on them.
-_LEGIBLE = 224
-
 Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 
 
@@ -99,7 +97,12 @@ def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
             )
         meta = dict((content.get('meta') or {}).get('dataset_meta') or {})
     else:
-        print_log('no weights were given: the model is random', logger='current', level=30)
+        print_log(
+            'no weights were given: the model is random, and what it predicts means nothing',
+            logger='current',
+            level=logging.WARNING,
+        )
+    model.has_random_weights = not weights
     known = {k.lower(): v for k, v in meta.items() if v and k.lower() in _META}
     model.dataset_meta = {**_config_meta(cfg), **known}
     model.cfg = model._config = cfg
@@ -133,31 +136,6 @@ def ranked(scores: torch.Tensor, count: int, name: Callable[[int], str]) -> list
         {'class': name(label), 'label': label, 'score': round(value, 6)}
         for value, label in zip(values.tolist(), labels.tolist(), strict=True)
     ]
-
-
-def label_picture(picture: np.ndarray, lines: Sequence[str]) -> np.ndarray:
-    """Write lines into the upper left corner of an RGB picture; small ones are enlarged."""
-    import cv2
-
-    height, width = picture.shape[:2]
-    factor = max(1, math.ceil(_LEGIBLE / min(height, width)))
-    size = (width * factor, height * factor)
-    picture = cv2.resize(np.ascontiguousarray(picture), size, interpolation=cv2.INTER_NEAREST)
-    scale = max(min(picture.shape[:2]) / 480, 0.35)
-    for i, line in enumerate(lines):
-        place = (round(8 * scale), round((i + 1) * 26 * scale))
-        for colour, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):
-            cv2.putText(
-                picture,
-                line,
-                place,
-                cv2.FONT_HERSHEY_SIMPLEX,
-                0.8 * scale,
-                colour,
-                max(1, round(thickness * scale)),
-                cv2.LINE_AA,
-            )
-    return picture
 
 
 class Inference:
@@ -197,8 +175,15 @@ class Inference:
         """Whether two samples can be in one batch: by default each size has its own."""
         return data['inputs'].shape == other['inputs'].shape
 
-    def draw(self, result: Result, **options: Any) -> np.ndarray:
-        """Draw a result over its image, in RGB."""
+    def draw(self, result: Result, *args: Any, **options: Any) -> np.ndarray:
+        """Draw a result over its image, in RGB; a model of random weights says so on it."""
+        with fonts_for(self.class_names or ()):
+            picture = self._draw(result, *args, **options)
+        if self.model.has_random_weights:
+            picture = write_lines(picture, ['random weights'], [(255, 60, 60)], below=True)
+        return picture
+
+    def _draw(self, result: Result, **options: Any) -> np.ndarray:
         raise NotImplementedError
 
     def _plain(self, sample: Any) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class DetectionInferencer(EngineInference, DetInferencer):
             ]
         }
 
-    def draw(self, result: Result, **options: Any) -> np.ndarray:
+    def _draw(self, result: Result, **options: Any) -> np.ndarray:
         """Draw boxes and masks over the image, in RGB."""
         self.visualizer.add_datasample(
             'image',

@@ -6,6 +6,7 @@ import numpy as np
 from mmseg.apis import MMSegInferencer
 
 from .common import EngineInference, Result
+from .text import write_lines
 
 
 class SegmentationInferencer(EngineInference, MMSegInferencer):
@@ -52,8 +53,11 @@ class SegmentationInferencer(EngineInference, MMSegInferencer):
             ]
         }
 
-    def draw(self, result: Result, **options: Any) -> np.ndarray:
+    def _draw(self, result: Result, **options: Any) -> np.ndarray:
         """Draw the classes' colours and names over the image, in RGB."""
+        # mmseg writes names with OpenCV, which has no letters but ASCII's.
+        readable = all(str(name).isascii() for name in self.class_names or ())
+        options.setdefault('with_labels', readable)
         self.visualizer.add_datasample(
             'image',
             np.ascontiguousarray(result.image[..., ::-1]),
@@ -61,4 +65,10 @@ class SegmentationInferencer(EngineInference, MMSegInferencer):
             draw_gt=False,
             **options,
         )
-        return self.visualizer.get_image()
+        picture = self.visualizer.get_image()
+        if readable:
+            return picture
+        labels = [area['label'] for area in result.prediction['areas']]
+        palette = self.model.dataset_meta['palette']
+        names = [self._class_name(label) for label in labels]
+        return write_lines(picture, names, [palette[label] for label in labels])

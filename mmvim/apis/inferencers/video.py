@@ -16,8 +16,9 @@ from mmvim.utils.configs import type_name
 
 from ..model_zoo import load_config
 from ..videos import find_videos
-from .common import TOP, Inference, Result, label_picture, make_model, ranked
+from .common import TOP, Inference, Result, make_model, ranked
 from .pipeline import transforms_of
+from .text import enlarge, write_lines
 
 LOADER = 'LoadVideo'
 
@@ -104,13 +105,8 @@ class VideoInferencer(Inference):
     def _plain(self, sample: Any) -> dict[str, Any]:
         return {'classes': ranked(sample.pred_score, TOP, self._class_name)}
 
-    def draw(self, result: Result, frame: np.ndarray | None = None) -> np.ndarray:
-        """Write the best classes over a frame, in RGB; small frames are enlarged.
-
-        Args:
-            result: Result of :meth:`predict`.
-            frame: RGB (height, width, 3). Defaults to None: the middle frame of the video.
-        """
+    def _draw(self, result: Result, frame: np.ndarray | None = None) -> np.ndarray:
+        """Write the best classes over an RGB frame, by default the middle one of the video."""
         picture = result.image[..., ::-1] if frame is None else frame
         found = result.prediction['classes'][:3]
-        return label_picture(picture, [f'{x["score"]:4.0%} {x["class"]}' for x in found])
+        return write_lines(enlarge(picture), [f'{x["score"]:4.0%} {x["class"]}' for x in found])
