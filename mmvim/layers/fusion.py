@@ -56,7 +56,9 @@ class Fusable(nn.Module):
         # are slow.
         for name in names or self._fused_parts:
             module, (kind, forward) = self._modules.get(name), self._fused_parts[name]
-            if type(module) is not kind or getattr(module.forward, '__func__', None) is not forward:
+            if type(module) is not kind or kind.forward is not forward:
+                return False
+            if 'forward' in module.__dict__:
                 return False
             if (
                 module._forward_hooks

@@ -215,6 +215,19 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(parameter.grad, grads[name])
 
 
+@pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer, Mlp])
+def test_a_compiler_meets_the_fused_function_where_there_is_a_gradient(kind):
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    module = kind(12, 24) if kind is Mlp else kind(12)
+    torch.compile(module, backend=backend, fullgraph=True)(torch.randn(1, 5, 12))
+    assert any('autograd_function' in target for target in targets)
+
+
 def test_recompute_of_v1_is_refused():
     with pytest.raises(ValueError, match="recompute=True needs bimamba='v2', not 'v1'"):
         BiMamba(12, bimamba='v1', recompute=True)
