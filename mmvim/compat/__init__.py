@@ -18,6 +18,7 @@ from . import (
     mmpretrain_models,
     mmpretrain_transformers,
     pycocotools_masks,
+    waiting_batches,
 )
 
 __all__ = ['install', 'require']
@@ -33,6 +34,7 @@ _SHIMS = (
     mmpretrain_models,
     mmpretrain_transformers,
     pycocotools_masks,
+    waiting_batches,
 )
 _INSTALL_COMMAND = "pip install 'mmvim[onedl]'"
 

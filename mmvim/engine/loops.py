@@ -151,8 +151,10 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
         self.dataloader_iterator = batches.endless(skip)
         self._catch_up()
         self.runner.message_hub.update_info(EPOCH_LENGTH, len(self.dataloader))
+        self.runner.model.train()
         while self._iter < self._max_iters and not self.stop_training:
-            self.runner.model.train()
+            if not self.runner.model.training:
+                self.runner.model.train()
             self.run_iter(next(self.dataloader_iterator))
             self._validate_if_due()
         self.runner.call_hook('after_train_epoch')

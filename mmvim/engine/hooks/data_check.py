@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DefaultScope
@@ -88,13 +89,20 @@ class DataCheckHook(Hook):
         self._unseen -= len(samples) * runner.world_size
         name, count = min(self._outputs.items(), key=lambda item: item[1])
         ignored = self._ignored_label(runner)
+        found = [self._task.labels(sample) for sample in samples if hasattr(sample, 'get')]
+        found = [
+            labels.reshape(-1)
+            for labels in found
+            if labels is not None and labels.numel() and not labels.is_floating_point()
+        ]
+        # One look at the batch; which sample it is matters when there is something wrong.
+        if not found or not self._bad(torch.cat(found), count, ignored).any():
+            return
         for sample in samples:
             labels = self._task.labels(sample) if hasattr(sample, 'get') else None
             if labels is None or not labels.numel() or labels.is_floating_point():
                 continue
-            bad = (labels < 0) | (labels >= count)
-            if ignored is not None:
-                bad &= labels != ignored
+            bad = self._bad(labels, count, ignored)
             if bad.any():
                 where = sample.get('img_path')
                 raise UserError(
@@ -102,6 +110,11 @@ class DataCheckHook(Hook):
                     f'allowed: 0 to {count - 1}'
                     + (f' and {ignored} (ignored)' if ignored is not None else '')
                 )
+
+    @staticmethod
+    def _bad(labels: torch.Tensor, count: int, ignored: int | None) -> torch.Tensor:
+        bad = (labels < 0) | (labels >= count)
+        return bad if ignored is None else bad & (labels != ignored)
 
     def _ignored_label(self, runner) -> int | None:
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -46,8 +46,8 @@ class TerminationHook(Hook):
     Args:
         signals: Names of the signals to act upon. Slurm's ``--signal=USR1@120`` needs
             ``('SIGTERM', 'SIGUSR1')``. Defaults to ``('SIGTERM',)``.
-        interval: Processes ask each other every ``interval`` iterations (one number is exchanged).
-            Defaults to 1.
+        interval: Processes ask each other every ``interval`` iterations (one number is exchanged,
+            and read the next time, so that no process waits for it). Defaults to 1.
 
     Raises:
         UserError: A signal is unknown, or ``interval`` is not positive.
@@ -67,6 +67,7 @@ class TerminationHook(Hook):
         self._signals = [signal.Signals[name] for name in names]
         self._interval = interval
         self._received = 0
+        self._asked: torch.Tensor | None = None
         self._handlers: dict[int, Any] = {}
         self._swapped: dict[EMAHook, bool] = {}
         self._states: dict | None = None
@@ -150,11 +151,14 @@ class TerminationHook(Hook):
         self._received = signum
 
     def _any_received(self) -> bool:
-        if is_distributed():
-            number = torch.tensor(self._received, device=get_comm_device())
-            all_reduce(number, 'max')
-            self._received = int(number)
-        return self._received != 0
+        if not is_distributed():
+            return self._received != 0
+        answer, self._asked = self._asked, torch.full((), self._received, device=get_comm_device())
+        all_reduce(self._asked, 'max')
+        # All processes read the same answer, to the question that they asked the last time.
+        signum = int(answer) if answer is not None else 0
+        self._received = self._received or signum
+        return signum != 0
 
     def _watch_swaps(self, hook: EMAHook) -> None:
         """Track whether the model holds the averaged weights."""

@@ -88,18 +88,25 @@ class VideoDataPreprocessor(BaseDataPreprocessor):
                 samples = [sample.clone() for sample in samples for _ in range(views)]
         inputs = (inputs.float() - self.mean) / self.std
         if samples is not None:
+            mixes = training and self.batch_augments is not None
+            labels = self._labels(samples) if mixes else None
             samples = self.cast_data(samples)
-        if training and self.batch_augments is not None and samples is not None:
-            inputs = self._mix(inputs, samples)
+            if mixes:
+                inputs = self._mix(inputs, samples, labels)
         return {'inputs': inputs, 'data_samples': samples}
 
-    def _mix(self, inputs: Tensor, samples: list) -> Tensor:
-        labels = torch.cat([sample.gt_label for sample in samples]).to(inputs.device)
+    def _labels(self, samples: list) -> Tensor:
+        # Where the samples are: on a GPU the comparison would wait for it.
+        labels = torch.cat([sample.gt_label for sample in samples])
         if labels.max() >= self.num_classes:
             raise ValueError(
                 f'label {int(labels.max())} does not fit num_classes={self.num_classes} of the '
                 'data preprocessor'
             )
+        return labels
+
+    def _mix(self, inputs: Tensor, samples: list, labels: Tensor) -> Tensor:
+        labels = labels.to(inputs.device, non_blocking=True)
         scores = torch.nn.functional.one_hot(labels, self.num_classes).float()
         # mmpretrain's augmentations expect images: frames move into the channel dimension.
         channels = inputs.shape[1]

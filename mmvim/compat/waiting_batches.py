@@ -1,0 +1,144 @@
+"""Data preprocessors and batch augmentations that do not wait for the GPU.
+
+Why: mmpretrain's preprocessor copies labels synchronously, makes one-hot labels sample by sample,
+and its Mixup and CutMix index with a permutation on the CPU; mmengine's and mmsegmentation's
+preprocessors index channels with a list. Each of these waits until the GPU has done all that it was
+given, in every iteration.
+
+How: labels and permutations go through pinned memory, one-hot labels are made at once, channels are
+flipped. Results are the same numbers, from the same random numbers. What is not the usual case
+(several labels or scores of a sample, other numbers of channels) takes the original way.
+
+Obsolete with: versions of these packages that do none of that (onedl-mmengine 0.10.12,
+onedl-mmpretrain 1.3.6 and onedl-mmsegmentation 1.4.2 do).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from ._import_hook import when_imported
+
+_MMPRETRAIN = 'mmpretrain.models.utils'
+
+
+def install() -> None:
+    """Act when the modules are imported."""
+    when_imported(f'{_MMPRETRAIN}.data_preprocessor', _patch_classification)
+    when_imported(f'{_MMPRETRAIN}.batch_augments.mixup', _patch_mixup)
+    when_imported(f'{_MMPRETRAIN}.batch_augments.cutmix', _patch_cutmix)
+    when_imported('mmengine.model.base_model.data_preprocessor', _patch_channels)
+    when_imported('mmseg.models.data_preprocessor', _patch_channels)
+
+
+def to_device(tensor: Any, device: Any) -> Any:
+    """Copy a small CPU tensor to a device, without waiting where the device is a GPU."""
+    if device.type == 'cuda' and tensor.device.type == 'cpu':
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _wrap(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
+    original = owner.__dict__[name]
+    if not hasattr(original, '__wrapped__'):
+        setattr(owner, name, functools.wraps(original)(make(original)))
+
+
+def _patch_classification(module: ModuleType) -> None:
+    import torch
+
+    def make(original: Callable) -> Callable:
+        def forward(self: Any, data: dict, training: bool = False) -> dict:
+            samples = data.get('data_samples')
+            classes = self.num_classes
+            usual = samples and all(
+                type(sample) is module.DataSample
+                and 'gt_score' not in sample
+                and len(sample.get('gt_label', ())) == 1
+                for sample in samples
+            )
+            if not training or not usual or (self.to_onehot and classes is None):
+                return original(self, data, training)
+            inputs = original(self, {'inputs': data['inputs']}, training)['inputs']
+            labels = to_device(torch.cat([sample.gt_label for sample in samples]), self.device)
+            if self.to_onehot:
+                scores = torch.nn.functional.one_hot(labels, classes)
+                if self.batch_augments is not None:
+                    inputs, scores = self.batch_augments(inputs, scores)
+                for sample, score in zip(samples, scores, strict=True):
+                    sample.set_gt_score(score)
+            for sample, label in zip(samples, labels.split(1), strict=True):
+                sample.set_gt_label(label)
+            return {'inputs': inputs, 'data_samples': samples}
+
+        return forward
+
+    _wrap(module.ClsDataPreprocessor, 'forward', make)
+
+
+def _patch_mixup(module: ModuleType) -> None:
+    import numpy as np
+
+    def make(original: Callable) -> Callable:
+        def mix(self: Any, batch_inputs: Any, batch_scores: Any) -> tuple:
+            share = np.random.beta(self.alpha, self.alpha)
+            others = _permutation(batch_inputs)
+            inputs = share * batch_inputs + (1 - share) * batch_inputs[others]
+            return inputs, share * batch_scores + (1 - share) * batch_scores[others]
+
+        return mix
+
+    _wrap(module.Mixup, 'mix', make)
+
+
+def _patch_cutmix(module: ModuleType) -> None:
+    import numpy as np
+
+    def make(original: Callable) -> Callable:
+        def mix(self: Any, batch_inputs: Any, batch_scores: Any) -> tuple:
+            share = np.random.beta(self.alpha, self.alpha)
+            others = _permutation(batch_inputs)
+            box, share = self.cutmix_bbox_and_lam(batch_inputs.shape[-2:], share)
+            top, bottom, left, right = box
+            box = (..., slice(top, bottom), slice(left, right))
+            batch_inputs[box] = batch_inputs[box][others]
+            return batch_inputs, share * batch_scores + (1 - share) * batch_scores[others]
+
+        return mix
+
+    _wrap(module.CutMix, 'mix', make)
+
+
+def _permutation(batch: Any) -> Any:
+    import torch
+
+    return to_device(torch.randperm(len(batch)), batch.device)
+
+
+def _patch_channels(module: ModuleType) -> None:
+    def make(original: Callable) -> Callable:
+        def forward(self: Any, data: dict, training: bool = False) -> Any:
+            if not self._channel_conversion or not isinstance(data, dict):
+                return original(self, data, training)
+            data = self.cast_data(data)
+            inputs = data['inputs']
+            images = [inputs] if hasattr(inputs, 'shape') else inputs
+            if any(image.shape[-3] != 3 for image in images):
+                return original(self, data, training)
+            flipped = [image.flip(-3) for image in images]
+            data = {**data, 'inputs': flipped[0] if images is not inputs else flipped}
+            self._channel_conversion = False
+            try:
+                return original(self, data, training)
+            finally:
+                self._channel_conversion = True
+
+        return forward
+
+    names = ('ImgDataPreprocessor', 'SegDataPreProcessor')
+    # mmsegmentation's module has mmengine's names too.
+    owner = next(o for o in map(vars(module).get, names) if o and o.__module__ == module.__name__)
+    _wrap(owner, 'forward', make)
