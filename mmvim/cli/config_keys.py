@@ -37,6 +37,7 @@ RUNNER_KEYS: dict[str, tuple[type, ...]] = {
     'activation_checkpointing': (str, list, tuple),
     'efficient_conv_bn_eval': (str, list, tuple),
     'compile': (bool, dict),
+    'graph': (bool, dict),
     'sync_bn': (str,),
     'find_unused_parameters': (bool,),
     'custom_imports': (dict,),

@@ -182,6 +182,28 @@ def fit_to_cpu(cfg: Config, notes: list[str]) -> None:
         notes.append('There is no GPU: mixed precision is bfloat16 without loss scaling.')
 
 
+_FUSED = ('Adam', 'AdamW', 'SGD')
+# Keys of an optimizer that choose its implementation, or rule one out.
+_IMPLEMENTATIONS = ('fused', 'foreach', 'capturable', 'differentiable')
+
+
+def use_fast_training(cfg: Config) -> None:
+    """Let a training run lose no time between its kernels; what it computes does not change."""
+    hooks = cfg.get('custom_hooks') or ()
+    fast = [{'type': 'mmvim.ParameterGroupsHook'}, {'type': 'mmvim.RunAheadHook'}]
+    present = [hook.get('type') for hook in hooks if isinstance(hook, dict)]
+    cfg.custom_hooks = [*hooks, *(hook for hook in fast if hook['type'] not in present)]
+    wrapper = cfg.get('optim_wrapper')
+    optimizer = wrapper.get('optimizer') if isinstance(wrapper, dict) else None
+    if get_device() != 'cuda' or not isinstance(optimizer, dict) or cfg.get('strategy'):
+        return
+    kind = str(optimizer.get('type')).rpartition('.')[2]
+    if kind == 'Lamb':
+        optimizer['type'] = 'mmvim.Lamb'
+    elif kind in _FUSED and not any(name in optimizer for name in _IMPLEMENTATIONS):
+        optimizer['fused'] = True
+
+
 def use_resumable_loops(cfg: Config) -> None:
     """Replace mmengine's training loops by this package's, which extend them."""
     loop = cfg.get('train_cfg')
@@ -194,10 +216,27 @@ def use_resumable_loops(cfg: Config) -> None:
         loop['type'] = f'mmvim.{loop["type"]}'
 
 
-def use_compile_hook(cfg: Config) -> None:
-    """Turn ``compile`` into a :class:`mmvim.engine.CompileHook`."""
-    options = cfg.pop('compile', None)
-    if options is None or options is False:
-        return
-    hook = {'type': 'mmvim.CompileHook', **({} if options is True else options)}
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), hook]
+def use_backbone_hooks(cfg: Config) -> None:
+    """Turn ``compile`` and ``graph`` into the hooks that do it.
+
+    Raises:
+        UserError: If both are wanted, or an option of ``graph`` is unknown.
+    """
+    hooks = []
+    for key, hook in (('compile', 'mmvim.CompileHook'), ('graph', 'mmvim.GraphHook')):
+        options = cfg.pop(key, None)
+        if options is None or options is False:
+            continue
+        if options is not True and not isinstance(options, dict):
+            raise UserError(f'{key} must be True, False or a dict of options, not {options!r}')
+        unknown = (
+            sorted(set(options) - {'max_shapes'}) if key == 'graph' and options is not True else ()
+        )
+        if unknown:
+            raise UserError(f'graph has no option {unknown[0]!r}; allowed: max_shapes')
+        hooks.append({'type': hook, **({} if options is True else options)})
+    if len(hooks) > 1:
+        raise UserError(
+            "compile and graph exclude each other; compile=dict(mode='reduce-overhead') does both"
+        )
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), *hooks]

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, RUNNERS
+from mmengine.registry import HOOKS, MODELS, RUNNERS
 from mmengine.runner import Runner
 
 from mmvim.checkpoints.loading import checked_loading
@@ -26,6 +26,7 @@ from mmvim.engine.hooks import (
     TerminationHook,
     WeightsHook,
 )
+from mmvim.engine.optim import ExponentialMovingAverage
 from mmvim.engine.tasks import task_of
 
 from . import checks, distributed, flags, resuming, samples
@@ -60,6 +61,7 @@ def main_train(argv: Sequence[str] | None = None) -> Any:
         checks.check_checkpoint(cfg.get('load_from'), '--resume' if args.resume else 'load_from')
         checks.check_pretrained(cfg)
         flags.use_resumable_loops(cfg)
+        flags.use_fast_training(cfg)
         runner = _build_runner(cfg, args, ('train', 'val'), notes)
         for warning in warnings:
             runner.logger.warning(warning)
@@ -136,9 +138,11 @@ def _build_runner(
     distributed.prepare(cfg, cfg.launcher, notes)
     if get_device() == 'cpu':
         flags.fit_to_cpu(cfg, notes)
-    flags.use_compile_hook(cfg)
+    flags.use_backbone_hooks(cfg)
     samples.install()
     HOOKS.register_module(name='CheckpointHook', module=CheckpointHook, force=True)
+    name = ExponentialMovingAverage.__name__
+    MODELS.register_module(name=name, module=ExponentialMovingAverage, force=True)
     runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     if not args.no_checks:
         runner.register_hook(DataCheckHook(loops))

@@ -4,12 +4,20 @@ from .hooks import (
     CheckpointHook,
     CompileHook,
     DataCheckHook,
+    GraphHook,
     MesaHook,
     NonFiniteHook,
+    ParameterGroupsHook,
+    RunAheadHook,
     TerminationHook,
 )
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
-from .optim import CPUAmpOptimWrapper, LayerDecayOptimizerConstructor
+from .optim import (
+    CPUAmpOptimWrapper,
+    ExponentialMovingAverage,
+    Lamb,
+    LayerDecayOptimizerConstructor,
+)
 
 __all__ = [
     'CPUAmpOptimWrapper',
@@ -17,9 +25,14 @@ __all__ = [
     'CompileHook',
     'DataCheckHook',
     'EpochBasedTrainLoop',
+    'ExponentialMovingAverage',
+    'GraphHook',
     'IterBasedTrainLoop',
+    'Lamb',
     'LayerDecayOptimizerConstructor',
     'MesaHook',
     'NonFiniteHook',
+    'ParameterGroupsHook',
+    'RunAheadHook',
     'TerminationHook',
 ]

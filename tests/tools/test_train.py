@@ -1,6 +1,7 @@
 """``tools/train.py``: flags, resuming, checkpoints, and what bad input gets."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from mmengine.config import Config
 
 from mmvim.checkpoints.training import candidates
+from mmvim.cli import flags
 from mmvim.cli.launcher import main_train
 from mmvim.engine import CheckpointHook, DataCheckHook
 
@@ -438,3 +440,86 @@ def test_bad_compile_options(toy, capsys, value, message):
         main_train(['config.py', *option(f'compile={value}')])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_graph_runs_without_where_there_is_no_gpu(toy, caplog):
+    changes = ('train_cfg.max_epochs=2', 'randomness.seed=0')
+    plain = main_train(['config.py', *option(*changes)])
+    for value in ('True', 'dict(max_shapes=2)'):
+        runner = main_train(
+            ['config.py', '--work-dir', 'graph', *option(*changes, f'graph={value}')]
+        )
+        assert hook(runner, 'GraphHook').max_shapes == (2 if '2' in value else 8)
+        log = next(Path('graph').glob('*/*.log')).read_text()
+        if torch.cuda.is_available():
+            assert 'backbone is recorded for' in log
+        else:
+            assert log.count('backbone runs without CUDA graphs: it is on cpu') == 1
+            for name, value in runner.model.state_dict().items():
+                assert torch.equal(value, plain.model.state_dict()[name])
+        shutil.rmtree('graph')
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        (('graph=3',), 'graph'),
+        (('graph=dict(shapes=3)',), "graph has no option 'shapes'; allowed: max_shapes"),
+        (('graph=dict(max_shapes=0)',), 'max_shapes must be at least 1'),
+        (('graph=True', 'compile=True'), 'compile and graph exclude each other'),
+    ],
+)
+def test_bad_graph_options(toy, capsys, changes, message):
+    with pytest.raises(SystemExit) as exit_:
+        main_train(['config.py', *option(*changes)])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_time_between_kernels(toy):
+    """Groups are joined, losses deferred, averages quick, and the log says so."""
+    changes = (
+        'optim_wrapper.paramwise_cfg=dict(norm_decay_mult=0.0)',
+        'optim_wrapper.optimizer.weight_decay=0.1',
+        'optim_wrapper.clip_grad=dict(max_norm=1.0)',
+        "custom_hooks=[dict(type='EMAHook',momentum=0.1)]",
+    )
+    runner = main_train(['config.py', *option(*changes)])
+    groups = runner.optim_wrapper.optimizer.param_groups
+    assert sorted(len(group['params']) for group in groups) == [2, 8]
+    log = next(WORK_DIR.glob('*/*.log')).read_text()
+    assert 'Optimizer: SGD' in log
+    assert '2 parameter groups (10 with equal settings joined)' in log
+    assert hook(runner, 'EMAHook').ema_model.__class__.__module__.startswith('mmvim.')
+    saved = torch.load(WORK_DIR / 'epoch_2.pth', weights_only=False)
+    assert len(saved['optimizer']['param_groups']) == 10
+    for name in ('train/loss', 'train/grad_norm'):
+        history = runner.message_hub.get_scalar(name)
+        assert len(history.data[0]) == runner.iter
+        assert type(saved['message_hub']['log_scalars'][name]).__module__.startswith('mmengine')
+    resumed = main_train(['config.py', '--resume', *option('train_cfg.max_epochs=3', *changes)])
+    assert resumed.iter == runner.iter * 3 // 2
+
+
+@pytest.mark.parametrize(
+    ('before', 'after'),
+    [
+        (dict(type='AdamW', lr=1), dict(fused=True)),
+        (dict(type='SGD', lr=1), dict(fused=True)),
+        (dict(type='AdamW', lr=1, fused=False), {}),
+        (dict(type='AdamW', lr=1, foreach=True), {}),
+        (dict(type='RMSprop', lr=1), {}),
+        (dict(type='Lamb', lr=1), dict(type='mmvim.Lamb')),
+        (dict(type='mmpretrain.Lamb', lr=1), dict(type='mmvim.Lamb')),
+    ],
+)
+def test_optimizer_on_a_gpu(before, after, monkeypatch):
+    for device, expected in (('cuda', {**before, **after}), ('cpu', before)):
+        monkeypatch.setattr('mmvim.cli.flags.get_device', lambda device=device: device)
+        cfg = Config(dict(optim_wrapper=dict(optimizer=dict(before))))
+        flags.use_fast_training(cfg)
+        assert cfg.optim_wrapper.optimizer == expected
+        added = [hook['type'] for hook in cfg.custom_hooks]
+        assert added == ['mmvim.ParameterGroupsHook', 'mmvim.RunAheadHook']
+        flags.use_fast_training(cfg)
+        assert len(cfg.custom_hooks) == 2

@@ -57,17 +57,7 @@ class CompileHook(Hook):
         self._compile(runner)
 
     def _compile(self, runner: Any) -> None:
-        model = runner.model
-        while is_model_wrapper(model):
-            model = model.module
-        backbones = {
-            name: module
-            for name, module in model.named_modules()
-            if name.rpartition('.')[2] == 'backbone'
-        }
-        if not backbones:
-            raise UserError(f'compile: {type(model).__name__} has no backbone, which it is for')
-        for name, module in backbones.items():
+        for name, module in find_backbones(runner.model, 'compile').items():
             if _is_compiled(module):
                 continue
             try:
@@ -78,6 +68,24 @@ class CompileHook(Hook):
                 f'{name} ({type(module).__name__}) is compiled: the first iteration, and the first '
                 'with another shape, take minutes'
             )
+
+
+def find_backbones(model: nn.Module, purpose: str) -> dict[str, nn.Module]:
+    """Return the modules called ``backbone``, at any depth, by their full names.
+
+    Raises:
+        UserError: If there is none; ``purpose`` is what the message begins with.
+    """
+    while is_model_wrapper(model):
+        model = model.module
+    backbones = {
+        name: module
+        for name, module in model.named_modules()
+        if name.rpartition('.')[2] == 'backbone'
+    }
+    if not backbones:
+        raise UserError(f'{purpose}: {type(model).__name__} has no backbone, which it is for')
+    return backbones
 
 
 def _is_compiled(module: nn.Module) -> bool:

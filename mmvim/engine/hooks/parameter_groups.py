@@ -1,0 +1,242 @@
+"""One parameter group for all parameters with the same settings."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper, OptimWrapperDict
+
+from mmvim.registry import HOOKS
+
+# What a group calls its parameters, which says nothing about how they learn.
+_NAMES = ('param_name', 'param_names')
+# What mmengine's schedulers keep for each group.
+_SCHEDULED = ('base_values', '_last_value', 'min_values')
+# How a step is computed: the business of the machine that runs, not of a checkpoint.
+_IMPLEMENTATION = ('fused', 'foreach')
+# These keep copies of their own of the groups.
+_OWN_GROUPS = ('ApexOptimWrapper', 'ColossalAIOptimWrapper', 'ZeroRedundancyOptimizer')
+
+
+@dataclass
+class _Layout:
+    """Where the groups that a constructor made have gone.
+
+    Attributes:
+        group_of: For each of its groups the group that it is part of now.
+        order: For each parameter, as they come now, its place as they came then.
+        sizes: Number of parameters of each of its groups.
+        names: What each of its groups called them.
+    """
+
+    group_of: list[int]
+    order: list[int]
+    sizes: list[int]
+    names: list[dict]
+
+    @property
+    def first(self) -> list[int]:
+        """The first former group of each present one."""
+        return [self.group_of.index(new) for new in range(max(self.group_of) + 1)]
+
+
+@HOOKS.register_module()
+class ParameterGroupsHook(Hook):
+    """Let parameters with the same settings share a parameter group while a run trains.
+
+    mmengine's optimizer constructors make a group of each parameter as soon as there is a
+    ``paramwise_cfg``, and an optimizer works group by group: with hundreds of groups, foreach and
+    fused implementations get one tensor at a time. When training begins, after a checkpoint has
+    been loaded, this hook joins the groups of which everything is equal (learning rate, weight
+    decay, any other key, and what parameter schedulers keep for them). So it serves every
+    constructor, and each parameter keeps its settings.
+
+    Checkpoints stay as mmengine writes them, with the constructor's groups: they can be resumed
+    with and without this hook, and so can those of earlier versions. Whether a step is fused is
+    decided by the run that resumes, not by the checkpoint.
+
+    Optimizers that manage their parameters themselves (DeepSpeed, ColossalAI, Apex, FSDP,
+    ``ZeroRedundancyOptimizer``) are left alone. ``tools/train.py`` adds this hook; other launchers
+    get it from ``custom_hooks=[dict(type='mmvim.ParameterGroupsHook')]``.
+    """
+
+    # After hooks that find parameters by their groups, before those that save.
+    priority = 'LOW'
+
+    def __init__(self) -> None:
+        self._layouts: dict[str, _Layout] = {}
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Have the present implementation of the optimizer, with the state of the checkpoint."""
+        saved = checkpoint.get('optimizer')
+        if not runner._resume or not isinstance(saved, dict):
+            return
+        for name, wrapper in _wrappers(runner.optim_wrapper):
+            state = saved.get(name) if name else saved
+            for group in state.get('param_groups', ()) if isinstance(state, dict) else ():
+                for key in _IMPLEMENTATION:
+                    if key in wrapper.optimizer.defaults:
+                        group[key] = wrapper.optimizer.defaults[key]
+
+    def before_train(self, runner: Any) -> None:
+        """Join groups."""
+        for name, wrapper in _wrappers(runner.optim_wrapper):
+            schedulers = _schedulers(runner, name)
+            reason = _obstacle(wrapper, schedulers, runner.model)
+            before = len(wrapper.optimizer.param_groups)
+            if reason is None and name not in self._layouts:
+                parameters = [p for g in wrapper.optimizer.param_groups for p in g['params']]
+                self._layouts[name] = _join(wrapper, schedulers)
+                if hasattr(wrapper, 'clip_func'):
+                    wrapper.clip_func = _clip_in_order(wrapper.clip_func, parameters)
+            after = len(wrapper.optimizer.param_groups)
+            runner.logger.info(
+                f'Optimizer{f" {name!r}" if name else ""}: {_describe(wrapper.optimizer)}, '
+                + (
+                    f'{before} parameter groups, which stay apart: {reason}'
+                    if reason
+                    else f'{after} parameter groups'
+                    + (f' ({before} with equal settings joined)' if after < before else '')
+                )
+            )
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Save the groups that the constructor made."""
+        for name, layout in self._layouts.items():
+            for key, split in (('optimizer', _split_state), ('param_schedulers', _split_scheduled)):
+                if checkpoint.get(key) is None:
+                    continue
+                if name:
+                    checkpoint[key] = {
+                        **checkpoint[key], name: split(layout, checkpoint[key][name])
+                    }  # fmt: skip
+                else:
+                    checkpoint[key] = split(layout, checkpoint[key])
+
+
+def _wrappers(wrapper: Any) -> Iterator[tuple[str, OptimWrapper]]:
+    """Yield the optimizer wrappers that are built, with their names if there are several."""
+    if isinstance(wrapper, OptimWrapperDict):
+        yield from wrapper.items()
+    elif isinstance(wrapper, OptimWrapper):
+        yield '', wrapper
+
+
+def _schedulers(runner: Any, name: str) -> list:
+    schedulers = getattr(runner, 'param_schedulers', None) or []
+    return list(schedulers.get(name, []) if isinstance(schedulers, dict) else schedulers)
+
+
+def _describe(optimizer: torch.optim.Optimizer) -> str:
+    kind = next((k for k in _IMPLEMENTATION if optimizer.defaults.get(k)), None)
+    return type(optimizer).__name__ + (f' ({kind})' if kind else '')
+
+
+def _obstacle(wrapper: OptimWrapper, schedulers: list, model: Any) -> str | None:
+    """Say why groups cannot be joined, if they cannot."""
+    for owner in (wrapper, wrapper.optimizer):
+        if type(owner).__name__ in _OWN_GROUPS:
+            return f'{type(owner).__name__} has groups of its own'
+    if 'FullySharded' in type(model).__name__:
+        return 'the model is sharded'
+    count = len(wrapper.param_groups)
+    for scheduler in schedulers:
+        if type(scheduler).__module__.startswith('mmengine.'):
+            continue
+        for key, value in vars(scheduler).items():
+            if key not in _SCHEDULED and isinstance(value, list | tuple) and len(value) == count:
+                return f'{type(scheduler).__name__}.{key} may belong to them'
+    return None
+
+
+def _clip_in_order(clip: Callable, parameters: list) -> Callable:
+    """Let the norm of the gradients be the same sum, to the last bit, as with all the groups."""
+    place = {id(p): i for i, p in enumerate(parameters)}
+
+    @functools.wraps(clip)
+    def clip_func(chosen: list, **kwargs: Any) -> Any:
+        return clip(sorted(chosen, key=lambda p: place[id(p)]), **kwargs)
+
+    return clip_func
+
+
+def _join(wrapper: OptimWrapper, schedulers: list) -> _Layout:
+    optimizer = wrapper.optimizer
+    groups = optimizer.param_groups
+    scheduled = [
+        (scheduler, key)
+        for scheduler in schedulers
+        for key in _SCHEDULED
+        if isinstance(getattr(scheduler, key, None), list)
+        and len(getattr(scheduler, key)) == len(wrapper.param_groups)
+    ]
+    joined: dict[tuple, dict] = {}
+    group_of, members = [], []
+    for i, group in enumerate(groups):
+        settings = tuple(
+            sorted((k, _frozen(v)) for k, v in group.items() if k not in ('params', *_NAMES))
+        )
+        key = (settings, tuple(_frozen(getattr(s, name)[i]) for s, name in scheduled))
+        if key not in joined:
+            joined[key] = group | {'params': []}
+            joined[key].pop('param_name', None)
+            members.append([])
+        index = list(joined).index(key)
+        group_of.append(index)
+        members[index].append(i)
+        joined[key]['params'] += group['params']
+    start = [0]
+    for group in groups:
+        start.append(start[-1] + len(group['params']))
+    layout = _Layout(
+        group_of,
+        [place for old in members for i in old for place in range(start[i], start[i + 1])],
+        [len(group['params']) for group in groups],
+        [{k: group[k] for k in _NAMES if k in group} for group in groups],
+    )
+    for old, group in zip(members, joined.values(), strict=True):
+        if 'param_names' in group:
+            group['param_names'] = [n for i in old for n in groups[i]['param_names']]
+    for scheduler, name in scheduled:
+        values = getattr(scheduler, name)
+        kept = [values[i] for i in layout.first]
+        setattr(scheduler, name, kept + values[len(groups) :])
+    optimizer.param_groups[:] = joined.values()
+    return layout
+
+
+def _frozen(value: Any) -> Any:
+    """Return something that can be compared and hashed, equal for equal settings only."""
+    if isinstance(value, list | tuple):
+        return 'sequence', tuple(_frozen(item) for item in value)
+    if value is None or isinstance(value, bool | int | float | str):
+        # True is no 1, and sorting needs nothing but what is comparable.
+        return type(value).__name__, repr(value)
+    return 'object', repr(id(value))
+
+
+def _split_state(layout: _Layout, state: dict) -> dict:
+    """Return the state of an optimizer wrapper as it would be with the former groups."""
+    place = dict(enumerate(layout.order))
+    groups, start = [], 0
+    for new, size, names in zip(layout.group_of, layout.sizes, layout.names, strict=True):
+        settings = {k: v for k, v in state['param_groups'][new].items() if k not in _NAMES}
+        groups.append(settings | names | {'params': list(range(start, start + size))})
+        start += size
+    states = {place.get(key, key): value for key, value in state['state'].items()}
+    return state | {'state': states, 'param_groups': groups}
+
+
+def _split_scheduled(layout: _Layout, schedulers: list[dict]) -> list[dict]:
+    """Return the states of parameter schedulers as they would be with the former groups."""
+    count = len(layout.first)
+
+    def split(key: str, value: Any) -> Any:
+        if key not in _SCHEDULED or not isinstance(value, list):
+            return value
+        return [value[new] for new in layout.group_of] + value[count:]
+
+    return [{key: split(key, value) for key, value in state.items()} for state in schedulers]

@@ -1,0 +1,41 @@
+"""Averages of weights with few kernels a step."""
+
+import torch
+from mmengine.model import ExponentialMovingAverage as MMEngineExponentialMovingAverage
+from torch import nn
+
+from mmvim.registry import MODELS
+
+
+@MODELS.register_module()
+class ExponentialMovingAverage(MMEngineExponentialMovingAverage):
+    """mmengine's ``ExponentialMovingAverage``, updated by a few kernels for all tensors together.
+
+    Numbers, arguments and state are mmengine's. The launcher uses it wherever a config says
+    ``ExponentialMovingAverage``, which is what ``EMAHook`` takes by default. An average on another
+    device than the model is updated tensor by tensor.
+    """
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Update the average with the present weights of ``model``."""
+        if self.steps == 0 or type(self).avg_func is not MMEngineExponentialMovingAverage.avg_func:
+            super().update_parameters(model)
+            return
+        source = model.state_dict() if self.update_buffers else dict(model.named_parameters())
+        pairs = [
+            (average.data, source[name].data)
+            for name, average in self.avg_parameters.items()
+            if average.dtype.is_floating_point
+        ]
+        if any(average.device != new.device for average, new in pairs):
+            super().update_parameters(model)
+            return
+        if pairs and self.steps % self.interval == 0:
+            averages, news = zip(*pairs, strict=True)
+            torch._foreach_lerp_(averages, news, self.momentum)
+        if not self.update_buffers:
+            buffers = list(self.module.buffers())
+            if buffers:
+                torch._foreach_copy_(buffers, list(model.buffers()))
+        self.steps += 1
