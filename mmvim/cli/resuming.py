@@ -41,13 +41,13 @@ def resume_last(cfg: Config, notes: list[str], warnings: list[str]) -> list[str]
     """
     paths = candidates(cfg.work_dir)
     if not paths:
-        notes.append(f'There is no checkpoint in {cfg.work_dir} to resume: starting anew.')
+        notes.append(f'No checkpoint in {cfg.work_dir} to resume: starting from the beginning.')
         return []
     chosen = next(newest_first(paths, warnings), None)
     if chosen is None:
         raise UserError(
             f'--resume: none of the checkpoints in {cfg.work_dir!r} can be continued from: '
-            f'{" ".join(warnings)} Move them away to start anew'
+            f'{" ".join(warnings)} Move them away to start over'
         )
     use(cfg, chosen)
     return paths[paths.index(chosen.path) + 1 :]

@@ -111,7 +111,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
         if then != length or done > length:
             self.runner.logger.warning(
                 f'The checkpoint was saved {done} batches into an epoch of {then}, and an epoch '
-                f'has {length} batches now: epoch {self._epoch + 1} begins anew.'
+                f'has {length} batches now: epoch {self._epoch + 1} starts over.'
             )
             return 0
         self.runner.logger.info(

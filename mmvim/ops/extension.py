@@ -334,7 +334,7 @@ def _builder() -> ModuleType:
                 sys.modules[name] = importlib.util.module_from_spec(spec)
                 spec.loader.exec_module(sys.modules[name])
             return sys.modules[name]
-    raise RuntimeError(f'the sources (csrc) are neither in {_PACKAGE} nor beside it')
+    raise RuntimeError(f'the sources (csrc) are neither in {_PACKAGE} nor next to it')
 
 
 def _cache_key(builder: ModuleType, cuda: bool) -> str:

@@ -274,7 +274,7 @@ def test_needs_a_student_and_a_teacher(tmp_path):
     with pytest.raises(ValueError, match=r"needs a model of type 'mmvim.MesaClassifier', not 'Ima"):
         runner.train()
     runner = make_runner(tmp_path / 'b', custom_hooks=[dict(type='mmvim.MesaHook')])
-    with pytest.raises(ValueError, match='needs an EMAHook beside it'):
+    with pytest.raises(ValueError, match='needs an EMAHook as well'):
         runner.train()
 
 

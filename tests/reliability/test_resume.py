@@ -433,7 +433,7 @@ def test_nothing_to_continue_from(runs, undisturbed, images, tmp_path, count):
         (run.path / 'work' / name).write_bytes(b'PK')
     assert runs.wait(start(runs, run.path, '--resume')) == 2
     line = next(x for x in log(run.path).splitlines() if x.startswith('error: '))
-    for part in ('none of the checkpoints', 'epoch_1.pth', 'epoch_2.pth', 'start anew'):
+    for part in ('none of the checkpoints', 'epoch_1.pth', 'epoch_2.pth', 'start over'):
         assert part in line
     count('faults', 2)
 

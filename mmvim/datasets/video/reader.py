@@ -198,7 +198,7 @@ class VideoReader:
         """
         wanted = sorted({int(i) for i in indices})
         if not wanted:
-            raise ValueError('no frames were asked for')
+            raise ValueError('no frames were requested')
         if wanted[0] < 0 or wanted[-1] >= self._count:
             raise IndexError(
                 f'frames {wanted[0]} .. {wanted[-1]} of {self.path!r}, which has {self._count}'

@@ -59,7 +59,7 @@ class MesaHook(Hook):
         average = next((hook.ema_model for hook in runner.hooks if isinstance(hook, EMAHook)), None)
         if average is None:
             raise ValueError(
-                'custom_hooks: MesaHook needs an EMAHook beside it, whose average is the teacher'
+                'custom_hooks: MesaHook needs an EMAHook as well, whose average is the teacher'
             )
         devices = [next(m.parameters()).device for m in (model, average)]
         if devices[0] != devices[1]:

@@ -184,7 +184,7 @@ def find_non_finite(
     inner = model.module if is_model_wrapper(model) else model
     for name, parameter in inner.named_parameters():
         if _has_non_finite([parameter.detach()]):
-            return f'the parameter {name} is not finite itself: an earlier step has spoilt it'
+            return f'the parameter {name} is not finite itself: an earlier step has corrupted it'
     if states is not None:
         random_state.restore(states)
     calls: list[_Call] = []
@@ -207,14 +207,14 @@ def find_non_finite(
     parameters = {n: p for n, p in inner.named_parameters() if p.requires_grad}
     # Not backward(), which would make distributed wrappers average the gradients.
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    spoilt = {name for name, g in zip(parameters, gradients, strict=True) if _has_non_finite([g])}
-    return _backward_cause(calls, spoilt)
+    bad = {name for name, g in zip(parameters, gradients, strict=True) if _has_non_finite([g])}
+    return _backward_cause(calls, bad)
 
 
-def _backward_cause(calls: list[_Call], spoilt: set[str]) -> str:
+def _backward_cause(calls: list[_Call], bad: set[str]) -> str:
     found = []
     for call in reversed(calls):
-        own = sorted(name for name in spoilt if name.rpartition('.')[0] == call.name)
+        own = sorted(name for name in bad if name.rpartition('.')[0] == call.name)
         if call.gradient_out and (not call.gradient_in or own):
             found.append((call, own))
     for call, own in found:
@@ -225,8 +225,8 @@ def _backward_cause(calls: list[_Call], spoilt: set[str]) -> str:
             f'going backwards, the first gradient that is not finite is that {what} in '
             f'{_title(call.name, call.module)}'
         )
-    if spoilt:
-        return f'the gradient of {min(spoilt)} is not finite'
+    if bad:
+        return f'the gradient of {min(bad)} is not finite'
     return (
         'a second pass with the same data and random numbers was finite (a kernel that is not '
         'deterministic, a hook that changes things, or processes with different data)'
