@@ -13,6 +13,7 @@ pytest.importorskip('matplotlib')
 pytest.importorskip('av')
 
 from PIL import Image
+from script_runner import run_script
 
 from mmvim.datasets.quickstart import prepare
 
@@ -34,7 +35,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def fill_work_dir(work_dir: Path, task: str, data: Path, value: float) -> None:
-    """What training and test leave: an older run, the newest one, predictions, metrics."""
+    """The output of training and test: an older run, the newest one, predictions, metrics."""
     key = KEYS[task]
     for time, offset in (('20200101_000000', 0.5), ('20210101_000000', 0.0)):
         log = work_dir / time / 'vis_data'
@@ -148,6 +149,21 @@ def test_report(task, value, data, tmp_path, capsys, report_script):
         assert min(picture.shape[:2]) > 300
         assert picture.std() > 20
         assert str(tmp_path / name) in out
+
+
+def test_the_picture_of_all_results(data, tmp_path):
+    for task, value in (('det', 0.8), ('seg', 80.0), ('video', 95.0)):
+        fill_work_dir(tmp_path / task, task, data, value)
+    out = tmp_path / 'pictures' / 'results.png'
+    arguments = (f'--work-dir={tmp_path}', f'--data-dir={data}', f'--out={out}')
+    done = run_script('misc/results_picture.py', *arguments)
+    assert done.returncode == 0, done.stderr
+    picture = np.asarray(Image.open(out).convert('RGB'))
+    assert picture.std() > 20
+    (tmp_path / 'det' / 'test' / 'predictions.pkl').unlink()
+    done = run_script('misc/results_picture.py', *arguments)
+    assert done.returncode == 1
+    assert 'det/test/predictions.pkl: run tools/test.py' in done.stderr
 
 
 def test_a_result_below_the_recipe_s_is_said(data, tmp_path, capsys, report_script):

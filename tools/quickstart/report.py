@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-# The package beside this script is the one that runs, installed or not, from any directory.
+# The package next to this script runs, whether installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mmvim.analysis import read_run
@@ -141,30 +141,35 @@ def draw_detection(work_dir: Path, data_dir: Path) -> Path:
             cell.add_patch(
                 Rectangle((x - 0.5, y - 0.5), w, h, fill=False, ec='white', ls='--', lw=1)
             )
-        found = sample['pred_instances']
-        boxes, labels, scores = (np.asarray(found[k]) for k in ('bboxes', 'labels', 'scores'))
-        for box, label, score in zip(boxes, labels, scores, strict=True):
-            if score < SCORE_THRESHOLD:
-                continue
-            colour = class_colour(int(label) + 1)
-            x1, y1, x2, y2 = box - 0.5
-            cell.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.8))
-            cell.text(
-                x1,
-                y1 - 1,
-                f'{DIGIT_CLASSES[label]} {score:.0%}',
-                fontsize=8,
-                va='bottom',
-                color='black',
-                bbox={'boxstyle': 'square,pad=0.15', 'fc': colour, 'ec': 'none'},
-                clip_on=False,
-            )
+        draw_boxes(cell, sample)
     figure.suptitle(
         f'Held-out digits on held-out photographs: predictions above {SCORE_THRESHOLD:.0%} with '
         'their scores; true boxes white, dashed.',
         fontsize=11,
     )
     return save(figure, work_dir / 'predictions.png')
+
+
+def draw_boxes(cell: plt.Axes, sample: dict[str, Any]) -> None:
+    """Draw the predicted boxes with their classes and scores."""
+    found = sample['pred_instances']
+    boxes, labels, scores = (np.asarray(found[k]) for k in ('bboxes', 'labels', 'scores'))
+    for box, label, score in zip(boxes, labels, scores, strict=True):
+        if score < SCORE_THRESHOLD:
+            continue
+        colour = class_colour(int(label) + 1)
+        x1, y1, x2, y2 = box - 0.5
+        cell.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.8))
+        cell.text(
+            x1,
+            y1 - 1,
+            f'{DIGIT_CLASSES[label]} {score:.0%}',
+            fontsize=8,
+            va='bottom',
+            color='black',
+            bbox={'boxstyle': 'square,pad=0.15', 'fc': colour, 'ec': 'none'},
+            clip_on=False,
+        )
 
 
 def draw_segmentation(work_dir: Path, data_dir: Path) -> Path:
