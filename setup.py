@@ -1,7 +1,7 @@
-"""Packaging beyond pyproject.toml: compiles csrc, and puts csrc, configs and tools into the wheel.
+"""Packaging beyond pyproject.toml: compiling csrc, and csrc, configs and tools in the wheel.
 
 Nothing here may stop an installation: without torch or a compiler mmvim installs as pure Python and
-keeps the reason for ``mmvim.ops.backend_info()``. ``MMVIM_SKIP_BUILD=1`` asks for that;
+keeps the reason for ``mmvim.ops.backend_info()``. ``MMVIM_SKIP_BUILD=1`` requests that;
 ``MMVIM_FORCE_CUDA=1`` compiles the CUDA kernels without a GPU.
 """
 
@@ -27,7 +27,7 @@ MIM = ('configs', 'tools', 'model-index.yml', 'dataset-index.yml')
 
 
 def load_builder():
-    """csrc/build.py, which is no package."""
+    """Load csrc/build.py, which is not in a package."""
     spec = importlib.util.spec_from_file_location('mmvim_csrc_build', ROOT / 'csrc' / 'build.py')
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -36,7 +36,7 @@ def load_builder():
 
 
 class BuildPy(build_py):
-    """Adds what is not Python: csrc for compiling later, configs and tools."""
+    """Adds non-Python files: csrc for compiling later, configs and tools."""
 
     def run(self):
         """Copy into a wheel; link into the checkout of an editable installation."""
@@ -75,7 +75,7 @@ class BuildLibrary(build_ext):
     """Compiles csrc/ with csrc/build.py, into the package; never fails."""
 
     def run(self):
-        """Build, or write down why not."""
+        """Build, or record the reason why not."""
         in_place = self.inplace or self.editable_mode
         folder = (ROOT if in_place else Path(self.build_lib)) / 'mmvim'
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ class BuildLibrary(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """The library knows nothing of Python: one wheel serves every version."""
+    """A wheel for every version of Python, which the library does not depend on."""
 
     def get_tag(self):
         """py3-none-PLATFORM with the library, py3-none-any without."""

@@ -1,6 +1,6 @@
-"""Compiles the sources of this folder into one shared library.
+"""Compilation of this folder's sources into one shared library.
 
-The one place that knows sources, flags and tools. setup.py uses it (library inside the package),
+The only place that knows sources, flags and tools. setup.py uses it (library inside the package),
 ``mmvim.ops.build()`` uses it (library in a cache), and ``python csrc/build.py`` compiles by hand or
 checks that the CUDA sources compile. Needs torch and a C++ compiler; nvcc for the CUDA kernels, but
 no GPU. The library registers kernels with torch's dispatcher and knows nothing of Python.
@@ -45,14 +45,14 @@ _ISA_FLAGS = {
     ),
 }
 _CXX_FLAGS = ('-O3', '-fPIC', '-fvisibility=hidden', '-DNDEBUG', '-ffp-contract=fast', '-Wno-psabi')
-# From torch.utils.cpp_extension: what its headers need of MSVC.
+# From torch.utils.cpp_extension: options of MSVC that its headers need.
 _MSVC_FLAGS = (
     *('/nologo', '/O2', '/MD', '/EHsc', '/DNDEBUG', '/DNOMINMAX', '/bigobj', '/permissive-'),
     *('/Zc:__cplusplus', '/wd4819', '/wd4251', '/wd4244', '/wd4267', '/wd4275', '/wd4018'),
     *('/wd4190', '/wd4624', '/wd4067', '/wd4068'),
 )
 _NVCC_FLAGS = ('-O3', '-std=c++17')
-# Slow to optimise at -O3 and not worth it, as is the glue: the outer loops of the scan.
+# Not worth the slow optimisation of -O3, like the glue: the outer loops of the scan.
 _O2_KERNELS = ('selective_scan/cpu_scan.cpp',)
 
 _NAMED_ARCHITECTURES = {
@@ -80,7 +80,7 @@ class Unit:
 
     @property
     def kind(self) -> str:
-        """How to compile it: 'cuda', 'cuda-glue', 'kernel' or 'glue', as its name says.
+        """Kind of compilation, by its name: 'cuda', 'cuda-glue', 'kernel' or 'glue'.
 
         ``*.cu`` are CUDA kernels, ``cuda*.cpp`` what calls them; ``cpu_*.cpp`` are CPU kernels, any
         other ``.cpp`` calls them. Kernels include no header of torch.
@@ -94,13 +94,13 @@ class Unit:
 
     @property
     def label(self) -> str:
-        """What the user sees."""
+        """Name of the unit for the user."""
         return f'{self.source} ({self.isa})' if self.isa else self.source
 
 
 @dataclass(frozen=True)
 class CudaConfig:
-    """nvcc and what to compile for."""
+    """nvcc and its target architectures."""
 
     nvcc: Path
     home: Path
@@ -108,7 +108,7 @@ class CudaConfig:
 
 
 def isas() -> tuple[str, ...]:
-    """Instruction sets that this machine's compiler can aim at."""
+    """Instruction sets that this machine's compiler can target."""
     return tuple(_ISA_FLAGS) if X86 else ('portable',)
 
 
@@ -126,7 +126,7 @@ def units(cuda: bool) -> list[Unit]:
 
 
 def sources_hash(cuda: bool) -> str:
-    """Changes whenever something changes that is compiled, or how."""
+    """A hash that changes with the sources and the flags."""
     flags = (_CXX_FLAGS, _MSVC_FLAGS, _ISA_FLAGS, _NVCC_FLAGS, _O2_KERNELS)
     digest = hashlib.sha256(repr(flags).encode())
     for path in sorted(ROOT.rglob('*')):
@@ -184,7 +184,7 @@ def cxx_standard() -> str:
 def find_cuda_home() -> tuple[Path, Path] | None:
     """nvcc and the toolkit it belongs to, or None.
 
-    nvcc on PATH may be a link or a script far from its toolkit, so it is asked.
+    nvcc on PATH may be a link or a script far from its toolkit, so nvcc itself is queried.
     """
     candidates = []
     for variable in ('CUDA_HOME', 'CUDA_PATH'):
@@ -211,21 +211,21 @@ def find_cuda_home() -> tuple[Path, Path] | None:
 
 
 def find_cuda(wanted: bool | None = None) -> tuple[CudaConfig | None, str]:
-    """What to compile the CUDA kernels with, and why not when not.
+    """Tools for compiling the CUDA kernels, or the reason not to.
 
     Args:
-        wanted: True demands them, False leaves them out, None takes them if nvcc and a GPU are here
-            or ``MMVIM_FORCE_CUDA=1``.
+        wanted: True requires them, False omits them, None takes them if there are nvcc and a GPU,
+            or with ``MMVIM_FORCE_CUDA=1``.
 
     Raises:
-        BuildError: If they are demanded and cannot be compiled.
+        BuildError: If they are required and cannot be compiled.
     """
     import torch
 
     if wanted is None and os.environ.get('MMVIM_FORCE_CUDA', '0') == '1':
         wanted = True
     if wanted is False:
-        return None, 'not asked for'
+        return None, 'not requested'
     reason = None
     toolkit = find_cuda_home()
     if toolkit is None:
@@ -240,14 +240,14 @@ def find_cuda(wanted: bool | None = None) -> tuple[CudaConfig | None, str]:
             reason = f'nvcc is CUDA {version} and torch is built for CUDA {torch.version.cuda}'
     if reason is not None:
         if wanted:
-            raise BuildError(f'CUDA kernels were asked for, but: {reason}')
+            raise BuildError(f'CUDA kernels were requested, but: {reason}')
         return None, reason
     nvcc, home = toolkit
     return CudaConfig(nvcc, home, cuda_architectures(nvcc)), ''
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """Such as '13.0'."""
+    """The version of nvcc, such as '13.0'."""
     text = subprocess.run([str(nvcc), '--version'], capture_output=True, text=True).stdout
     found = re.search(r'release (\d+\.\d+)', text)
     return found.group(1) if found else 'unknown'
@@ -292,7 +292,7 @@ def _gencode(architectures: Sequence[str]) -> list[str]:
 
 
 class _Compiler:
-    """Commands that turn a unit into an object, and objects into the library."""
+    """Command lines that turn a unit into an object, and objects into the library."""
 
     def __init__(self, cuda: CudaConfig | None):
         import torch
@@ -352,7 +352,7 @@ class _Compiler:
             tail = [f'/LIBPATH:{f}' for f in folders] + [f'{name}.lib' for name in libraries]
             return [self.cxx, '/nologo', '/LD', *files, f'/Fe{out}', '/link', *tail]
         if MACOS:
-            # torch is loaded before: its symbols are found then.
+            # torch is loaded first, so its symbols are found.
             shared, tail = ['-dynamiclib', '-undefined', 'dynamic_lookup'], []
         else:
             shared = ['-shared', '-Wl,--as-needed', '-Wl,-s']
@@ -374,7 +374,7 @@ def _dependencies(source: Path, seen: set[Path] | None = None) -> set[Path]:
 
 
 def _object_name(unit: Unit, command: Sequence[str], compiler: str, out: Path) -> str:
-    """Named after all that it depends on, so that an object that exists is up to date."""
+    """A name from everything it depends on, so that an existing object is up to date."""
     digest = hashlib.sha256(compiler.encode())
     digest.update('\0'.join(str(c) for c in command if str(out) not in str(c)).encode())
     for path in sorted(_dependencies(ROOT / unit.source)):
@@ -404,7 +404,7 @@ def _run(command: Sequence[str], what: str, scratch: Path | None = None) -> None
 def compile_units(
     compiler: _Compiler, wanted: Sequence[Unit], folder: Path, report: Report
 ) -> list[Path]:
-    """Compile in parallel into ``folder``; what is up to date there is kept.
+    """Compile in parallel into ``folder``, where objects that are up to date are kept.
 
     Raises:
         BuildError: If a unit does not compile.
@@ -467,8 +467,8 @@ def build(
         folder: Receives ``_C.so`` (``.pyd`` on Windows) and ``_build_info.json``.
         cuda: As for :func:`find_cuda`.
         report: Called with lines of progress.
-        objects: Folder that keeps object files for the next build, and in which the compiler has
-            its temporary files; by default one in the system's folder for such.
+        objects: Folder that keeps object files for the next build, and the compiler's temporary
+            files; by default a temporary folder.
 
     Returns:
         The description.
@@ -501,7 +501,7 @@ def build(
         temporary = Path(scratch) / LIBRARY_NAME
         _run(compiler.link(built, temporary), 'the library (link)', Path(scratch))
         size = temporary.stat().st_size
-        # A process may have the old library mapped: replace it, never write into it.
+        # A process may have mapped the old library: replace it, never write into it.
         staged = folder / f'{os.getpid()}_{LIBRARY_NAME}'
         shutil.copyfile(temporary, staged)
         os.replace(staged, folder / LIBRARY_NAME)
@@ -533,8 +533,8 @@ def check_cuda(architecture: str, folder: Path | None = None, report: Report = p
     """Compile every CUDA source, and the glue if torch is built for CUDA, without linking.
 
     Args:
-        architecture: Such as ``9.0``.
-        folder: Keeps objects, so that only what changed is compiled again.
+        architecture: GPU architecture, such as ``9.0``.
+        folder: Keeps objects, so that only changes are recompiled.
         report: Called with lines of progress.
 
     Returns:

@@ -207,7 +207,7 @@ def test_cuda_is_left_out_with_a_reason(builder, tmp_path, monkeypatch):
     assert config is None
     assert 'no GPU' in reason
     assert 'MMVIM_FORCE_CUDA=1' in reason
-    assert builder.find_cuda(False) == (None, 'not asked for')
+    assert builder.find_cuda(False) == (None, 'not requested')
     monkeypatch.setenv('MMVIM_FORCE_CUDA', '1')
     config, _ = builder.find_cuda()
     assert config.nvcc == toolkit[0]

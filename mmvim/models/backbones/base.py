@@ -1,4 +1,4 @@
-"""Base classes: what every backbone has, and what plain stacks of Mamba blocks add."""
+"""Base classes: one for every backbone, one for plain stacks of Mamba blocks."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ _COMPILED_KEEPS_BUFFERS = torch.__version__ >= (2, 14)
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How the tokens of a layer lie in the images.
+    """Layout of a layer's tokens in the images.
 
     Attributes:
         size: Rows and columns of tokens.
         steps: Steps in time, None for images.
-        class_tokens: Places of class tokens in the sequence.
-        window: Rows and columns of the windows that are sequences of their own, or None.
+        class_tokens: Positions of the class tokens in the sequence.
+        window: Rows and columns of the windows that form separate sequences, or None.
     """
 
     size: tuple[int, int]
@@ -70,7 +70,7 @@ class TokenLayout:
     window: tuple[int, int] | None = None
 
     def to_map(self, values: Tensor) -> Tensor:
-        """Lay values of tokens (sequences, length) out as (batch, [steps,] rows, columns)."""
+        """Arrange values of tokens (sequences, length) as (batch, [steps,] rows, columns)."""
         if self.window is not None:
             windows = math.prod(-(-s // w) for s, w in zip(self.size, self.window, strict=True))
             batch = values.shape[0] // windows
@@ -80,9 +80,9 @@ class TokenLayout:
         return values[..., 0].unflatten(1, (*steps, *self.size))
 
     def to_rows(self, matrices: Tensor) -> Tensor:
-        """One value for each token out of (sequences, length, length), outputs by inputs.
+        """One value per token from (sequences, length, length), outputs by inputs.
 
-        Where there are class tokens, what they read (their mean); else what is read on average.
+        The rows of the class tokens (their mean), or, without class tokens, the mean of all rows.
         """
         if self.class_tokens:
             return matrices[:, list(self.class_tokens)].mean(1)
@@ -90,7 +90,7 @@ class TokenLayout:
 
 
 class Backbone(BaseModule):
-    """Base of all backbones: a stem, stages that outputs are taken from, and what follows them.
+    """Base of all backbones: a stem, stages whose outputs are returned, and final modules.
 
     A subclass names its parts by the class attributes below, passes the arguments that all
     backbones have to this constructor, builds its modules, and calls :meth:`_finish` at the end of
@@ -104,10 +104,10 @@ class Backbone(BaseModule):
     Args:
         arch (str | dict): A name in :attr:`arch_zoo`, or a dict with :attr:`arch_required` and, if
             wanted, :attr:`arch_optional`.
-        out_type (str): One of :attr:`OUT_TYPES`.
+        out_type (str): Kind of the outputs, one of :attr:`OUT_TYPES`.
         out_indices (int | Sequence[int]): Stages whose outputs are returned, ascending; negative
             ones count from the end.
-        out_norm (str): One of :attr:`OUT_NORMS`.
+        out_norm (str): Norm of the outputs, one of :attr:`OUT_NORMS`.
         frozen_stages (int): -1 freezes nothing, 0 the stem, k > 0 the first k stages as well, and
             what follows the stages if these are all.
         with_cp (bool): Whether blocks are recomputed in the backward pass to save memory.
@@ -115,7 +115,7 @@ class Backbone(BaseModule):
 
     Raises:
         TypeError: If ``arch`` is neither a name nor a dict.
-        ValueError: If an argument is not among the allowed ones.
+        ValueError: If an argument is invalid.
     """
 
     #: Architectures by name.
@@ -126,7 +126,7 @@ class Backbone(BaseModule):
     arch_optional: dict[str, Any] = {}  # noqa: RUF012
     OUT_TYPES: tuple[str, ...] = ('featmap',)
     OUT_NORMS: tuple[str, ...] = ('final', 'separate', 'none')
-    # How the names of the stem's modules and parameters begin.
+    # Prefixes of the names of the stem's modules and parameters.
     _stem: tuple[str, ...] = ('patch_embed',)
     # The stages.
     _stages = 'layers'
@@ -163,7 +163,7 @@ class Backbone(BaseModule):
 
     @property
     def num_stages(self) -> int:
-        """Number of stages, those of which there are outputs."""
+        """Number of stages, from which outputs can be taken."""
         return len(self.depths)
 
     def _parse_arch(self, arch: str | dict) -> dict:
@@ -204,7 +204,7 @@ class Backbone(BaseModule):
         return indices
 
     def _finish(self) -> None:
-        """Freeze what is to be frozen; the last call of a subclass's constructor."""
+        """Apply ``frozen_stages``; the last call of a subclass's constructor."""
         for module in self._frozen_modules():
             module.requires_grad_(False)
         if self.frozen_stages >= 0:
@@ -232,7 +232,7 @@ class Backbone(BaseModule):
 
         Args:
             param_name (str): Full name of the parameter.
-            prefix (str): What stands before this backbone's own names, such as ``'backbone.'``.
+            prefix (str): Prefix of this backbone's parameters in the name, such as ``'backbone.'``.
                 Defaults to ''.
 
         Returns:
@@ -256,11 +256,11 @@ class Backbone(BaseModule):
         return sum(self.depths[:stage]) + int(match[2]) + 1, num_depths
 
     def token_layout(self, shape: Sequence[int], layer: str) -> TokenLayout:
-        """Return how the tokens of a layer lie in the images, for :mod:`mmvim.analysis`.
+        """Return the layout of a layer's tokens in the images, for :mod:`mmvim.analysis`.
 
         Args:
-            shape (Sequence[int]): Of the input, (batch, channels, [frames,] height, width).
-            layer (str): Name of a module in this backbone; what stands before it is ignored.
+            shape (Sequence[int]): Shape of the input, (batch, channels, [frames,] height, width).
+            layer (str): Name of a module in this backbone; a prefix is ignored.
 
         Raises:
             ValueError: If the layer has no tokens.
@@ -269,7 +269,7 @@ class Backbone(BaseModule):
 
     @property
     def cam_layer(self) -> str:
-        """Name of the module whose output class activation maps look at."""
+        """Name of the module whose output class activation maps use."""
         return f'{self._stages}.{self.out_indices[-1]}'
 
     def _load_from_state_dict(
@@ -303,7 +303,7 @@ class Backbone(BaseModule):
         rename_keys(state_dict, names)
 
     def _unwrap(self, state_dict: MutableMapping[str, Any]) -> None:
-        """Undo what the official training scripts wrap weights in."""
+        """Remove the wrapping of weights by the official training scripts."""
         unwrap_state_dict(state_dict)
 
     def _fit_state_dict(
@@ -326,12 +326,12 @@ class Backbone(BaseModule):
             self._reject(f'{prefix}{name} is {given} there and {expected} here{more}')
 
     def _translate(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
-        """Give what another implementation saved this model's names and meaning."""
+        """Convert the names and values of another implementation to this model's."""
 
     def _fit_own(
         self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping
     ) -> None:
-        """Resize or drop what only this model has, when the keys are known to be its own."""
+        """Resize or drop model-specific tensors, once the keys are known to be its own."""
 
     def _is_dropped(self, key: str) -> bool:
         """Whether the checkpoint's ``key`` is known to have no place in this model."""
@@ -341,7 +341,7 @@ class Backbone(BaseModule):
         print_log(f'{type(self).__name__}: {message}', logger='current', level=level)
 
     def _describe(self) -> str:
-        """What of the model an error says where a checkpoint does not fit."""
+        """Description of the model in errors about unfit checkpoints."""
         return f'embed_dims={self.arch["embed_dims"]}, depths={self.depths}'
 
     def _reject(self, reason: str) -> NoReturn:
@@ -351,7 +351,7 @@ class Backbone(BaseModule):
 
     @property
     def _block_key(self) -> str:
-        """How the keys of blocks begin, as a pattern."""
+        """Pattern of the beginning of the keys of blocks."""
         return rf'{self._stages}\.\d+\.blocks\.\d+\.'
 
     def _has_blocks(self, keys: Iterable[str]) -> bool:
@@ -379,7 +379,7 @@ class Backbone(BaseModule):
             self._check_structure(keys)
 
     def _check_structure(self, keys: list[str]) -> None:
-        """Compare what the keys of all blocks say of a model with this one."""
+        """Compare the structure implied by the keys of all blocks with this model."""
         block = rf'blocks\.(\d+)\.{re.escape(self._block_parameter)}$'
         depths = tuple(
             layer_count(keys, rf'{self._stages}\.{i}\.{block}') for i in range(self.num_stages)
@@ -397,7 +397,7 @@ class PlainBackbone(Backbone):
     Arguments are those of :class:`mmvim.models.Vim`, and:
 
     Args:
-        patch_embed (Callable): Makes the patch embedding of ``in_channels``, ``embed_dims``,
+        patch_embed (Callable): Builds the patch embedding from ``in_channels``, ``embed_dims``,
             ``patch_size`` and ``stride``. Defaults to :class:`mmvim.layers.PatchEmbed`.
         reverse_odd (bool): Whether every second layer reads the sequence from its end. Defaults to
             False.
@@ -412,7 +412,7 @@ class PlainBackbone(Backbone):
     _stem = ('patch_embed', 'cls_token', 'pos_embed', 'drop_after_pos')
     _block_parameter = 'mixer.A_log'
     _block_key = r'layers\.\d+\.(mixer|norm)\.'
-    # Where the class token of released checkpoints stands: they do not say it.
+    # Position of the class token in released checkpoints, which do not state it.
     _released_cls_token = 'middle'
 
     def __init__(
@@ -484,7 +484,7 @@ class PlainBackbone(Backbone):
         mixer.update({k: self.arch[k] for k in self.arch_optional})
         if bimamba != 'none':
             mixer['merge'] = merge
-            # What with_cp makes again as a whole need not be made again in parts.
+            # Recomputing whole blocks makes recomputation inside them unnecessary.
             mixer['recompute'] = False if with_cp and recompute is None else recompute
         self.layers = nn.ModuleList(
             MambaBlock(
@@ -525,12 +525,12 @@ class PlainBackbone(Backbone):
         return (1,) * self.arch['depth']
 
     def _finish(self) -> None:
-        """Initialise the tokens and the outputs of the mixers, and freeze what is to be frozen."""
+        """Initialise the tokens and the outputs of the mixers, and apply ``frozen_stages``."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith(self._stem):
                 nn.init.trunc_normal_(parameter, std=0.02)
         for layer in self.layers:
-            # The outputs of all layers add up: keep their sum's variance as GPT-2 does.
+            # The outputs of all layers add up: keep the variance of their sum, as GPT-2 does.
             nn.init.kaiming_uniform_(layer.mixer.out_proj.weight, a=math.sqrt(5))
             with torch.no_grad():
                 layer.mixer.out_proj.weight /= math.sqrt(self.num_layers)
@@ -541,21 +541,21 @@ class PlainBackbone(Backbone):
 
         Args:
             x (Tensor): (batch, in_channels, [frames,] height, width), as the patch embedding
-                wants it.
+                expects.
 
         Returns:
-            tuple[Tensor, ...]: One output, as ``out_type`` says, for each of ``out_indices``.
+            tuple[Tensor, ...]: One output of kind ``out_type`` for each of ``out_indices``.
 
         Raises:
             ValueError: If the shape is wrong, an image is smaller than a patch, or the number of
-                frames is no multiple of ``tubelet_size``.
+                frames is not a multiple of ``tubelet_size``.
         """
         hidden, grid = self._embed(x)
         hidden = self.layers[0].drop_path(hidden)
         residual, outputs = None, []
         for i in range(self.out_indices[-1] + 1):
             hidden, residual = self._run_layer(i, hidden, residual)
-            # What a layer makes is dropped once, for its output and for the next layer.
+            # Drop path is drawn once, for a layer's output and for the next layer.
             hidden = self._drop_path_after(i)(hidden)
             if i in self.out_indices:
                 outputs.append(self._output(self._stream(i, hidden, residual), grid))
@@ -589,7 +589,7 @@ class PlainBackbone(Backbone):
         return self.drop_path if is_last else self.layers[index + 1].drop_path
 
     def _stream(self, index: int, hidden: Tensor, residual: Tensor) -> Tensor:
-        """Add the hidden state of layer ``index`` to the residual; norm it as ``out_norm`` says."""
+        """Add the hidden state of layer ``index`` to the residual, and norm it by ``out_norm``."""
         is_last = index == self.num_layers - 1
         if self.out_norm == 'shared' or (is_last and self.out_norm != 'none'):
             return self.norm_f(hidden, residual)
@@ -598,7 +598,7 @@ class PlainBackbone(Backbone):
         return (hidden + residual).to(hidden.dtype)
 
     def _output(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Make an output, as ``out_type`` says, out of all tokens (batch, length, channels)."""
+        """Make an output of kind ``out_type`` from all tokens (batch, length, channels)."""
         raise NotImplementedError
 
     def _split(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -607,7 +607,7 @@ class PlainBackbone(Backbone):
         return split_tokens(x, token_positions(self.cls_token_place, num_patches))
 
     def token_layout(self, shape: Sequence[int], layer: str) -> TokenLayout:
-        """Return how the tokens, of whatever layer, lie in the images or clips."""
+        """Return the layout of the tokens, the same in every layer, in the images or clips."""
         size = self.patch_embed.grid(*shape[-2:])
         steps = self.patch_embed.steps(shape[2]) if len(shape) == 5 else None
         patches = math.prod(size) * (steps or 1)
@@ -653,7 +653,7 @@ class PlainBackbone(Backbone):
         if double in state_dict:
             place = 'double'
         elif single in state_dict:
-            # A checkpoint does not say where its class token stands.
+            # A checkpoint does not state the position of its class token.
             place = self._released_cls_token if place in ('double', 'none') else place
         elif pos_embed is not None and keys_under(state_dict, f'{prefix}layers.'):
             place = 'none'
@@ -686,8 +686,8 @@ class PlainBackbone(Backbone):
     def _source_grid(self, num_patches: int, local_metadata: Mapping) -> tuple[int, int]:
         """Rows and columns of a checkpoint's position embedding.
 
-        Our own checkpoints say it in their metadata. Otherwise the same number of patches means
-        the same grid, and another number a square or, if it is none, our aspect ratio.
+        Our own checkpoints have it in their metadata. Otherwise the same number of patches means
+        the same grid, and another number a square or, if it is not one, our aspect ratio.
         """
         saved = local_metadata.get('pos_grid')
         if saved is not None and math.prod(saved) == num_patches:
@@ -704,12 +704,12 @@ class PlainBackbone(Backbone):
 
 
 def _save_grid(module: PlainBackbone, state_dict: dict, prefix: str, local_metadata: dict) -> None:
-    """Write into a checkpoint's metadata which grid its position embedding is for."""
+    """Write the grid of the position embedding into a checkpoint's metadata."""
     local_metadata['pos_grid'] = list(module.grid)
 
 
 def recomputed(block: nn.Module, *args: Any) -> Any:
-    """Run a block, and run it again in the backward pass instead of keeping its intermediates.
+    """Run a block, and rerun it in the backward pass instead of keeping its intermediates.
 
     The running statistics of batch norms count each batch once.
     """
@@ -718,7 +718,7 @@ def recomputed(block: nn.Module, *args: Any) -> Any:
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return checkpoint(block, *args, use_reentrant=False)
-    if torch.compiler.is_compiling():  # which takes no context_fn
+    if torch.compiler.is_compiling():  # which accepts no context_fn
         keeps = _COMPILED_KEEPS_BUFFERS
         return checkpoint(block, *args, use_reentrant=False) if keeps else block(*args)
     return checkpoint(
