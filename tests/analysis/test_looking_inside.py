@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from PIL import Image
 from script_runner import TOOLS, run_script
 from torch import nn
@@ -345,3 +346,24 @@ def test_models_see_what_the_test_pipeline_makes(path, tmp_path):
     shaped, images = read_subject(cfg, model, str(file), (64, 32))
     assert shaped.shape[:2] == (64, 32)
     assert shaped[8].mean() > 180 > 80 > shaped[-8].mean()
+
+
+@pytest.mark.parametrize('frames', [None, 2])
+def test_pictures_are_rgb_and_normalised_by_channel(tmp_path, frames):
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    Image.fromarray(image).save(tmp_path / 'x.png')
+    mean, std = [10.0, 20.0, 30.0], [1.0, 2.0, 4.0]  # of red, green and blue
+    kind = dict(type='mmpretrain.ClsDataPreprocessor', to_rgb=True)
+    if frames is not None:
+        kind = dict(type='mmvim.VideoDataPreprocessor')
+    model = nn.Module()
+    model.data_preprocessor = MODELS.build(dict(kind, mean=mean, std=std))
+    steps = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+    cfg = Config(
+        dict(default_scope='mmpretrain', test_dataloader=dict(dataset=dict(pipeline=steps)))
+    )
+    shape = None if frames is None else (32, 48)
+    picture, inputs = read_subject(cfg, model, str(tmp_path / 'x.png'), shape, frames)
+    assert np.array_equal(picture if frames is None else picture[1], image)
+    expected = torch.from_numpy((image - np.array(mean)) / np.array(std)).float().permute(2, 0, 1)
+    torch.testing.assert_close(inputs[0] if frames is None else inputs[0, :, 1], expected)

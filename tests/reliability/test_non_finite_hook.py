@@ -198,6 +198,13 @@ def test_accumulated_gradients_are_dropped_with_the_step(tmp_path, count):
     count('faults')
 
 
+def test_bad_steps_with_good_ones_between_do_not_stop(tmp_path, count):
+    hook = NonFiniteHook('skip', max_consecutive=3)
+    run(tmp_path, make_fault_hook('loss', (2, 3, 5, 6, 8, 9)), hook)
+    assert hook.skipped == 6
+    count('faults', 6)
+
+
 @pytest.mark.parametrize(
     'kwargs', [dict(action='ignore'), dict(max_consecutive=0)], ids=['action', 'max_consecutive']
 )
