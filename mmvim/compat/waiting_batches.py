@@ -2,15 +2,15 @@
 
 Why: mmpretrain's preprocessor copies labels synchronously, makes one-hot labels sample by sample,
 and its Mixup and CutMix index with a permutation on the CPU; mmengine's and mmsegmentation's
-preprocessors index channels with a list. Each of these waits until the GPU has done all that it was
-given, in every iteration.
+preprocessors index channels with a list. In every iteration each of these waits until the GPU has
+finished all its work.
 
-How: labels and permutations go through pinned memory, one-hot labels are made at once, channels are
-flipped. Results are the same numbers, from the same random numbers. What is not the usual case
-(several labels or scores of a sample, other numbers of channels) takes the original way.
+How: labels and permutations go through pinned memory, all one-hot labels are made at once, channels
+are flipped. The results are the same, from the same random numbers. Unusual cases (several labels
+or scores per sample, other numbers of channels) take the original path.
 
-Obsolete with: versions of these packages that do none of that (onedl-mmengine 0.10.12,
-onedl-mmpretrain 1.3.6 and onedl-mmsegmentation 1.4.2 do).
+Obsolete with: versions of these packages that do not wait (onedl-mmengine 0.10.12, onedl-mmpretrain
+1.3.6 and onedl-mmsegmentation 1.4.2 do).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def install() -> None:
 
 
 def to_device(tensor: Any, device: Any) -> Any:
-    """Copy a small CPU tensor to a device, without waiting where the device is a GPU."""
+    """Copy a small CPU tensor to a device, without waiting if the device is a GPU."""
     if device.type == 'cuda' and tensor.device.type == 'cpu':
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -139,6 +139,6 @@ def _patch_channels(module: ModuleType) -> None:
         return forward
 
     names = ('ImgDataPreprocessor', 'SegDataPreProcessor')
-    # mmsegmentation's module has mmengine's names too.
+    # mmsegmentation's module also contains mmengine's names.
     owner = next(o for o in map(vars(module).get, names) if o and o.__module__ == module.__name__)
     _wrap(owner, 'forward', make)

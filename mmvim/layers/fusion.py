@@ -22,11 +22,11 @@ def parts(**kinds: type[nn.Module]) -> Parts:
 class Fusable(nn.Module):
     """Base of modules with a fused path.
 
-    A fused function reads the parameters of submodules and does not call them, so whatever is put
-    on or around one would be lost: hooks, also global ones, another ``forward``, adapters,
-    quantisers, sharding, pruning, tensors that are more than tensors. Where there is any, where
-    ops are intercepted, and for tracers and exporters, which want the names of modules, submodules
-    are called one by one.
+    A fused function reads the parameters of submodules and does not call them, so anything attached
+    to or wrapped around them would be lost: hooks, including global ones, another ``forward``,
+    adapters, quantisers, sharding, pruning, tensor subclasses. In these cases, where ops are
+    intercepted, and for tracers and exporters, which need the names of modules, submodules are
+    called one by one.
 
     Attributes:
         fused (bool): Whether the fused path may be taken; False always calls the submodules.
@@ -37,7 +37,7 @@ class Fusable(nn.Module):
     _fused_parts: Parts = {}  # noqa: RUF012
 
     def _may_fuse(self, x: Tensor) -> bool:
-        """Whether a fused function of ops may run instead of the submodules."""
+        """Whether a fused function of ops may replace the submodules."""
         if is_intercepted() or torch.jit.is_tracing() or is_exporting():
             return False
         # Without a gradient a compiler fuses more than the function does.

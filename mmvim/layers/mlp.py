@@ -13,8 +13,8 @@ from .fusion import Fusable, parts
 class Mlp(Fusable):
     """Two linear layers with a GELU between them.
 
-    In training the GELU is computed again in the backward pass instead of being kept: of what a
-    block keeps, about a quarter.
+    In training the GELU is recomputed in the backward pass instead of being kept, which saves about
+    a quarter of a block's memory.
 
     Args:
         dim (int): Channels of input and output.

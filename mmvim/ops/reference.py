@@ -1,8 +1,8 @@
-"""The ops as the papers define them: loops over time, in the dtype that they are given.
+"""The ops as defined in the papers: loops over time, in the dtype of the input.
 
-To be read, and for tests to compare with; float64 and autograd make them exact. They share no code
-with the implementations, take the arguments of the functions of their names in :mod:`mmvim.ops`
-unchecked, and always return the last state too.
+For reading, and for tests to compare with; float64 and autograd make them exact. They share no code
+with the implementations, take the arguments of their namesakes in :mod:`mmvim.ops` unchecked, and
+always return the last state as well.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Text on pictures, in any script that an installed font has."""
+"""Text on pictures, in any script for which a font is installed."""
 
 import contextlib
 import functools
@@ -13,13 +13,13 @@ from matplotlib.ft2font import FT2Font
 from mmengine.logging import print_log
 from PIL import Image, ImageDraw, ImageFont
 
-#: Smaller pictures are enlarged before something is written on them.
+#: Smaller pictures are enlarged before text is drawn on them.
 _LEGIBLE = 224
 
 
 @functools.cache
 def font_files(characters: frozenset[str]) -> tuple[str, ...]:
-    """Files of fonts for these characters: matplotlib's own, and another where that lacks some.
+    """Font files for these characters: matplotlib's own, and another one if that lacks some.
 
     Characters that no installed font has are reported once, and drawn as boxes.
     """
@@ -28,7 +28,7 @@ def font_files(characters: frozenset[str]) -> tuple[str, ...]:
     if not missing:
         return (first,)
     for entry in font_manager.fontManager.ttflist:
-        if entry.name.startswith('Last Resort'):  # has boxes for all there are
+        if entry.name.startswith('Last Resort'):  # has boxes for all characters
             continue
         with contextlib.suppress(OSError, RuntimeError):
             if missing <= set(FT2Font(entry.fname).get_charmap()):
@@ -44,7 +44,7 @@ def font_files(characters: frozenset[str]) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def fonts_for(texts: Iterable[str]) -> Iterator[None]:
-    """Let matplotlib, with which the task libraries draw, use fonts that have these texts."""
+    """Let matplotlib, which the task libraries use, draw with fonts for these texts."""
     files = font_files(frozenset(''.join(map(str, texts))))
     names = [FT2Font(file).family_name for file in files]
     with matplotlib.rc_context({'font.sans-serif': names}):
@@ -71,7 +71,7 @@ def write_lines(
     image = Image.fromarray(picture)
     pen = ImageDraw.Draw(image)
     height = max(min(picture.shape[:2]) / 480, 0.35) * 26
-    # The last of the files has the characters that the first one lacks.
+    # The last file has the characters that the first one lacks.
     font = ImageFont.truetype(font_files(frozenset(''.join(lines)))[-1], round(0.8 * height))
     top = picture.shape[0] - height * (len(lines) + 0.4) if below else 0.2 * height
     for i, line in enumerate(lines):

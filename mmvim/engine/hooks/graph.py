@@ -21,7 +21,7 @@ from mmvim.registry import HOOKS
 from .compile import find_backbones
 
 _WARM_UPS = 3
-# Room that each recomputed block has in the sequence of random numbers of a step.
+# Space of each recomputed block in the sequence of random numbers of a step.
 _STRIDE = 1 << 20
 _HOOKS = (
     '_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'
@@ -30,30 +30,30 @@ _HOOKS = (
 
 @HOOKS.register_module()
 class GraphHook(Hook):
-    """Replay forward and backward pass of every backbone as CUDA graphs in training.
+    """Replay the forward and backward pass of every backbone as CUDA graphs in training.
 
-    A small model's kernels are shorter than the time that a processor takes to launch them one by
-    one. In the first iteration with an input of a shape, the backbone's kernels are recorded, those
-    of the backward pass too; from then on each pass is one launch. Numbers are those of the same
-    kernels, and random numbers (drop path) are new in each iteration. Everything else of a step
-    runs as it is: preprocessor, neck, heads, losses, optimizer. So it goes together with mixed
-    precision, gradient accumulation, several GPUs (DDP), ``EMAHook``, ``with_cp`` and resuming;
-    checkpoints do not change. Validation and testing run as they are.
+    The kernels of a small model take less time than launching them one by one. In the first
+    iteration with each input shape the backbone's kernels are recorded, including those of the
+    backward pass; from then on each pass is one launch. The same kernels give the same numbers, and
+    random numbers (drop path) are new in each iteration. The rest of a step runs unchanged:
+    preprocessor, neck, heads, losses, optimizer. So the hook works with mixed precision, gradient
+    accumulation, several GPUs (DDP), ``EMAHook``, ``with_cp`` and resuming; checkpoints do not
+    change. Validation and testing run unchanged.
 
-    A backbone runs without graphs, with one warning that says why, where it cannot be recorded
-    (not on a GPU, sharded by FSDP, SyncBN, a pass that waits for the GPU) or must not be: while
-    its parts have hooks, which a replay would not call, or while an earlier output still waits for
-    its backward pass. A parameter that has moved, become trainable or been frozen leads to new
-    graphs.
+    A backbone runs without graphs, with one warning that gives the reason, where it cannot be
+    recorded (not on a GPU, sharded by FSDP, SyncBN, a pass that waits for the GPU) or must not be:
+    while its parts have hooks, which a replay would not call, or while an earlier output still
+    waits for its backward pass. A parameter that has moved, become trainable or been frozen leads
+    to new graphs.
 
-    The graphs of all shapes share memory, but each has gradients of its own for the parameters.
+    The graphs of all shapes share memory, but each has its own gradients for the parameters.
     ``tools/train.py`` adds this hook for ``graph=True`` or ``graph=dict(…)`` in a config; other
     launchers get it from ``custom_hooks=[dict(type='mmvim.GraphHook')]``.
 
     Args:
-        max_shapes (int): So many graphs are kept at most; then the one that was used longest ago
-            makes room. When four times as many have had to, recording ends: the inputs have too
-            many shapes. Defaults to 8.
+        max_shapes (int): Largest number of graphs to keep; beyond it the least recently used one is
+            discarded. After four times as many discards recording ends: the inputs have too many
+            shapes. Defaults to 8.
 
     Raises:
         ValueError: If ``max_shapes`` is not positive.
@@ -68,7 +68,7 @@ class GraphHook(Hook):
         self.max_shapes = max_shapes
 
     def before_train(self, runner: Any) -> None:
-        """Let the backbones record, unless they do already.
+        """Make the backbones record, unless they already do.
 
         Raises:
             UserError: If the model has no backbone.
@@ -84,7 +84,7 @@ class GraphHook(Hook):
 
 
 def _obstacle(model: nn.Module, backbone: nn.Module) -> str | None:
-    """Say why a backbone can never be recorded, if it cannot."""
+    """Return the reason why a backbone can never be recorded, or None."""
     while is_model_wrapper(model):
         if 'FullySharded' in type(model).__name__:
             return 'the model is sharded'
@@ -102,13 +102,13 @@ def _obstacle(model: nn.Module, backbone: nn.Module) -> str | None:
 
 
 class GraphedForward:
-    """The ``forward`` of a module, by CUDA graphs where that is possible.
+    """The ``forward`` of a module, through CUDA graphs where possible.
 
     Args:
-        module: Whose forward pass it is.
-        name: What messages call it.
+        module: The module.
+        name: Its name in messages.
         max_shapes: As for :class:`GraphHook`.
-        logger: For messages.
+        logger: Logger for messages.
     """
 
     device_type = 'cuda'
@@ -125,7 +125,7 @@ class GraphedForward:
         self._pool: Any = None
         self._modules: dict[str, nn.Module] = {}
         self._children: list[int] | None = None
-        # The forward pass whose backward pass is to come; alive as long as that can come.
+        # The forward pass whose backward pass is pending; alive as long as that can happen.
         self._waiting: Callable[[], Any] = _nothing
 
     def __deepcopy__(self, memo: dict) -> GraphedForward:
@@ -140,7 +140,7 @@ class GraphedForward:
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward pass, as the module itself would."""
+        """Run the forward pass like the module itself."""
         if self._given_up or not self.module.training or not torch.is_grad_enabled():
             return self.eager(*args, **kwargs)
         leaves, structure = tree_flatten((args, kwargs))
@@ -171,7 +171,7 @@ class GraphedForward:
         try:
             return _Recording(self, leaves, structure, self._pool)
         finally:
-            # Which a failed capture leaves as it was during the capture.
+            # A failed capture leaves this as it was during the capture.
             torch.cuda.set_stream(stream)
 
     def _keep(self, key: tuple, recording: Any) -> None:
@@ -209,7 +209,7 @@ class GraphedForward:
         return None
 
     def _fingerprint(self) -> int:
-        """Return a number that changes when a recording would read or write the wrong memory."""
+        """Return a number that changes when a recording would access the wrong memory."""
         modules = self._modules.values()
         return hash((
             tuple(self._children),
@@ -252,7 +252,7 @@ def _settings() -> tuple:
 
 
 class _Recording:
-    """The two graphs for inputs of a shape."""
+    """The two graphs for inputs of one shape."""
 
     def __init__(self, owner: GraphedForward, leaves: list, structure: Any, pool: Any) -> None:
         self.module = owner.module
@@ -293,7 +293,7 @@ class _Recording:
                 gradients = torch.autograd.grad(
                     learning, targets, self.output_gradients, allow_unused=True
                 )
-        # Parameters that are not used get no gradient, as without graphs.
+        # Unused parameters get no gradient, as without graphs.
         self.gradients = {
             id(x): g for x, g in zip(targets, gradients, strict=True) if g is not None
         }
@@ -302,7 +302,7 @@ class _Recording:
         self.tensors = [x for x in self.outputs if isinstance(x, Tensor)]
 
     def _warm_up(self, run: Callable, targets: list[Tensor], device: torch.device) -> None:
-        """Run a few passes that leave no trace, the last ones without waiting for the GPU."""
+        """Run a few passes without side effects, the last ones without waiting for the GPU."""
         buffers = list(self.module.buffers())
         saved = [buffer.clone() for buffer in buffers]
         random = torch.cuda.get_rng_state(device)
@@ -325,7 +325,7 @@ class _Recording:
             torch.cuda.set_rng_state(random, device)
 
     def replay(self, owner: GraphedForward, inputs: list[Tensor]) -> Any:
-        """Run the forward pass, in a way that autograd knows."""
+        """Run the forward pass so that autograd records it."""
         found = iter(_Replay.apply(self, owner, len(inputs), *inputs, *self.parameters))
         return tree_unflatten(
             [next(found) if isinstance(x, Tensor) else x for x in self.outputs], self.structure
@@ -378,7 +378,7 @@ class _Replay(torch.autograd.Function):
 
 
 class _Token:
-    """Stands for a backward pass that may come."""
+    """Representative of a pending backward pass."""
 
 
 def _nothing() -> None:
@@ -386,7 +386,7 @@ def _nothing() -> None:
 
 
 def _keep_accumulated(recording: _Recording) -> None:
-    """Copy gradients that lie where the graph will write: autograd took them as they were."""
+    """Copy gradients that share memory with the graph, as autograd stored them without copying."""
     for p in recording.parameters:
         if p.grad is not None and p.grad.data_ptr() == recording.gradients[id(p)].data_ptr():
             p.grad = p.grad.clone()
@@ -394,7 +394,7 @@ def _keep_accumulated(recording: _Recording) -> None:
 
 @contextlib.contextmanager
 def _autocast_without_cache() -> Iterator[None]:
-    """Autocast as it is, but with weights that are cast anew: a graph must do that itself."""
+    """The current autocast without its cache: a graph must cast the weights itself."""
     enabled, dtype = _settings()
     with torch.autocast('cuda', dtype, enabled=enabled, cache_enabled=False):
         yield
@@ -404,10 +404,10 @@ class _RecomputedRegions:
     """Random numbers for activation checkpointing within graphs.
 
     ``torch.utils.checkpoint`` reads and sets the state of the generator, so that a region draws the
-    same numbers when it is computed again, and a capture allows neither. Here each region has two
-    generator states, one in each graph, both of which are set to the same place before a replay.
-    That place follows from the default generator, which moves on in each step: a resumed run draws
-    what the uninterrupted one would have drawn.
+    same numbers when it is recomputed, and a capture allows neither. Here each region has two
+    generator states, one in each graph, both of which are set to the same start before a replay.
+    That start follows from the default generator, which advances in each step: a resumed run draws
+    the same numbers as an uninterrupted one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -418,7 +418,7 @@ class _RecomputedRegions:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
-        """Count the regions that run in here."""
+        """Count the regions that run in this block."""
         original, self.count = torch.utils.checkpoint.get_device_states, 0
 
         def get_device_states(*args: Any) -> tuple:
@@ -429,7 +429,7 @@ class _RecomputedRegions:
             yield
 
     def register(self, forward: torch.cuda.CUDAGraph, backward: torch.cuda.CUDAGraph) -> None:
-        """Make the states, before a capture begins."""
+        """Create the states, before a capture begins."""
         for _ in range(self.count):
             pair = torch.Generator(self.device), torch.Generator(self.device)
             forward.register_generator_state(pair[0])
@@ -438,14 +438,14 @@ class _RecomputedRegions:
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
-        """Let the regions that are captured in here use their states."""
+        """Make the regions captured in this block use their states."""
         original = self.default.graphsafe_get_state()
         begun = iter(range(self.count))
 
         def get_device_states(*args: Any) -> tuple[list, list]:
             index = next(begun)
             self.default.graphsafe_set_state(self.pairs[index][0].graphsafe_get_state())
-            # No device, so that nobody else touches its generator.
+            # No device, so that nothing else touches its generator.
             return [], [index]
 
         def set_device_states(devices: list, states: list, **_: Any) -> None:
@@ -462,7 +462,7 @@ class _RecomputedRegions:
             self.default.graphsafe_set_state(original)
 
     def begin(self) -> tuple[int, int]:
-        """Place the states of a forward pass, and return what places those of its backward pass."""
+        """Set the states of a forward pass and return the start of those of its backward pass."""
         if not self.pairs:
             return 0, 0
         start = self.default.initial_seed(), self.default.get_offset()
@@ -471,7 +471,7 @@ class _RecomputedRegions:
         return start
 
     def begin_again(self, start: tuple[int, int]) -> None:
-        """Place the states of a backward pass."""
+        """Set the states of a backward pass."""
         self._place(1, start)
 
     def _place(self, which: int, start: tuple[int, int]) -> None:

@@ -11,25 +11,25 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 from mmvim.registry import HOOKS
 
-# What a group calls its parameters, which says nothing about how they learn.
+# Names of a group's parameters, which have no influence on how they learn.
 _NAMES = ('param_name', 'param_names')
-# What mmengine's schedulers keep for each group.
+# Values that mmengine's schedulers keep for each group.
 _SCHEDULED = ('base_values', '_last_value', 'min_values')
-# How a step is computed: the business of the machine that runs, not of a checkpoint.
+# The implementation of a step: a matter of the running machine, not of a checkpoint.
 _IMPLEMENTATION = ('fused', 'foreach')
-# These keep copies of their own of the groups.
+# These keep their own copies of the groups.
 _OWN_GROUPS = ('ApexOptimWrapper', 'ColossalAIOptimWrapper', 'ZeroRedundancyOptimizer')
 
 
 @dataclass
 class _Layout:
-    """Where the groups that a constructor made have gone.
+    """Mapping of the groups that a constructor made to the joined ones.
 
     Attributes:
-        group_of: For each of its groups the group that it is part of now.
-        order: For each parameter, as they come now, its place as they came then.
-        sizes: Number of parameters of each of its groups.
-        names: What each of its groups called them.
+        group_of: For each original group, the joined group that contains it.
+        order: For each parameter in the current order, its position in the original order.
+        sizes: Number of parameters of each original group.
+        names: Parameter names of each original group.
     """
 
     group_of: list[int]
@@ -39,24 +39,24 @@ class _Layout:
 
     @property
     def first(self) -> list[int]:
-        """The first former group of each present one."""
+        """The first original group of each joined one."""
         return [self.group_of.index(new) for new in range(max(self.group_of) + 1)]
 
 
 @HOOKS.register_module()
 class ParameterGroupsHook(Hook):
-    """Let parameters with the same settings share a parameter group while a run trains.
+    """Let parameters with the same settings share a parameter group during training.
 
-    mmengine's optimizer constructors make a group of each parameter as soon as there is a
-    ``paramwise_cfg``, and an optimizer works group by group: with hundreds of groups, foreach and
-    fused implementations get one tensor at a time. When training begins, after a checkpoint has
-    been loaded, this hook joins the groups of which everything is equal (learning rate, weight
-    decay, any other key, and what parameter schedulers keep for them). So it serves every
-    constructor, and each parameter keeps its settings.
+    With a ``paramwise_cfg`` mmengine's optimizer constructors make one group per parameter, and an
+    optimizer works group by group: with hundreds of groups, foreach and fused implementations
+    receive one tensor at a time. When training begins, after a checkpoint has been loaded, this
+    hook joins groups with equal settings (learning rate, weight decay, any other key, and the
+    values of parameter schedulers). It therefore works with every constructor, and each parameter
+    keeps its settings.
 
     Checkpoints stay as mmengine writes them, with the constructor's groups: they can be resumed
-    with and without this hook, and so can those of earlier versions. Whether a step is fused is
-    decided by the run that resumes, not by the checkpoint.
+    with and without this hook, and so can those of earlier versions. The resuming run, not the
+    checkpoint, decides whether steps are fused.
 
     Optimizers that manage their parameters themselves (DeepSpeed, ColossalAI, Apex, FSDP,
     ``ZeroRedundancyOptimizer``) are left alone. ``tools/train.py`` adds this hook; other launchers
@@ -70,7 +70,7 @@ class ParameterGroupsHook(Hook):
         self._layouts: dict[str, _Layout] = {}
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Have the present implementation of the optimizer, with the state of the checkpoint."""
+        """Keep the current implementation of the optimizer, with the state of the checkpoint."""
         saved = checkpoint.get('optimizer')
         if not runner._resume or not isinstance(saved, dict):
             return
@@ -118,7 +118,7 @@ class ParameterGroupsHook(Hook):
 
 
 def _wrappers(wrapper: Any) -> Iterator[tuple[str, OptimWrapper]]:
-    """Yield the optimizer wrappers that are built, with their names if there are several."""
+    """Yield the existing optimizer wrappers, with their names if there are several."""
     if isinstance(wrapper, OptimWrapperDict):
         yield from wrapper.items()
     elif isinstance(wrapper, OptimWrapper):
@@ -136,7 +136,7 @@ def _describe(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _obstacle(wrapper: OptimWrapper, schedulers: list, model: Any) -> str | None:
-    """Say why groups cannot be joined, if they cannot."""
+    """Return the reason why groups cannot be joined, or None."""
     for owner in (wrapper, wrapper.optimizer):
         if type(owner).__name__ in _OWN_GROUPS:
             return f'{type(owner).__name__} has groups of its own'
@@ -153,7 +153,7 @@ def _obstacle(wrapper: OptimWrapper, schedulers: list, model: Any) -> str | None
 
 
 def _clip_in_order(clip: Callable, parameters: list) -> Callable:
-    """Let the norm of the gradients be the same sum, to the last bit, as with all the groups."""
+    """Keep the norm of the gradients equal, to the last bit, to that of the original groups."""
     place = {id(p): i for i, p in enumerate(parameters)}
 
     @functools.wraps(clip)
@@ -209,17 +209,17 @@ def _join(wrapper: OptimWrapper, schedulers: list) -> _Layout:
 
 
 def _frozen(value: Any) -> Any:
-    """Return something that can be compared and hashed, equal for equal settings only."""
+    """Return a hashable value that is equal only for equal settings."""
     if isinstance(value, list | tuple):
         return 'sequence', tuple(_frozen(item) for item in value)
     if value is None or isinstance(value, bool | int | float | str):
-        # True is no 1, and sorting needs nothing but what is comparable.
+        # True must differ from 1, and sorting needs comparable values.
         return type(value).__name__, repr(value)
     return 'object', repr(id(value))
 
 
 def _split_state(layout: _Layout, state: dict) -> dict:
-    """Return the state of an optimizer wrapper as it would be with the former groups."""
+    """Return the state of an optimizer wrapper as with the original groups."""
     place = dict(enumerate(layout.order))
     groups, start = [], 0
     for new, size, names in zip(layout.group_of, layout.sizes, layout.names, strict=True):
@@ -231,7 +231,7 @@ def _split_state(layout: _Layout, state: dict) -> dict:
 
 
 def _split_scheduled(layout: _Layout, schedulers: list[dict]) -> list[dict]:
-    """Return the states of parameter schedulers as they would be with the former groups."""
+    """Return the states of parameter schedulers as with the original groups."""
     count = len(layout.first)
 
     def split(key: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A host that need not wait for the GPU in each iteration."""
+"""Asynchronous iterations: a host that does not wait for the GPU in each one."""
 
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmvim.registry import HOOKS
 
-# Values that nobody has looked at are fetched when there are so many of a name.
+# Unread values are fetched once there are so many of one name.
 _MOST_PENDING = 1000
 
 
@@ -23,25 +23,25 @@ class RunAheadHook(Hook):
     """Let the host prepare the next iterations while the GPU still computes this one.
 
     mmengine waits for the GPU several times in an iteration: for the copy of the batch, for the
-    norm of the gradients, and for each loss, to write it down. With this hook batches are copied
-    asynchronously (which takes effect with ``pin_memory``), and losses and norms are fetched when
-    somebody looks at them: the logger at its interval, a checkpoint, a hook. What they are does not
-    change, nor do checkpoints.
+    norm of the gradients, and for each loss, to record it. With this hook batches are copied
+    asynchronously (which requires ``pin_memory``), and losses and norms are fetched when they are
+    read: by the logger at its interval, a checkpoint, a hook. Their values do not change, nor do
+    checkpoints.
 
-    At the end of an iteration the host waits for the one ``ahead`` iterations before, so that times
-    in the log are those of the GPU, and batches in flight are few.
+    At the end of an iteration the host waits for the one ``ahead`` iterations earlier, so that
+    times in the log are those of the GPU and few batches are in flight.
 
     ``tools/train.py`` adds this hook; other launchers get it from
     ``custom_hooks=[dict(type='mmvim.RunAheadHook')]``.
 
     Args:
-        ahead (int): How many iterations the host may be ahead, at least 1. Defaults to 2.
+        ahead (int): Number of iterations the host may be ahead, at least 1. Defaults to 2.
 
     Raises:
         ValueError: If ``ahead`` is not positive.
     """
 
-    # Before the hooks that write down losses.
+    # Before the hooks that record losses.
     priority = 'VERY_HIGH'
 
     def __init__(self, ahead: int = 2) -> None:
@@ -51,10 +51,10 @@ class RunAheadHook(Hook):
         self._ends: deque[torch.cuda.Event] = deque()
 
     def before_train(self, runner: Any) -> None:
-        """Defer what would wait."""
+        """Defer the operations that would wait."""
         hub = runner.message_hub
         if type(hub) is MessageHub:
-            # Everybody holds this instance already.
+            # Other objects already hold this instance.
             hub.__class__ = _DeferredMessageHub
         for module in runner.model.modules():
             if isinstance(module, BaseDataPreprocessor):
@@ -67,7 +67,7 @@ class RunAheadHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Wait for an iteration that is old enough."""
+        """Wait for the iteration ``ahead`` iterations earlier."""
         if not torch.cuda.is_available():
             return
         end = torch.cuda.Event()
@@ -78,7 +78,7 @@ class RunAheadHook(Hook):
 
 
 def _deferred_norm(clip: Callable, hub: MessageHub, name: str) -> Callable:
-    """Let a clipping function write down the norm itself, which its caller would wait for."""
+    """Make a clipping function record the norm itself, for which its caller would wait."""
     if hasattr(clip, 'deferred'):
         return clip
 
@@ -92,10 +92,10 @@ def _deferred_norm(clip: Callable, hub: MessageHub, name: str) -> Callable:
 
 
 class _DeferredMessageHub(MessageHub):
-    """A message hub that fetches values from a GPU when somebody looks at them."""
+    """A message hub that fetches values from a GPU when they are read."""
 
     def update_scalar(self, key: str, value: Any, count: int = 1, resumed: bool = True) -> None:
-        """Write down a value, as :meth:`mmengine.logging.MessageHub.update_scalar` does."""
+        """Record a value, as :meth:`mmengine.logging.MessageHub.update_scalar` does."""
         history = self._log_scalars.get(key)
         if history is not None and type(history) not in (HistoryBuffer, _DeferredHistory):
             super().update_scalar(key, value, count, resumed)
@@ -104,7 +104,7 @@ class _DeferredMessageHub(MessageHub):
         if not isinstance(count, int):
             raise TypeError(f'count of {key!r} must be int, not {type(count).__name__}')
         if isinstance(value, Tensor) and value.is_cuda and value.numel() == 1:
-            # What no computation has made may be changed in place by its owner.
+            # A tensor that is not the result of a computation may be changed in place by its owner.
             value = value.detach() if value.requires_grad else value.clone()
         else:
             value = self._get_valid_value(value)
@@ -114,9 +114,9 @@ class _DeferredMessageHub(MessageHub):
 
 
 class _DeferredHistory(HistoryBuffer):
-    """A history of which the last values may still be on a GPU. Copied or saved it is mmengine's.
+    """A history whose last values may still be on a GPU; copies and files are mmengine's.
 
-    It also grows by many values at once: mmengine copies the whole history for each.
+    It grows by many values at once, where mmengine copies the whole history for each.
     """
 
     def __init__(self, history: HistoryBuffer | None = None) -> None:
@@ -169,7 +169,7 @@ class _DeferredHistory(HistoryBuffer):
 
 
 def _numbers(values: list[Any]) -> list[float]:
-    """Fetch the tensors among ``values``, those of a kind together."""
+    """Fetch the tensors among ``values``, those of one kind together."""
     kinds: dict[tuple, list[int]] = {}
     for i, value in enumerate(values):
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Averages of weights with few kernels a step."""
+"""Averages of weights with few kernels per step."""
 
 import torch
 from mmengine.model import ExponentialMovingAverage as MMEngineExponentialMovingAverage
@@ -12,13 +12,13 @@ class ExponentialMovingAverage(MMEngineExponentialMovingAverage):
     """mmengine's ``ExponentialMovingAverage``, updated by a few kernels for all tensors together.
 
     Numbers, arguments and state are mmengine's. The launcher uses it wherever a config says
-    ``ExponentialMovingAverage``, which is what ``EMAHook`` takes by default. An average on another
-    device than the model is updated tensor by tensor.
+    ``ExponentialMovingAverage``, the default of ``EMAHook``. An average on a device other than the
+    model's is updated tensor by tensor.
     """
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Update the average with the present weights of ``model``."""
+        """Update the average with the current weights of ``model``."""
         if self.steps == 0 or type(self).avg_func is not MMEngineExponentialMovingAverage.avg_func:
             super().update_parameters(model)
             return

@@ -1,4 +1,4 @@
-"""LAMB with few kernels a step."""
+"""LAMB with few kernels per step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,16 +15,16 @@ from mmvim.registry import OPTIMIZERS
 class Lamb(Optimizer):
     """LAMB (You et al., Large Batch Optimization for Deep Learning, ICLR 2020) on tensor lists.
 
-    What mmpretrain's ``Lamb`` computes, which is NVIDIA's variant: the gradient is divided by its
-    global norm where that is above ``max_grad_norm``, then ::
+    Same as mmpretrain's ``Lamb``, which is NVIDIA's variant: the gradient is divided by its global
+    norm where that exceeds ``max_grad_norm``, then ::
 
         m = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g²
         u = m̂ / (sqrt(v̂) + eps) + weight_decay p
         p = p - lr |p| / |u| u
 
-    with bias-corrected m̂ and v̂. mmpretrain's takes some fifteen kernels for each parameter, this
-    one a few for each parameter group. The state is the same, so that either continues from
-    checkpoints of the other; ``tools/train.py`` takes this one for ``type='Lamb'`` on a GPU.
+    with bias-corrected m̂ and v̂. mmpretrain's takes some fifteen kernels per parameter, this
+    one a few per parameter group. The state is the same, so that either continues from checkpoints
+    of the other; ``tools/train.py`` uses this one for ``type='Lamb'`` on a GPU.
 
     Args:
         params: Parameters, or dicts of parameter groups.
@@ -36,8 +36,8 @@ class Lamb(Optimizer):
         grad_averaging (bool): Whether the gradient enters m with ``1 - beta1`` or with 1.
         max_grad_norm (float): Global norm to which gradients are clipped. Defaults to 1.
         trust_clip (bool): Whether ``|p| / |u|`` is at most 1. Defaults to False.
-        always_adapt (bool): Whether parameters without weight decay get the factor ``|p| / |u|``
-            too. Defaults to False.
+        always_adapt (bool): Whether parameters without weight decay also get the factor
+            ``|p| / |u|``. Defaults to False.
 
     Raises:
         RuntimeError: If a gradient is sparse.
@@ -74,10 +74,10 @@ class Lamb(Optimizer):
         """Update the parameters, and clip their gradients in place.
 
         Args:
-            closure: Evaluates the model again and returns the loss.
+            closure: Function that re-evaluates the model and returns the loss.
 
         Returns:
-            What the closure returned; None without one.
+            The closure's result, or None without one.
         """
         loss = None
         if closure is not None:
@@ -131,5 +131,5 @@ class Lamb(Optimizer):
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """Return the norm of each tensor, in one."""
+    """Return the norms of all tensors, stacked."""
     return torch.stack(torch._foreach_norm(tensors))
