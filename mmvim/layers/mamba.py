@@ -17,7 +17,7 @@ from .fusion import Fusable
 
 
 class MambaState(NamedTuple):
-    """What a :class:`Mamba` mixer remembers between chunks of one sequence.
+    """State of a :class:`Mamba` mixer between chunks of one sequence.
 
     Attributes:
         conv (Tensor): (batch, d_inner, d_conv - 1), the last inputs of the convolution.
@@ -34,15 +34,15 @@ class DeltaProjection(nn.Module):
     """Low-rank projection to the step size Δ, whose bias enters inside the scan.
 
     ``forward`` applies the weight only; the scan adds ``bias`` once, before the softplus. It is
-    not an :class:`torch.nn.Linear`, so a re-initialisation that visits every linear layer leaves
-    Δ alone.
+    not a :class:`torch.nn.Linear`, so that a re-initialisation of all linear layers does not affect
+    Δ.
 
     Args:
         rank (int): Input size.
         dim (int): Output size.
         init (str): 'proper' draws softplus(bias) log-uniformly from [dt_min, dt_max] and the
-            weight from U(±rank^-0.5), as Mamba does; 'zero' leaves the weight as a linear layer's
-            and sets the bias to 0, which makes Δ about 0.69. Defaults to 'proper'.
+            weight from U(±rank^-0.5), as Mamba does; 'zero' initialises the weight as in a linear
+            layer and sets the bias to 0, which makes Δ about 0.69. Defaults to 'proper'.
         dt_min (float): Smallest initial Δ. Defaults to 1e-3.
         dt_max (float): Largest initial Δ. Defaults to 0.1.
     """
@@ -73,8 +73,8 @@ class DeltaProjection(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise weight and bias as ``init`` says."""
-        # Both ways draw the weight from U(±rank^-0.5): it is what torch's linear layers do too.
+        """Initialise weight and bias by ``init``."""
+        # Both draw the weight from U(±rank^-0.5), as torch's linear layers do.
         bound = self.rank**-0.5
         nn.init.uniform_(self.weight, -bound, bound)
         if self.init == 'zero':
@@ -95,7 +95,7 @@ class DeltaProjection(nn.Module):
 
 
 class MixerBase(Fusable):
-    """Parameters and pieces that :class:`Mamba` and :class:`mmvim.layers.BiMamba` share."""
+    """Common parameters and parts of :class:`Mamba` and :class:`mmvim.layers.BiMamba`."""
 
     def __init__(
         self,
@@ -255,9 +255,9 @@ class Mamba(MixerBase):
 
         Args:
             batch_size (int): Number of sequences.
-            device (torch.device, optional): Defaults to the parameters' device.
-            dtype (torch.dtype, optional): Of the activations. Defaults to the parameters' dtype.
-                The scan's state is float32 for every dtype but float64.
+            device (torch.device, optional): The device. Defaults to the parameters' device.
+            dtype (torch.dtype, optional): Dtype of the activations. Defaults to the parameters'
+                dtype. The scan's state is float32 for every dtype except float64.
         """
         conv = self.conv1d.init_state(batch_size, device=device, dtype=dtype)
         width = self.d_state * (2 if self.discretization in ops.TWO_TAP else 1)
@@ -270,8 +270,8 @@ class Mamba(MixerBase):
     ) -> Tensor | tuple[Tensor, MambaState]:
         """Mix along the sequence.
 
-        Feeding a sequence in chunks, each with the state of the one before, gives the outputs of
-        the whole sequence (with ``reverse`` the chunks go from the last to the first).
+        Processing a sequence in chunks, each with the state of the previous one, gives the outputs
+        of the whole sequence (with ``reverse`` the chunks go from the last to the first).
 
         Args:
             x (Tensor): (batch, length, d_model).
@@ -316,7 +316,7 @@ class Mamba(MixerBase):
 
         Args:
             x (Tensor): (batch, d_model).
-            state (MambaState): The state after the tokens before, from :meth:`init_state`,
+            state (MambaState): The state after the previous tokens, from :meth:`init_state`,
                 :meth:`forward` or :meth:`step`; never modified.
 
         Returns:

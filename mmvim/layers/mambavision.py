@@ -19,7 +19,7 @@ from .mamba import DeltaProjection, MixerBase
 
 
 class MambaVisionMixer(MixerBase):
-    """MambaVision's mixer: half of the channels pass a scan, the other half a convolution only.
+    """MambaVision's mixer: half of the channels are scanned, the others only convolved.
 
     ``x, z = in_proj(h); x = scan(silu(conv1d_x(x))); z = silu(conv1d_z(z))``, and the output is
     ``out_proj([x, z])`` (section 3.2 of the paper). The convolutions are centred and have no bias;
@@ -34,10 +34,10 @@ class MambaVisionMixer(MixerBase):
         dt_rank (int | str): Rank of Δ; 'auto' is ``ceil(d_model / 16)``. Defaults to 'auto'.
         double_dt_bias (bool): Whether Δ is ``softplus(dt_proj(x) + 2 * bias)``. The official code
             adds the bias in the projection and again in the scan, and released weights were
-            trained so. False adds it once. Defaults to True.
+            trained this way. False adds it once. Defaults to True.
         discretization (str): One of :data:`mmvim.ops.DISCRETIZATIONS`. Defaults to 'zoh'.
         dt_init (str): 'official' starts with a Δ of about 0.69 everywhere: a zero bias and weights
-            of deviation 0.02, which is what the official model ends up with. 'proper' is Mamba's
+            of standard deviation 0.02, as the official model ends up with. 'proper' is Mamba's
             initialisation, Δ in [dt_min, dt_max], whether or not the bias is doubled. Defaults to
             'official'.
         dt_min (float): Smallest initial Δ of 'proper'. Defaults to 1e-3.
@@ -252,7 +252,7 @@ def window_partition(x: Tensor, window: tuple[int, int]) -> Tensor:
 def window_reverse(
     windows: Tensor, window: tuple[int, int], batch: int, size: tuple[int, int]
 ) -> Tensor:
-    """Undo :func:`window_partition`, leaving the padding out.
+    """Undo :func:`window_partition`, without the padding.
 
     Args:
         windows (Tensor): (batch * windows, rows * columns, channels).
