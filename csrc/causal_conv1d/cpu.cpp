@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../common/cpu_glue.h"
+#include "../common/direct.h"
 #include "cpu_kernels.h"
 
 namespace mmvim {
@@ -155,17 +156,23 @@ void set_both(ConvInput& in, const Filter& f, const Filter& b) {
   in.filter[1] = b.arguments(0, true);
 }
 
-std::tuple<Tensor, Tensor> both_forward(const Tensor& x, const Tensor& weight_f,
-                                        const OptTensor& bias_f, const Tensor& weight_b,
-                                        const OptTensor& bias_b, bool silu) {
+void both_forward_into(const Tensor& x, const Tensor& weight_f, const OptTensor& bias_f,
+                       const Tensor& weight_b, const OptTensor& bias_b, bool silu,
+                       const Tensor& out_f, const Tensor& out_b) {
   const Filter f(weight_f, bias_f, x), b(weight_b, bias_b, x);
   ConvForwardArgs a;
   a.in = input(x, weight_f.size(1), silu);
   set_both(a.in, f, b);
-  Tensor out_f = empty_like(x), out_b = empty_like(x);
   a.out[0] = output(out_f);
   a.out[1] = output(out_b);
   MMVIM_PER_ISA(conv_forward)(a, is_double(x));
+}
+
+std::tuple<Tensor, Tensor> both_forward(const Tensor& x, const Tensor& weight_f,
+                                        const OptTensor& bias_f, const Tensor& weight_b,
+                                        const OptTensor& bias_b, bool silu) {
+  Tensor out_f = empty_like(x), out_b = empty_like(x);
+  both_forward_into(x, weight_f, bias_f, weight_b, bias_b, silu, out_f, out_b);
   return {out_f, out_b};
 }
 
@@ -187,6 +194,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
   return {dx, gf.weight_like(weight_f), gf.bias_like(bias_f), gb.weight_like(weight_b),
           gb.bias_like(bias_b)};
 }
+
+const bool known = [] {
+  direct::cpu.conv = forward;
+  direct::cpu.conv_backward = backward;
+  direct::cpu.two_convs = both_forward_into;
+  direct::cpu.two_convs_backward = both_backward;
+  return true;
+}();
 
 }  // namespace
 

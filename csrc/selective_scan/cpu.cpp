@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../common/cpu_glue.h"
+#include "../common/direct.h"
 #include "cpu_kernels.h"
 
 namespace mmvim {
@@ -153,12 +154,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
 struct Gradients {
   Tensor u, delta, A, B, C, D, delta_bias;
 
-  Gradients(const Inputs& in, ScanBackwardArgs& a)
-      : u(empty_like(in.u)),
-        delta(empty_like(in.delta)),
+  Gradients(const Inputs& in, ScanBackwardArgs& a, const direct::ScanPlaces* places = nullptr)
+      : u(places != nullptr ? places->u : empty_like(in.u)),
+        delta(places != nullptr ? places->delta : empty_like(in.delta)),
         A(empty_like(in.A)),
-        B(empty_like(in.B)),
-        C(empty_like(in.C)),
+        B(places != nullptr ? places->B : empty_like(in.B)),
+        C(places != nullptr ? places->C : empty_like(in.C)),
         D(empty_like(in.D, in.compute)),
         delta_bias(empty_like(in.delta_bias, in.compute)) {
     if (in.u.size(2) == 0) {
@@ -277,14 +278,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
            Tensor, Tensor, Tensor, Tensor>
-bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f,
-                       const Tensor& A_f, const Tensor& B_f, const Tensor& C_f,
-                       const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
-                       const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b,
-                       const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
-                       const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
-                       const Tensor& checkpoints_b, double scale, bool delta_softplus,
-                       std::string_view discretization, int64_t checkpoint_interval) {
+bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f,
+                            const Tensor& A_f, const Tensor& B_f, const Tensor& C_f,
+                            const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
+                            const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b,
+                            const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
+                            const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
+                            const Tensor& checkpoints_b, double scale, bool delta_softplus,
+                            std::string_view discretization, int64_t checkpoint_interval,
+                            const direct::ScanPlaces* places) {
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
   check(z, "z", u_f.sizes(), f.type);
@@ -323,13 +325,14 @@ bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& 
     MMVIM_PER_ISA(gate_backward)(gate, f.is_double());
   }
   const auto direction = [&](const Inputs& in, const Tensor& checkpoints, bool reverse) {
+    const direct::ScanPlaces* place = places == nullptr ? nullptr : places + reverse;
     ScanBackwardArgs a;
     a.shape = in.shape(discretization, delta_softplus);
     a.inputs = in.arguments(reverse);
     a.grad_out = view(grad_out);
     a.z = view(z);
     a.scale = scale;
-    Gradients grads(in, a);
+    Gradients grads(in, a, place);
     Tensor keep;
     find_checkpoints(a, checkpoints, interval, keep, in);
     MMVIM_PER_ISA(scan_backward)(a, in.is_double());
@@ -340,6 +343,30 @@ bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& 
   return {gf.u, gf.delta, gf.A, gf.B, gf.C,          gf.D, gf.delta_bias, gb.u, gb.delta,
           gb.A, gb.B,     gb.C, gb.D, gb.delta_bias, dz};
 }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+           Tensor, Tensor, Tensor, Tensor>
+bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f,
+                       const Tensor& A_f, const Tensor& B_f, const Tensor& C_f,
+                       const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
+                       const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b,
+                       const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
+                       const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
+                       const Tensor& checkpoints_b, double scale, bool delta_softplus,
+                       std::string_view discretization, int64_t checkpoint_interval) {
+  return bidirectional_backward_into(grad_out, u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f, u_b,
+                                     delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, pregate,
+                                     checkpoints_f, checkpoints_b, scale, delta_softplus,
+                                     discretization, checkpoint_interval, nullptr);
+}
+
+const bool known = [] {
+  direct::cpu.scan = forward;
+  direct::cpu.scan_backward = backward;
+  direct::cpu.two_scans = bidirectional_forward;
+  direct::cpu.two_scans_backward = bidirectional_backward_into;
+  return true;
+}();
 
 }  // namespace
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../common/cuda_glue.h"
+#include "../common/direct.h"
 
 namespace mmvim {
 namespace scan {
@@ -410,12 +411,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
 struct Gradients {
   Tensor u, delta, A, B, C, D, delta_bias;
 
-  explicit Gradients(const Inputs& in)
-      : u(at::empty(in.u.sizes(), in.u.options())),
-        delta(at::empty(in.u.sizes(), in.u.options())),
+  explicit Gradients(const Inputs& in, const direct::ScanPlaces* places = nullptr)
+      : u(places != nullptr ? places->u : at::empty(in.u.sizes(), in.u.options())),
+        delta(places != nullptr ? places->delta : at::empty(in.u.sizes(), in.u.options())),
         A(at::empty(in.A.sizes(), in.A.options())),
-        B(at::empty(in.B.sizes(), in.B.options())),
-        C(at::empty(in.C.sizes(), in.C.options())),
+        B(places != nullptr ? places->B : at::empty(in.B.sizes(), in.B.options())),
+        C(places != nullptr ? places->C : at::empty(in.C.sizes(), in.C.options())),
         D(like_or_empty(in.D, in.A)),
         delta_bias(like_or_empty(in.delta_bias, in.A)) {}
 
@@ -487,7 +488,7 @@ struct BackwardCall {
     finish.size = p.size;
     finish.directions = directions;
     finish.rows = rows;
-    Tensor dBC[2], dA[2], dD[2], sums[2];
+    Tensor dBC[2], cleared, dA[2], dD[2], sums[2];
     for (int d = 0; d < directions; ++d) {
       const Tensor& B = in[d]->B;
       const int groups = static_cast<int>(B.size(2));
@@ -495,8 +496,17 @@ struct BackwardCall {
       p.atomic[d] = !deterministic && blocks > 1;
       finish.groups[d] = groups;
       finish.parts[d] = p.atomic[d] ? 1 : blocks;
-      dBC[d] = at::empty({finish.parts[d], B.size(0), B.size(1), groups, 2, states}, parameters);
-      if (p.atomic[d]) dBC[d].zero_();
+      const int64_t sizes[] = {finish.parts[d], B.size(0), B.size(1), groups, 2, states};
+      if (!p.atomic[d]) {
+        dBC[d] = at::empty(sizes, parameters);
+      } else if (d == 1 && dBC[0].sizes() == at::IntArrayRef(sizes)) {
+        dBC[1] = cleared.select(0, 1);
+      } else {
+        // For both directions at once, as they most often have equal sizes.
+        cleared =
+            at::zeros({directions, sizes[0], sizes[1], sizes[2], sizes[3], 2, states}, parameters);
+        dBC[d] = cleared.select(0, 0);
+      }
       // A block's part of dA takes the place of the gradient that entered its chunk.
       dA[d] = workspace.state.defined() && states <= limit
                   ? workspace.state.view({directions, rows, p.size.channels, states})[d]
@@ -606,14 +616,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
            Tensor, Tensor, Tensor, Tensor>
-bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f,
-                       const Tensor& A_f, const Tensor& B_f, const Tensor& C_f,
-                       const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
-                       const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b,
-                       const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
-                       const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
-                       const Tensor& checkpoints_b, double scale, bool delta_softplus,
-                       std::string_view discretization, int64_t checkpoint_interval) {
+bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f,
+                            const Tensor& A_f, const Tensor& B_f, const Tensor& C_f,
+                            const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
+                            const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b,
+                            const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
+                            const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
+                            const Tensor& checkpoints_b, double scale, bool delta_softplus,
+                            std::string_view discretization, int64_t checkpoint_interval,
+                            const direct::ScanPlaces* places) {
   const c10::cuda::CUDAGuard guard(u_f.device());
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
@@ -621,7 +632,7 @@ bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& 
   check(A_b, "A_b", A_f.sizes(), at::kFloat, u_f);
   const Discretization method = method_of(discretization);
   const Sizes s = sizes_of(f, b.B.size(2), delta_softplus);
-  Gradients grads_f(f), grads_b(b);
+  Gradients grads_f(f, places), grads_b(b, places == nullptr ? nullptr : places + 1);
   BackwardCall call;
   call.in[0] = &f;
   call.in[1] = &b;
@@ -657,6 +668,30 @@ bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& 
   return {gf.u, gf.delta, gf.A, gf.B, gf.C,          gf.D, gf.delta_bias, gb.u, gb.delta,
           gb.A, gb.B,     gb.C, gb.D, gb.delta_bias, dz};
 }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+           Tensor, Tensor, Tensor, Tensor>
+bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f,
+                       const Tensor& A_f, const Tensor& B_f, const Tensor& C_f,
+                       const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
+                       const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b,
+                       const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
+                       const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
+                       const Tensor& checkpoints_b, double scale, bool delta_softplus,
+                       std::string_view discretization, int64_t checkpoint_interval) {
+  return bidirectional_backward_into(grad_out, u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f, u_b,
+                                     delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, pregate,
+                                     checkpoints_f, checkpoints_b, scale, delta_softplus,
+                                     discretization, checkpoint_interval, nullptr);
+}
+
+const bool known = [] {
+  direct::cuda.scan = forward;
+  direct::cuda.scan_backward = backward;
+  direct::cuda.two_scans = bidirectional_forward;
+  direct::cuda.two_scans_backward = bidirectional_backward_into;
+  return true;
+}();
 
 }  // namespace
 

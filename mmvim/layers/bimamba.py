@@ -6,11 +6,14 @@ from torch import Tensor, nn
 from mmvim import ops
 from mmvim._checks import check_choice
 from mmvim.ops._library import as_compute_dtype
-from mmvim.ops.mixers import Direction, Options, bimamba
+from mmvim.ops.mixer import mixer
 
 from .conv import CausalConv1d
-from .fusion import parts
-from .mamba import DeltaProjection, MixerBase
+from .fusion import Parts, parts
+from .mamba import DeltaProjection, Mamba, MixerBase
+
+_V1_PARTS = Mamba._fused_parts
+_V2_PARTS = _V1_PARTS | parts(conv1d_b=CausalConv1d, x_proj_b=nn.Linear, dt_proj_b=DeltaProjection)
 
 
 class BiMamba(MixerBase):
@@ -34,25 +37,13 @@ class BiMamba(MixerBase):
             with Δ near 0.69. Defaults to 'proper'.
         reverse (bool): Whether to exchange the roles of the two branches, which equals flipping
             input and output. Defaults to False.
-        recompute (bool, optional): Whether the backward pass of v2 makes most intermediates again
+        recompute (bool, optional): Whether the backward pass makes most intermediates again
             instead of keeping them, which takes less than half of the memory. Defaults to None,
             which means on CUDA devices.
 
     Raises:
         ValueError: If an argument is not among the allowed ones.
     """
-
-    # v1, which has fewer, is not fused.
-    _fused_parts = parts(
-        in_proj=nn.Linear,
-        conv1d=CausalConv1d,
-        conv1d_b=CausalConv1d,
-        x_proj=nn.Linear,
-        x_proj_b=nn.Linear,
-        dt_proj=DeltaProjection,
-        dt_proj_b=DeltaProjection,
-        out_proj=nn.Linear,
-    )
 
     def __init__(
         self,
@@ -78,9 +69,6 @@ class BiMamba(MixerBase):
     ) -> None:
         check_choice('bimamba', bimamba, ('v1', 'v2'))
         check_choice('merge', merge, (None, 'mean', 'sum'))
-        check_choice('recompute', recompute, (None, True, False))
-        if recompute and bimamba != 'v2':
-            raise ValueError(f"recompute=True needs bimamba='v2', not {bimamba!r}")
         super().__init__(
             d_model,
             d_state=d_state,
@@ -95,12 +83,12 @@ class BiMamba(MixerBase):
             dt_min=dt_min,
             dt_max=dt_max,
             reverse=reverse,
+            recompute=recompute,
             ops_backend=ops_backend,
             device=device,
             dtype=dtype,
         )
         self.bimamba = bimamba
-        self.recompute = recompute
         self.merge = merge or ('mean' if bimamba == 'v2' else 'sum')
         self.A_b_log = self._initial_a_log()
         if bimamba == 'v1':
@@ -187,41 +175,45 @@ class BiMamba(MixerBase):
         )
         return self._project_out(y)
 
+    @property
+    def _fused_parts(self) -> Parts:
+        return _V1_PARTS if self.bimamba == 'v1' else _V2_PARTS
+
     def _may_fuse(self, x: Tensor) -> bool:
-        return super()._may_fuse(x) and self.x_proj.bias is None and self.x_proj_b.bias is None
+        return super()._may_fuse(x) and (self.bimamba == 'v1' or self.x_proj_b.bias is None)
 
     def _is_plain(self, *names: str) -> bool:
-        if not super()._is_plain(*names):
+        if not (super()._is_plain(*names) and self._is_silu('conv1d', self.reverse)):
             return False
+        if self.bimamba == 'v1':
+            return True
         first, second = self._modules['conv1d'], self._modules['conv1d_b']
-        if self.reverse:
-            first, second = second, first
         return (
-            first.mode == 'causal'
-            and second.mode == 'reverse'
-            and first.activation == second.activation == 'silu'
-            and first.kernel_size == second.kernel_size
+            self._is_silu('conv1d_b', not self.reverse) and first.kernel_size == second.kernel_size
         )
 
     def _fused(self, x: Tensor) -> Tensor:
-        """The same as step by step, in one function (see :mod:`mmvim.ops.mixers`)."""
-        own, other = (
-            Direction(conv.taps, conv.bias, project.weight, dt.weight, dt.bias, a_log, skip)
-            for conv, project, dt, a_log, skip in (
-                (self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D),
-                (self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
-            )
-        )
-        forward, backward = (other, own) if self.reverse else (own, other)
-        options = Options(
+        """The same as step by step, as one op."""
+        forward = self._direction()
+        if self.bimamba == 'v2':
+            backward = self._direction('_b')
+            if self.reverse:
+                forward, backward = backward, forward
+        else:
+            *shared, a_log, skip = forward
+            a_b_log = self.A_b_log
+            if self.reverse:
+                a_log, a_b_log = a_b_log, a_log
+            forward, backward = (*shared, a_log, skip), (*(None,) * 5, a_b_log, None)
+        return mixer(
+            x,
+            (*self._projections(), *forward, *backward),
+            self.bimamba,
+            reverse=self.reverse and self.bimamba == 'v1',
             scale=0.5 if self.merge == 'mean' else 1.0,
             discretization=self.discretization,
-            recompute=x.is_cuda if self.recompute is None else self.recompute,
-            backend=self.ops_backend,
+            recompute=self.recompute,
         )
-        in_proj, out_proj = self.in_proj, self.out_proj
-        weights = in_proj.weight, in_proj.bias, out_proj.weight, out_proj.bias
-        return bimamba(x, *weights, forward, backward, options)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

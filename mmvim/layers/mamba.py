@@ -11,9 +11,10 @@ from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.backend import BACKENDS
+from mmvim.ops.mixer import mixer, serves
 
 from .conv import CausalConv1d
-from .fusion import Fusable
+from .fusion import Fusable, parts
 
 
 class MambaState(NamedTuple):
@@ -112,6 +113,7 @@ class MixerBase(Fusable):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         reverse: bool = False,
+        recompute: bool | None = None,
         ops_backend: str = 'auto',
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -126,6 +128,7 @@ class MixerBase(Fusable):
         check_positive(dt_rank=dt_rank)
         check_choice('d_conv', d_conv, (2, 3, 4))
         check_flags(conv_bias=conv_bias, bias=bias, reverse=reverse)
+        check_choice('recompute', recompute, (None, True, False))
         if layer_scale is not None:
             check_number('layer_scale', layer_scale, -math.inf)
         self.d_model = d_model
@@ -138,6 +141,7 @@ class MixerBase(Fusable):
         self.discretization = discretization
         self.dt_init = dt_init
         self.reverse = reverse
+        self.recompute = recompute
         check_choice('ops_backend', ops_backend, BACKENDS)
         self.ops_backend = ops_backend
         self._factory = {'device': device, 'dtype': dtype}
@@ -197,6 +201,39 @@ class MixerBase(Fusable):
             delta_bias=as_compute_dtype(dt_proj.bias),
         )
 
+    def _may_fuse(self, x: Tensor) -> bool:
+        return (
+            super()._may_fuse(x)
+            and self._modules['x_proj']._parameters['bias'] is None
+            and serves(self.ops_backend, x)
+        )
+
+    def _is_silu(self, name: str, reverse: bool) -> bool:
+        """Whether a convolution runs in this direction and applies SiLU."""
+        conv = self._modules[name]
+        return conv.mode == ('reverse' if reverse else 'causal') and conv.activation == 'silu'
+
+    def _projections(self) -> tuple[Tensor | None, ...]:
+        """Parameters of in_proj and out_proj, as the op wants them."""
+        modules = self._modules
+        one, two = modules['in_proj']._parameters, modules['out_proj']._parameters
+        return one['weight'], one['bias'], two['weight'], two['bias']
+
+    def _direction(self, suffix: str = '') -> tuple[Tensor | None, ...]:
+        """Parameters of the direction whose names end so, as the op wants them."""
+        modules, own = self._modules, self._parameters
+        conv = modules[f'conv1d{suffix}']._parameters
+        dt_proj = modules[f'dt_proj{suffix}']._parameters
+        return (
+            conv['weight'],
+            conv['bias'],
+            modules[f'x_proj{suffix}']._parameters['weight'],
+            dt_proj['weight'],
+            dt_proj['bias'],
+            own['A_b_log' if suffix else 'A_log'],
+            own[f'D{suffix}'],
+        )
+
     def _project_out(self, y: Tensor) -> Tensor:
         return self._scaled(self.out_proj(y))
 
@@ -239,11 +276,24 @@ class Mamba(MixerBase):
         dt_max (float): Largest initial Δ. Defaults to 0.1.
         reverse (bool): Whether to run from the end of the sequence to its start. Defaults to
             False.
+        recompute (bool, optional): As in :class:`mmvim.layers.BiMamba`. Defaults to None, which
+            means on CUDA devices.
         ops_backend (str): 'auto', 'compiled' or 'torch'. Defaults to 'auto'.
 
     Raises:
         ValueError: If an argument is not among the allowed ones.
     """
+
+    _fused_parts = parts(
+        in_proj=nn.Linear,
+        conv1d=CausalConv1d,
+        x_proj=nn.Linear,
+        dt_proj=DeltaProjection,
+        out_proj=nn.Linear,
+    )
+
+    def _is_plain(self, *names: str) -> bool:
+        return super()._is_plain(*names) and self._is_silu('conv1d', self.reverse)
 
     def init_state(
         self,
@@ -283,6 +333,17 @@ class Mamba(MixerBase):
             Tensor or tuple: (batch, length, d_model), and the state with ``return_state``.
         """
         self._check_input(x)
+        if state is None and not return_state and self._may_fuse(x):
+            parameters = (*self._projections(), *self._direction(), *(None,) * 7)
+            y = mixer(
+                x,
+                parameters,
+                'one',
+                reverse=self.reverse,
+                discretization=self.discretization,
+                recompute=self.recompute,
+            )
+            return self._scaled(y)
         u, z = self.in_proj(x).chunk(2, dim=-1)
         conv_state, ssm_state = (None, None) if state is None else state
         u = self.conv1d(u, conv_state, return_state)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmvim import ops
-from mmvim._checks import check_choice, check_flags, check_number, check_positive
+from mmvim._checks import check_flags, check_number, check_positive
 from mmvim.ops._library import as_compute_dtype
-from mmvim.ops.mixers import Direction, Options, half_scan
+from mmvim.ops.mixer import mixer
 
 from .conv import CausalConv1d
 from .fusion import parts
@@ -79,7 +79,6 @@ class MambaVisionMixer(MixerBase):
         check_positive(d_model=d_model)
         check_number('expand', expand, 0)
         check_flags(double_dt_bias=double_dt_bias)
-        check_choice('recompute', recompute, (None, True, False))
         if int(expand * d_model) % 2:
             raise ValueError(
                 f'd_model={d_model} and expand={expand}: expand * d_model must be even'
@@ -95,12 +94,12 @@ class MambaVisionMixer(MixerBase):
             dt_init=dt_init,
             dt_min=dt_min,
             dt_max=dt_max,
+            recompute=recompute,
             ops_backend=ops_backend,
             device=device,
             dtype=dtype,
         )
         self.expand = expand
-        self.recompute = recompute
         self.double_dt_bias = double_dt_bias
         del self.conv1d
         self.conv1d_x, self.conv1d_z = (
@@ -166,25 +165,32 @@ class MambaVisionMixer(MixerBase):
             first.mode == second.mode == 'same'
             and first.activation == second.activation == 'silu'
             and first.kernel_size == second.kernel_size
-            and first.bias is second.bias is modules['in_proj'].bias is None
-            and modules['x_proj'].bias is modules['out_proj'].bias is None
+            and first.bias is second.bias is None
         )
 
     def _fused(self, x: Tensor) -> Tensor:
-        """The same as step by step, in one function (see :mod:`mmvim.ops.mixers`)."""
-        direction = Direction(
-            # Depthwise: one convolution of all channels is the two of the halves.
-            torch.cat((self.conv1d_x.taps, self.conv1d_z.taps)),
-            None,
-            self.x_proj.weight,
-            self.dt_proj.weight,
-            self._delta_bias(),
-            self.A_log,
-            self.D,
+        """The same as step by step, as one op."""
+        taps, taps_z = (self._modules[f'conv1d_{k}']._parameters['weight'] for k in 'xz')
+        dt_proj = self._modules['dt_proj']._parameters
+        return mixer(
+            x,
+            (
+                *self._projections(),
+                taps,
+                None,
+                self._modules['x_proj']._parameters['weight'],
+                dt_proj['weight'],
+                dt_proj['bias'],
+                self.A_log,
+                self.D,
+                taps_z,
+                *(None,) * 6,
+            ),
+            'half',
+            bias_scale=2.0 if self.double_dt_bias else 1.0,
+            discretization=self.discretization,
+            recompute=self.recompute,
         )
-        recompute = x.is_cuda if self.recompute is None else self.recompute
-        options = Options(1.0, self.discretization, recompute, self.ops_backend)
-        return half_scan(x, self.in_proj.weight, self.out_proj.weight, direction, options)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

@@ -121,6 +121,13 @@ def define(
         library.impl(name, _differentiable(op, setup_context, formula), 'Autograd')
 
 
+def define_compiled(schema: str, fake: Callable) -> None:
+    """Define an op that is compiled code or nothing: kernels, and autograd, are in csrc."""
+    _LIBRARIES['mmvim'].define(schema)
+    name = f'mmvim::{schema.partition("(")[0]}'
+    torch.library.register_fake(name, fake, lib=_LIBRARIES['mmvim'])
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of parameters and of all arithmetic for activations of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

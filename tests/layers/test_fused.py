@@ -1,14 +1,18 @@
-"""The fused bidirectional mixer equals the mixer step by step, and keeps less."""
+"""Mixers as one op equal mixers step by step, and keep less."""
 
 import contextlib
+import copy
+import functools
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from mmvim.layers import BiMamba, MambaVisionMixer, Mlp
+from mmvim.layers import BiMamba, Mamba, MambaVisionMixer, Mlp
 from mmvim.layers.patch_embed import _matrix_product
-from mmvim.ops import intercept_ops
+from mmvim.ops import DISCRETIZATIONS, intercept_ops
 
 
 def make(dtype=torch.float64, kind=BiMamba, **options):
@@ -35,6 +39,24 @@ def run(mixer, x, autocast=None):
     return y.detach(), x.grad, {name: p.grad for name, p in mixer.named_parameters()}
 
 
+def op_arguments(mixer, x, interval=16, recompute=True):
+    """What the layer gives to the op."""
+    with mock.patch(f'{type(mixer).__module__}.mixer') as called:
+        mixer(x)
+    (x, parameters, kind), options = called.call_args
+    return (
+        x,
+        parameters,
+        kind,
+        options.get('reverse', False),
+        options.get('scale', 1.0),
+        options.get('bias_scale', 1.0),
+        options['discretization'],
+        recompute,
+        interval,
+    )
+
+
 @contextlib.contextmanager
 def step_by_step(mixer):
     mixer.fused = False
@@ -44,11 +66,16 @@ def step_by_step(mixer):
         mixer.fused = True
 
 
+KINDS = [BiMamba, Mamba, MambaVisionMixer]
 OPTIONS = [
     {},
     {'merge': 'sum', 'bias': True, 'conv_bias': False},
     {'reverse': True, 'layer_scale': 0.3},
     {'discretization': 'foh_hold', 'd_conv': 2},
+    {'bimamba': 'v1'},
+    {'bimamba': 'v1', 'reverse': True, 'merge': 'mean', 'bias': True},
+    {'kind': Mamba},
+    {'kind': Mamba, 'reverse': True, 'bias': True, 'conv_bias': False},
     {'kind': MambaVisionMixer},
     {'kind': MambaVisionMixer, 'double_dt_bias': False, 'dt_init': 'proper'},
 ]
@@ -70,6 +97,19 @@ def test_equals_step_by_step(options, recompute, backend):
         torch.testing.assert_close(grads[name], expected[name], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize('discretization', DISCRETIZATIONS)
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_discretization(kind, discretization):
+    mixer = make(kind=kind, discretization=discretization, recompute=True)
+    x = torch.randn(2, 21, 12, dtype=torch.float64)
+    _, dx, grads = run(mixer, x)
+    with step_by_step(mixer):
+        _, expected_dx, expected = run(mixer, x)
+    torch.testing.assert_close(dx, expected_dx, rtol=1e-10, atol=1e-12)
+    for name in grads:
+        torch.testing.assert_close(grads[name], expected[name], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('options', OPTIONS)
 def test_without_a_gradient_equals_step_by_step(options, autocast):
@@ -83,11 +123,10 @@ def test_without_a_gradient_equals_step_by_step(options, autocast):
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer])
+@pytest.mark.parametrize('kind', KINDS)
 def test_tracers_see_the_modules(kind, monkeypatch):
     mixer, x = make(kind=kind).eval(), torch.randn(2, 9, 12, dtype=torch.float64)
-    for name in ('_bimamba', '_half_scan'):
-        monkeypatch.delattr(f'mmvim.ops.mixers.{name}')
+    monkeypatch.delattr(f'{kind.__module__}.mixer')
     with torch.no_grad():
         for traced in (
             torch.jit.trace(mixer, (x,), check_trace=False),
@@ -101,7 +140,7 @@ def test_tracers_see_the_modules(kind, monkeypatch):
 
 @pytest.mark.parametrize('recompute', [True, False])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer])
+@pytest.mark.parametrize('kind', KINDS)
 def test_error_in_low_precision(kind, dtype, recompute):
     """At most twice the error of the steps, against float64."""
     x = torch.randn(2, 50, 12)
@@ -136,16 +175,17 @@ def test_frozen_parameters_have_no_gradient():
     assert torch.isfinite(dx).all()
 
 
-@pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer])
-def test_a_frozen_mixer_keeps_nothing(kind, monkeypatch):
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_frozen_mixer_keeps_nothing(kind):
     mixer, x = make(kind=kind), torch.randn(1, 40, 12, dtype=torch.float64)
     expected = mixer(x).detach()
     mixer.requires_grad_(False)
-    for name in ('_BiMamba', '_HalfScan'):
-        monkeypatch.delattr(f'mmvim.ops.mixers.{name}')
     y = mixer(x)
     assert not y.requires_grad
     torch.testing.assert_close(y, expected)
+    with torch.no_grad():
+        _, kept = torch.ops.mmvim.mixer(*op_arguments(mixer, x, interval=0))
+    assert kept == []
 
 
 def kept_bytes(mixer, x):
@@ -163,7 +203,7 @@ def kept_bytes(mixer, x):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(('kind', 'share'), [(BiMamba, 0.5), (MambaVisionMixer, 0.7)])
+@pytest.mark.parametrize(('kind', 'share'), [(BiMamba, 0.5), (Mamba, 0.6), (MambaVisionMixer, 0.7)])
 def test_recomputation_keeps_less(kind, share):
     x = torch.randn(2, 256, 64)
     lean, full = (kept_bytes(kind(64, recompute=flag), x) for flag in (True, False))
@@ -188,7 +228,7 @@ def test_what_is_put_around_a_part_is_called():
     assert calls == ['hook', 'adapter']
 
 
-@pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer])
+@pytest.mark.parametrize('kind', KINDS)
 def test_intercepted_ops_are_called(kind):
     calls = []
 
@@ -225,12 +265,149 @@ def test_a_compiler_meets_the_fused_function_where_there_is_a_gradient(kind):
 
     module = kind(12, 24) if kind is Mlp else kind(12)
     torch.compile(module, backend=backend, fullgraph=True)(torch.randn(1, 5, 12))
-    assert any('autograd_function' in target for target in targets)
+    wanted = 'autograd_function' if kind is Mlp else 'mmvim.mixer'
+    assert any(wanted in target for target in targets)
 
 
-def test_recompute_of_v1_is_refused():
-    with pytest.raises(ValueError, match="recompute=True needs bimamba='v2', not 'v1'"):
-        BiMamba(12, bimamba='v1', recompute=True)
+@pytest.mark.parametrize(('dtype', 'recompute'), [(torch.float32, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize('options', OPTIONS)
+def test_opcheck(options, dtype, recompute):
+    mixer = make(torch.float32, **options)
+    x = torch.randn(2, 9, 12, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.mmvim.mixer.default, op_arguments(mixer, x, recompute=recompute)
+    )
+
+
+@pytest.mark.parametrize('recompute', [True, False])
+@pytest.mark.parametrize('given', [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('options', OPTIONS)
+def test_results_are_fresh_and_as_the_fake_kernels_say(options, given, recompute):
+    def on_meta(tensors):
+        return [None if t is None else t.to('meta') for t in tensors]
+
+    def check(results, fakes):
+        for real, fake in zip(results, fakes, strict=True):
+            assert real.shape == fake.shape
+            assert real.dtype == fake.dtype
+            assert real.stride() == fake.stride()
+        own = [t.untyped_storage().data_ptr() for t in results if t.numel()]
+        assert len(set(own)) == len(own)
+
+    mixer = make(given, **options)
+    for dtype in {torch.bfloat16, given}:
+        x, parameters, *rest = op_arguments(mixer, torch.randn(2, 37, 12), recompute=recompute)
+        x = x.to(dtype)
+        with torch.no_grad():
+            out, kept = torch.ops.mmvim.mixer(x, parameters, *rest)
+            fake_out, fake_kept = torch.ops.mmvim.mixer(x.to('meta'), on_meta(parameters), *rest)
+            check([out, *kept], [fake_out, *fake_kept])
+            for needed in (2**19 - 1, 0b1000, 0b1010101):
+                grads = torch.ops.mmvim.mixer_backward(
+                    torch.ones_like(out), x, parameters, kept, *rest, needed
+                )
+                fakes = torch.ops.mmvim.mixer_backward(
+                    fake_out, x.to('meta'), on_meta(parameters), fake_kept, *rest, needed
+                )
+                check(grads, fakes)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_only_what_is_needed(kind):
+    """Whatever is frozen, the other gradients are what they were."""
+    mixer, x = make(kind=kind), torch.randn(1, 9, 12, dtype=torch.float64)
+    _, _, expected = run(mixer, x)
+    for trained in expected:
+        mixer.zero_grad()
+        for name, parameter in mixer.named_parameters():
+            parameter.requires_grad_(name == trained)
+        mixer(x).pow(3).sum().backward()
+        grads = {name: p.grad for name, p in mixer.named_parameters() if p.grad is not None}
+        assert grads.keys() == {trained}
+        torch.testing.assert_close(grads[trained], expected[trained], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_activation_checkpointing(use_reentrant):
+    mixer, x = make(recompute=True), torch.randn(2, 9, 12, dtype=torch.float64)
+    _, dx, grads = run(mixer, x)
+    checkpointed = functools.partial(checkpoint, mixer, use_reentrant=use_reentrant)
+    mixer.zero_grad()
+    inputs = x.clone().requires_grad_()
+    checkpointed(inputs).pow(3).sum().backward()
+    torch.testing.assert_close(inputs.grad, dx, rtol=0, atol=0)
+    for name, parameter in mixer.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], rtol=0, atol=0)
+
+
+def test_second_derivatives_are_refused():
+    mixer, x = make(), torch.randn(1, 5, 12, dtype=torch.float64, requires_grad=True)
+    (dx,) = torch.autograd.grad(mixer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='derivative for mmvim::mixer_backward'):
+        dx.sum().backward()
+
+
+def test_a_parameter_that_changed_before_backward_is_noticed():
+    mixer, x = make(), torch.randn(1, 5, 12, dtype=torch.float64)
+    y = mixer(x)
+    with torch.no_grad():
+        mixer.out_proj.weight.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_changed_parameters_count_at_once(kind):
+    """In whatever way they change."""
+    mixer, x = make(torch.float32, kind).eval(), torch.randn(1, 5, 12)
+    other = moved(copy.deepcopy(mixer))
+
+    def swap():
+        for a, b in zip(mixer.parameters(), other.parameters(), strict=True):
+            kept = a.data.clone()
+            a.data.copy_(b.data)
+            b.data.copy_(kept)
+
+    for change in (
+        lambda: mixer.A_log.data.add_(0.5),
+        lambda: mixer.load_state_dict(other.state_dict()),
+        lambda: moved(mixer),
+        swap,
+        lambda: mixer.bfloat16().float(),
+    ):
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                change()
+                y = mixer(x)
+                with step_by_step(mixer):
+                    torch.testing.assert_close(y, mixer(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('position', 'wrong', 'message'),
+    [
+        (0, torch.zeros(2, 12), 'x must be \\(batch, length, channels\\)'),
+        (0, torch.zeros(1, 2, 13), 'in_weight must have shape'),
+        (1, [torch.zeros(2, 2)] * 5, 'there must be 18 parameters'),
+        (1, [None] * 18, 'parameter 0 is missing'),
+        (2, 'v3', "kind must be 'one', 'v1', 'v2' or 'half', got 'v3'"),
+        (6, 'euler', 'discretization must be one of'),
+    ],
+)
+def test_wrong_arguments(position, wrong, message):
+    arguments = list(op_arguments(make(torch.float32), torch.zeros(1, 2, 12)))
+    arguments[position] = wrong
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=message):
+        torch.ops.mmvim.mixer(*arguments)
+
+
+@pytest.mark.parametrize('index', [i for i in range(18) if i not in (1, 3)])
+def test_wrong_parameters(index):
+    x, parameters, *rest = op_arguments(make(torch.float32), torch.zeros(1, 2, 12))
+    parameters = list(parameters)
+    parameters[index] = torch.zeros(5, 7)
+    with torch.no_grad(), pytest.raises(ValueError, match=r'must have shape|must be'):
+        torch.ops.mmvim.mixer(x, parameters, *rest)
 
 
 def test_mlp():

@@ -459,8 +459,6 @@ class PlainBackbone(Backbone):
         check_flags(abs_pos_embed=abs_pos_embed, residual_in_fp32=residual_in_fp32)
         check_number('norm_eps', norm_eps, 0)
         check_number('drop_rate', drop_rate, 0, 1)
-        if recompute and bimamba == 'none':
-            raise ValueError("recompute=True needs bimamba='v2', not 'none'")
         self.embed_dims: int = self.arch['embed_dims']
         self.num_layers: int = self.num_stages
         self.cls_token_place = cls_token
@@ -484,8 +482,8 @@ class PlainBackbone(Backbone):
         mixer.update({k: self.arch[k] for k in self.arch_optional})
         if bimamba != 'none':
             mixer['merge'] = merge
-            # Recomputing whole blocks makes recomputation inside them unnecessary.
-            mixer['recompute'] = False if with_cp and recompute is None else recompute
+        # Recomputing whole blocks makes recomputation inside them unnecessary.
+        mixer['recompute'] = False if with_cp and recompute is None else recompute
         self.layers = nn.ModuleList(
             MambaBlock(
                 self.embed_dims,

@@ -1,0 +1,86 @@
+// The functions of the glue that mixers call without the dispatcher in between, one table for each
+// kind of device. The glue of a device fills its table when the library is loaded.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace mmvim {
+
+struct Segments;
+
+namespace direct {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// Where the gradients of one direction are to be written; contiguous.
+struct ScanPlaces {
+  Tensor u, delta, B, C;
+};
+
+// Arguments and results are those of the ops, unless a comment says otherwise.
+struct Functions {
+  std::tuple<Tensor, Tensor> (*conv)(const Tensor& x, const Tensor& weight, const OptTensor& bias,
+                                     const OptTensor& initial_state, std::string_view mode,
+                                     bool silu, bool return_last_state) = nullptr;
+  std::tuple<Tensor, Tensor, Tensor, Tensor> (*conv_backward)(
+      const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& x,
+      const Tensor& weight, const OptTensor& bias, const OptTensor& initial_state,
+      std::string_view mode, bool silu) = nullptr;
+  // Into two contiguous tensors.
+  void (*two_convs)(const Tensor& x, const Tensor& weight_f, const OptTensor& bias_f,
+                    const Tensor& weight_b, const OptTensor& bias_b, bool silu, const Tensor& out_f,
+                    const Tensor& out_b) = nullptr;
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> (*two_convs_backward)(
+      const Tensor& grad_f, const Tensor& grad_b, const Tensor& x, const Tensor& weight_f,
+      const OptTensor& bias_f, const Tensor& weight_b, const OptTensor& bias_b,
+      bool silu) = nullptr;
+
+  std::tuple<Tensor, Tensor, Tensor> (*scan)(const Tensor& u, const Tensor& delta, const Tensor& A,
+                                             const Tensor& B, const Tensor& C, const OptTensor& D,
+                                             const OptTensor& z, const OptTensor& delta_bias,
+                                             const OptTensor& initial_state, bool delta_softplus,
+                                             std::string_view discretization, bool reverse,
+                                             bool return_last_state,
+                                             int64_t checkpoint_interval) = nullptr;
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> (
+      *scan_backward)(const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& u,
+                      const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                      const OptTensor& D, const OptTensor& z, const OptTensor& delta_bias,
+                      const OptTensor& initial_state, const Tensor& checkpoints,
+                      bool delta_softplus, std::string_view discretization, bool reverse,
+                      int64_t checkpoint_interval) = nullptr;
+  std::tuple<Tensor, Tensor, Tensor, Tensor> (*two_scans)(
+      const Tensor& u_f, const Tensor& delta_f, const Tensor& A_f, const Tensor& B_f,
+      const Tensor& C_f, const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
+      const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b, const Tensor& C_b,
+      const OptTensor& D_b, const OptTensor& delta_bias_b, const OptTensor& z, double scale,
+      bool delta_softplus, std::string_view discretization, int64_t checkpoint_interval) = nullptr;
+  // With places for the two directions, or null.
+  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+             Tensor, Tensor, Tensor, Tensor> (*two_scans_backward)(
+      const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f, const Tensor& A_f,
+      const Tensor& B_f, const Tensor& C_f, const OptTensor& D_f, const OptTensor& delta_bias_f,
+      const Tensor& u_b, const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b,
+      const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b, const OptTensor& z,
+      const Tensor& pregate, const Tensor& checkpoints_f, const Tensor& checkpoints_b, double scale,
+      bool delta_softplus, std::string_view discretization, int64_t checkpoint_interval,
+      const ScanPlaces* places) = nullptr;
+
+  // out = y silu(z); y and out (b, l, d) contiguous, z with neighbouring channels.
+  void (*gate)(const Tensor& z, const Tensor& y, const Tensor& out) = nullptr;
+
+  void (*convert)(const Segments& segments, bool is_double) = nullptr;
+};
+
+inline Functions cpu;
+inline Functions cuda;
+
+inline const Functions& of(const Tensor& t) { return t.is_cuda() ? cuda : cpu; }
+
+}  // namespace direct
+}  // namespace mmvim

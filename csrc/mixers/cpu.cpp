@@ -1,0 +1,30 @@
+// Registers the mixer for the CPU.
+#include <ATen/ops/silu.h>
+#include <torch/library.h>
+
+#include "../common/direct.h"
+#include "mixer.h"
+#include "parameters.h"
+
+namespace mmvim {
+namespace {
+
+const bool known = [] {
+  direct::cpu.convert = [](const Segments& segments, bool is_double) {
+    MMVIM_PER_ISA(convert_segments)(segments, is_double);
+  };
+  direct::cpu.gate = [](const at::Tensor& z, const at::Tensor& y, const at::Tensor& out) {
+    at::Tensor result = out;
+    at::silu_out(result, z).mul_(y);
+  };
+  return true;
+}();
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mmvim, CPU, m) {
+  m.impl("mixer", mixers::forward);
+  m.impl("mixer_backward", mixers::backward);
+}
+
+}  // namespace mmvim

@@ -1,0 +1,171 @@
+"""A whole Mamba mixer as one op each way: projections, convolutions, scans, gate.
+
+Step by step, autograd keeps every intermediate of a mixer, adds and joins their gradients in passes
+of their own, and each step costs the host more than it costs a GPU. The op is compiled code only
+(csrc/mixers); what it computes is what the layers compute step by step, which is their path where
+it does not serve.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import backend as backends
+from ._autocast import autocast_dtype
+from ._library import compute_dtype, define_compiled
+from .selective_scan import default_checkpoint_interval
+from .selective_scan_torch import checkpoint_shape
+
+Parameters = Sequence[Tensor | None]
+
+
+def serves(backend: str | None, x: Tensor) -> bool:
+    """Whether the op may be used for ``x``; the arguments are those of :func:`backend.resolve`."""
+    return backends.resolve(backend, 'mixer', x) is torch.ops.mmvim
+
+
+def mixer(
+    x: Tensor,
+    parameters: Parameters,
+    kind: str,
+    reverse: bool = False,
+    scale: float = 1.0,
+    bias_scale: float = 1.0,
+    discretization: str = 'zoh',
+    recompute: bool | None = None,
+) -> Tensor:
+    """Mix along the sequence.
+
+    Under autocast x is cast to its dtype; parameters may have any floating dtype. With d scanned
+    channels, n states, rank r and convolution width w they are, with None for what is absent, the
+    weight (2d, c) and bias of in_proj, the weight and bias of out_proj, and for each direction
+    taps (d, 1, w), conv_bias (d,), x_proj (r + 2n, d), dt_proj (d, r), dt_bias (d,), A_log (d, n)
+    and skip (d,): 18 in all.
+
+    Args:
+        x: (batch, length, c).
+        parameters: As above.
+        kind: 'one' direction, gated; 'v2', two of them that read the same in_proj and are added
+            before the gate; 'v1', two that share all but A_log; 'half', MambaVision's, where half
+            of the channels pass a centred convolution only, whose taps are those of the second
+            direction.
+        reverse: Whether the convolution, and with 'one' the scan, run from the end.
+        scale: Factor of the sum of two directions.
+        bias_scale: Factor of dt_bias.
+        discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
+        recompute: Whether backward makes most intermediates again instead of keeping them. None
+            means on CUDA devices.
+
+    Returns:
+        (batch, length, out channels), in the dtype of x or of autocast.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    gradient = torch.is_grad_enabled() and (
+        x.requires_grad or any(p is not None and p.requires_grad for p in parameters)
+    )
+    return torch.ops.mmvim.mixer.default(
+        x,
+        parameters,
+        kind,
+        reverse,
+        scale,
+        bias_scale,
+        discretization,
+        x.is_cuda if recompute is None else recompute,
+        default_checkpoint_interval(x) if gradient else 0,
+    )[0]
+
+
+def _prepared_sizes(x: Tensor, parameters: Parameters, kind: str, bias_scale: float) -> list[int]:
+    """Elements of the two arrays that hold the prepared parameters, as csrc/mixers places them."""
+    wide = compute_dtype(x.dtype)
+    sizes = [0, 0]
+
+    def add(of_matrix: bool, elements: int) -> None:
+        sizes[0 if of_matrix else 1] += -(-elements // 8) * 8
+
+    def single(p: Tensor | None, of_matrix: bool, scale: float = 1.0) -> None:
+        given = None if p is None else wide if _converted_first(p, wide) else p.dtype
+        if p is not None and (given != (x.dtype if of_matrix else wide) or scale != 1):
+            add(of_matrix, p.numel())
+
+    for p in parameters[:4]:
+        single(p, True)
+    taps, conv_bias, x_proj, dt_proj, dt_bias, a_log, skip = parameters[4:11]
+    for p in (x_proj, dt_proj):
+        if kind == 'v2':
+            add(True, 2 * p.numel())
+        else:
+            single(p, True)
+    add(False, (2 if kind in ('v1', 'v2') else 1) * a_log.numel())
+    if kind == 'half':
+        add(False, 2 * taps.numel())
+    directions = [(taps, conv_bias, dt_bias, skip)]
+    if kind == 'v2':
+        taps, conv_bias, _, _, dt_bias, _, skip = parameters[11:]
+        directions.append((taps, conv_bias, dt_bias, skip))
+    for taps, conv_bias, dt_bias, skip in directions:
+        if kind != 'half':
+            single(taps, False)
+        single(conv_bias, False)
+        single(dt_bias, False, bias_scale)
+        single(skip, False)
+    return sizes
+
+
+def _converted_first(p: Tensor, wide: torch.dtype) -> bool:
+    """Whether one of p and the arithmetic is float64 and the other is not."""
+    return (p.dtype == torch.float64) != (wide == torch.float64)
+
+
+def _fake(
+    x, parameters, kind, reverse, scale, bias_scale, discretization, recompute, checkpoint_interval
+):
+    b, length, _ = x.shape
+    out_weight, x_proj, a_log = parameters[2], parameters[6], parameters[9]
+    d, n = a_log.shape
+    wide = compute_dtype(x.dtype)
+    out = x.new_empty((b, length, out_weight.shape[0]))
+    if checkpoint_interval == 0:
+        return out, []
+    both = kind in ('v1', 'v2')
+    directions = 2 if kind == 'v2' else 1
+    checkpoints = checkpoint_shape(x.new_empty((b, length, d)), n, checkpoint_interval)
+    matrices, vectors = _prepared_sizes(x, parameters, kind, bias_scale)
+    kept = [x.new_empty((b, length, d))]
+    kept += [x.new_empty(checkpoints, dtype=wide) for _ in range(2 if both else 1)]
+    kept += [x.new_empty(matrices), x.new_empty(vectors, dtype=wide)]
+    kept.append(x.new_empty((directions, b, length, x_proj.shape[0])))
+    if not recompute:
+        kept.append(x.new_empty((b, length, 2 * d)))
+        kept.append(x.new_empty((directions, b, length, 2 * d if kind == 'half' else d)))
+        kept.append(x.new_empty((directions, b, length, d)))
+        if both:
+            kept.append(x.new_empty((b, length, d)))
+    return out, kept
+
+
+def _backward_fake(grad_out, x, parameters, kept, *rest):
+    needed = rest[-1]
+    return [
+        x.new_empty(0) if t is None or not needed >> i & 1 else x.new_empty(t.shape, dtype=t.dtype)
+        for i, t in enumerate((x, *parameters))
+    ]
+
+
+_OPTIONS = (
+    'str kind, bool reverse, float scale, float bias_scale, str discretization, bool recompute, '
+    'int checkpoint_interval'
+)
+# `needed` has a bit for x and one for each parameter.
+define_compiled(
+    f'mixer(Tensor x, Tensor?[] parameters, {_OPTIONS}) -> (Tensor out, Tensor[] kept)', _fake
+)
+define_compiled(
+    f'mixer_backward(Tensor grad_out, Tensor x, Tensor?[] parameters, Tensor[] kept, {_OPTIONS}, '
+    'int needed) -> Tensor[]',
+    _backward_fake,
+)
