@@ -162,7 +162,11 @@ def count(model: nn.Module, *inputs: Any, forward: Callable | None = None) -> di
 
 
 def count_config(
-    cfg: Any, size: tuple[int, int], *, frames: int | None = None, channels: int = 3
+    cfg: Any,
+    size: tuple[int, int] | None = None,
+    *,
+    frames: int | None = None,
+    channels: int | None = None,
 ) -> dict[str, Any]:
     """Count the model of a config for one input.
 
@@ -172,13 +176,14 @@ def count_config(
 
     Args:
         cfg: A config, path or name, as for :func:`mmvim.get_model`.
-        size: Height and width of the input.
-        frames: Number of frames of a video. Defaults to None: an image.
-        channels: Channels of the input. Defaults to 3.
+        size: Height and width of the input. Defaults to None: the model's own.
+        frames: Number of frames of a video. Defaults to None: the model's own; without, an image.
+        channels: Channels of the input. Defaults to None: the model's.
 
     Returns:
         As :func:`count`, and ``input``, the shape without the batch.
     """
+    from mmvim.apis.inputs import input_shape
     from mmvim.apis.model_zoo import build_model, load_config
 
     cfg = load_config(cfg)
@@ -186,10 +191,11 @@ def count_config(
     device = torch.device('cpu' if values_matter else 'meta')
     with device:
         model = build_model(cfg)
-    model.eval()
-    shape = (channels, *((frames,) if frames else ()), *size)
+    model.to(device).eval()  # also tells the data preprocessor
+    own, *rest = input_shape(cfg, model, size=size, frames=frames)
+    shape = (channels or own, *rest)
     image = torch.rand(1, *shape) if values_matter else torch.empty(1, *shape, device=device)
-    inputs = (image, [_empty_sample(size)]) if values_matter else (image,)
+    inputs = (image, [_empty_sample(shape[-2:])]) if values_matter else (image,)
     report = count(model, *inputs, forward=lambda *args: model(*args, mode='tensor'))
     return {'input': shape, **report}
 

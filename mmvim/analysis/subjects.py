@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from mmvim.apis.inferencers.common import find_images
 from mmvim.apis.inferencers.pipeline import InferencePipeline, displayable
+from mmvim.apis.inputs import DEFAULT_SIDE
 from mmvim.apis.model_zoo import get_model
 from mmvim.apis.videos import SUFFIXES as VIDEO_SUFFIXES
 from mmvim.apis.videos import find_videos
 from mmvim.datasets.video import VideoReader, uniform_indices
 from mmvim.models.backbones.base import Backbone
-
-DEFAULT_SIDE = 224
 
 
 def backbone_of(model: nn.Module) -> Backbone:

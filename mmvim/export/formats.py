@@ -84,19 +84,6 @@ class Exportable(nn.Module):
         return out
 
 
-def describe(cfg: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Metadata for the file's user: preprocessing and classes."""
-    settings = dict(cfg.get('model', {}).get('data_preprocessor') or {})
-    settings = settings or dict(cfg.get('data_preprocessor') or {})
-    to_rgb = settings.get('to_rgb', settings.get('bgr_to_rgb', False))
-    described = {key: list(settings[key]) for key in ('mean', 'std') if settings.get(key)}
-    described['channels'] = 'RGB' if to_rgb else 'BGR'
-    classes = cfg.get('classes')
-    if classes:
-        described['classes'] = list(classes)
-    return described
-
-
 def export_model(
     model: nn.Module,
     out: str | Path,
@@ -354,6 +341,26 @@ def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.
         return [x.numpy() for x in ([out] if isinstance(out, Tensor) else out)]
 
     return run
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata of a file of :func:`export_model`; empty for 'aoti', which has none.
+
+    Raises:
+        ValueError: The suffix is unknown.
+        ImportError: onnxruntime is not installed.
+    """
+    kind = format_of(path)
+    files = {METADATA: ''}
+    if kind == 'onnx':
+        onnxruntime = _require('onnxruntime', 'reading ONNX files')
+        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+        files.update(session.get_modelmeta().custom_metadata_map)
+    elif kind == 'torchscript':
+        torch.jit.load(str(path), _extra_files=files)
+    elif kind == 'program':
+        torch.export.load(str(path), extra_files=files)
+    return json.loads(files[METADATA] or '{}')
 
 
 def quantize(path: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:

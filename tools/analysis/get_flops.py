@@ -32,9 +32,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--shape',
         nargs='+',
-        default=['224'],
         metavar='SIDE|HxW',
-        help='one or more input sizes: 224, 800x1216 (default: 224)',
+        help="one or more input sizes: 224, 800x1216 (default: the model's own)",
     )
     parser.add_argument('--frames', type=int, help='frames of a video')
     parser.add_argument('--json', type=Path, metavar='FILE', help="write JSON ('-': print)")
@@ -74,7 +73,7 @@ def main() -> None:
     """Run the tool."""
     args = parse_args()
     with reported_errors():
-        shapes = [parse_shape(text) for text in args.shape]
+        shapes = [parse_shape(text) for text in args.shape or ()] or [None]
         if args.frames is not None and args.frames < 1:
             raise UserError(f'--frames must be at least 1, not {args.frames}')
         if args.json and args.json.exists() and not args.overwrite:

@@ -14,6 +14,7 @@ from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
 from mmvim.apis import build_model, load_config, load_weights
+from mmvim.apis.inputs import input_shape
 from mmvim.checkpoints.files import write_checkpoint
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import CheckpointError, UserError
@@ -38,8 +39,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--partial', action='store_true', help='allow parameters that the checkpoint does not have'
     )
-    parser.add_argument('--shape', nargs='+', type=int, default=[224], metavar='SIDE')
-    parser.add_argument('--frames', type=int, help='frames of a video')
+    parser.add_argument(
+        '--shape',
+        nargs='+',
+        type=int,
+        metavar='SIDE',
+        help="height and width to compare for (default: the model's own)",
+    )
+    parser.add_argument('--frames', type=int, help="frames of a video (default: the model's)")
     parser.add_argument('--overwrite', action='store_true')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
@@ -90,8 +97,7 @@ def convert(args: argparse.Namespace) -> None:
         if name not in lacking:
             torch.nn.init.constant_(parameter, float('nan'))
     load_weights(again, args.out)
-    frames = (args.frames,) if args.frames else ()
-    shape = (2, 3, *frames, args.shape[0], args.shape[-1])
+    shape = (2, *input_shape(cfg, model, size=args.shape, frames=args.frames))
     worst = difference(model, again, shape)
     if not worst <= TOLERANCE:
         args.out.unlink()

@@ -14,9 +14,10 @@ import torch
 from mmengine.config import DictAction
 
 from mmvim.apis import build_model, get_model, load_config
+from mmvim.apis.inputs import DEFAULT_SIDE, input_shape
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
-from mmvim.export.formats import Exportable, format_of, open_exported
+from mmvim.export.formats import Exportable, format_of, open_exported, read_metadata
 
 
 def parse_args() -> argparse.Namespace:
@@ -28,7 +29,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('files', nargs='*', help='files of tools/export/export.py')
     parser.add_argument('--model', help='config or name, to time the model in PyTorch too')
     parser.add_argument('--weights', help='checkpoint of --model')
-    parser.add_argument('--shape', nargs='+', type=int, default=[224], metavar='SIDE')
+    parser.add_argument(
+        '--shape',
+        nargs='+',
+        type=int,
+        metavar='SIDE',
+        help="height and width to time (default: the first file's, else the model's)",
+    )
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument('--repeats', type=int, default=20)
     parser.add_argument('--threads', type=int, default=1)
@@ -77,17 +84,20 @@ def main() -> None:
         torch.set_num_threads(args.threads)
         if args.accuracy and not args.model:
             raise UserError('--accuracy needs --model: its config says which data to test on')
-        functions = {}
+        functions, shape = {}, None
         try:
             for file in args.files:
                 format_of(file)
                 if not Path(file).is_file():
                     raise UserError(f'the file {file!r} does not exist')
                 functions[Path(file).name] = open_exported(file, args.threads)
+                shape = shape or read_metadata(file).get('shape')
             if args.model:
                 cfg = load_config(args.model)
                 cfg.merge_from_dict(args.cfg_options)
-                module = Exportable(get_model(cfg, args.weights or False))
+                model = get_model(cfg, args.weights or False)
+                shape = shape or input_shape(cfg, model)
+                module = Exportable(model)
 
                 def eager(images: np.ndarray) -> list[np.ndarray]:
                     with torch.no_grad():
@@ -97,9 +107,10 @@ def main() -> None:
                 functions = {'PyTorch, mmvim ops': eager, **functions}
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from error
-        images = np.random.default_rng(0).standard_normal(
-            (args.batch, 3, args.shape[0], args.shape[-1]), np.float32
-        )
+        shape = shape or (3, DEFAULT_SIDE, DEFAULT_SIDE)
+        if args.shape:
+            shape = (*shape[:-2], args.shape[0], args.shape[-1])
+        images = np.random.default_rng(0).standard_normal((args.batch, *shape), np.float32)
         scores = accuracies(cfg, functions) if args.accuracy else {}
         print(f'{"file":<36} {"ms":>9} {"top-1":>7}   batch {args.batch}, {args.threads} threads')
         for name, function in functions.items():

@@ -13,18 +13,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
-from mmvim.apis import get_model, load_config
+from mmvim.apis import load_config
+from mmvim.apis.inferencers.common import make_model
+from mmvim.apis.inputs import input_shape
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
 from mmvim.export.formats import (
     DYNAMIC,
     FORMATS,
     ExportError,
-    describe,
     export_model,
     format_of,
     quantize,
 )
+from mmvim.export.metadata import describe
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,8 +41,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--weights', help="checkpoint, or 'zoo' for the authors' weights (default: random)"
     )
-    parser.add_argument('--shape', nargs='+', type=int, default=[224], metavar='SIDE')
-    parser.add_argument('--frames', type=int, help='frames of a video')
+    parser.add_argument(
+        '--shape',
+        nargs='+',
+        type=int,
+        metavar='SIDE',
+        help="height and width (default: those of the test pipeline, else the model's img_size)",
+    )
+    parser.add_argument('--frames', type=int, help="frames of a video (default: the model's)")
     parser.add_argument('--batch', type=int, default=1)
     parser.add_argument(
         '--dynamic', choices=DYNAMIC, help="what may vary (default: batch; 'none' for aoti)"
@@ -56,26 +64,26 @@ def parse_args() -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Export as the command line says."""
     kind = format_of(args.out)
-    if len(args.shape) > 2 or min(args.shape) < 1:
+    if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
         raise UserError(f'--shape takes one or two positive sides, not {args.shape}')
     if args.int8 and kind != 'onnx':
         raise UserError('--int8 quantises ONNX files: OUT must end with .onnx')
     cfg = load_config(args.model)
     cfg.merge_from_dict(args.cfg_options)
-    weights = args.weights or False
-    if args.weights == 'zoo':
+    weights = args.weights
+    if weights == 'zoo':
         from mmvim.apis import model_info
 
         weights = model_info(args.model).weights
-    model = get_model(cfg, weights)
-    frames = (args.frames,) if args.frames else ()
+    model = make_model(args.model, cfg, weights)
+    shape = input_shape(cfg, model, size=args.shape, frames=args.frames)
     report = export_model(
         model,
         args.out,
         kind,
-        (args.batch, 3, *frames, args.shape[0], args.shape[-1]),
+        (args.batch, *shape),
         dynamic=args.dynamic or ('none' if kind == 'aoti' else 'batch'),
-        metadata=describe(cfg, model),
+        metadata={'shape': list(shape), **describe(cfg, model)},
         overwrite=args.overwrite,
     )
     size = os.path.getsize(report.path) / 2**20
