@@ -70,6 +70,19 @@ def test_frame_by_frame(task, videos, tmp_path):
     ]  # fmt: skip
 
 
+def test_pictures_are_rgb(tmp_path):
+    with VideoWriter(tmp_path / 'x.mp4', 5) as writer:
+        for _ in range(FRAMES):
+            writer.write(np.full((64, 64, 3), (200, 30, 90), np.uint8))
+    inferencer = make_inferencer(QUICKSTART / 'videomamba_digits_video.py', device='cpu')
+    (result,) = inferencer.predict(tmp_path / 'x.mp4')
+    colours = np.median(inferencer.draw(result).reshape(-1, 3), axis=0)
+    assert colours == pytest.approx((200, 30, 90), abs=12)  # after compression
+    frame = np.full((64, 64, 3), (10, 200, 50), np.uint8)
+    colours = np.median(inferencer.draw(result, frame).reshape(-1, 3), axis=0)
+    assert tuple(colours) == (10, 200, 50)
+
+
 def test_whole_videos(videos, tmp_path):
     out = tmp_path / 'out'
     classes = tmp_path / 'classes.txt'

@@ -106,6 +106,24 @@ def test_every_parameter(bare, wrap):
     assert {'A_log', 'cls_token', 'pos_embed', 'norm', 'bias', 'flat', 'weight'} <= kinds
 
 
+def test_the_longest_part_of_a_name_decides():
+    model = vim()
+    keys = {
+        'layer': dict(decay_mult=0.5),
+        'layers.0.mixer': dict(decay_mult=0.25),
+        'x_proj': dict(decay_mult=0.75),
+        'mixer.': dict(decay_mult=2.0),  # as long as x_proj, and before it in the alphabet
+    }
+    found = settings(model, build(model, {'layer_decay_rate': 0.5, 'custom_keys': keys}))
+    for name, mult in (
+        ('layers.0.mixer.x_proj.weight', 0.25),
+        ('layers.1.mixer.x_proj.weight', 2.0),
+        ('layers.1.norm.weight', 0.5),
+        ('patch_embed.proj.weight', 1.0),
+    ):
+        assert found[name][1] == pytest.approx(DECAY * mult), name
+
+
 @pytest.mark.parametrize('norm', ['RMSNorm', 'LayerNorm'])
 def test_norm_layers_of_both_kinds(norm):
     backbone = vim(norm=norm)

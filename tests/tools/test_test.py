@@ -21,7 +21,11 @@ def trained(toy):
 
 def test_metrics_work_for_any_task(trained):
     path = Path('config.py')
-    path.write_text(path.read_text() + "resume = True\nrunner_type = 'Runner'\n")
+    path.write_text(
+        path.read_text()
+        + "resume = True\nrunner_type = 'Runner'\n"
+        + 'train_cfg = train_dataloader = optim_wrapper = param_scheduler = None\n'
+    )
     metrics = main_test(
         ['config.py', CHECKPOINT, '--out', 'new/m.json', '--out-item', 'metrics', '--work-dir', 'w']
     )

@@ -389,6 +389,23 @@ def test_workers_options_without_workers(toy):
     assert not runner.train_dataloader.pin_memory
 
 
+@pytest.mark.parametrize('key', ['persistent_workers', 'pin_memory'])
+def test_flags_of_all_dataloaders(toy, key):
+    from mmvim.cli.flags import apply_options, apply_train_flags, load_config
+    from mmvim.cli.parsers import build_train_parser
+
+    settings = {'num_workers': 1, 'persistent_workers': True, 'pin_memory': True}
+    names = [f'{loop}_dataloader' for loop in ('train', 'val', 'test')]
+    text = ''.join(f'{name}.update({settings})\n' for name in names)
+    Path('config.py').write_text(Path('config.py').read_text() + text)
+    args = build_train_parser().parse_args(['config.py', f'--no-{key.replace("_", "-")}'])
+    cfg = load_config(args)
+    apply_train_flags(cfg, args)
+    apply_options(cfg, args)
+    for name in names:
+        assert {k: cfg[name][k] for k in settings} == {**settings, key: False}, name
+
+
 def compiled(runner):
     return runner.model.backbone._compiled_call_impl is not None
 
