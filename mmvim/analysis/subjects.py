@@ -68,7 +68,7 @@ def read_subject(
     Args:
         cfg: The model's config, whose test pipeline is run.
         model: The model, whose data preprocessor is run.
-        path: An image; for a model of videos a video, or an image that stands still.
+        path: An image; for a video model a video, or an image used as a still video.
         shape: Height and width to which the image or the frames are resized instead of what the
             pipeline makes of them.
         frames: Evenly spread frames of a video. Defaults to None: ``path`` is an image.

@@ -73,7 +73,7 @@ def _span(values: list[float], style: str) -> str:
 def fill(text: str, folder: Path) -> str:
     """Update the tables in a Markdown text.
 
-    A table stands between ``<!-- model zoo: DATA -->`` (or ``<!-- model zoo: DATA of FAMILY -->``)
+    A table lies between ``<!-- model zoo: DATA -->`` (or ``<!-- model zoo: DATA of FAMILY -->``)
     and ``<!-- end of model zoo -->``. Without a family it has the models whose configs are in
     ``folder``. ``<!-- model zoo: overview -->`` has a row for each family and data set.
 

@@ -27,22 +27,22 @@ class BiMamba(MixerBase):
         d_model (int): Channels of input and output.
         bimamba (str): 'v2' gives the backward branch its own convolution, projections and skip
             (``conv1d_b``, ``x_proj_b``, ``dt_proj_b``, ``A_b_log``, ``D_b``); 'v1' shares all of
-            these but ``A_b_log``. Defaults to 'v2'.
+            these except ``A_b_log``. Defaults to 'v2'.
         merge (str, optional): 'mean' halves the sum of the branches, 'sum' does not. Defaults to
-            None, which is 'mean' for v2 and 'sum' for v1, as in the official models.
+            None: 'mean' for v2 and 'sum' for v1, as in the official models.
         **options: d_state, d_conv, expand, dt_rank, conv_bias, bias, layer_scale, discretization,
             dt_min, dt_max and ops_backend are those of :class:`mmvim.layers.Mamba`.
-        dt_init (str): 'proper' gives both branches Mamba's initialisation of Δ. 'official' does
-            what the official Vim does: the backward branch of v2 starts with a zero Δ bias, so
+        dt_init (str): 'proper' gives both branches Mamba's initialisation of Δ. 'official'
+            follows the official Vim: the backward branch of v2 starts with a zero Δ bias, and so
             with Δ near 0.69. Defaults to 'proper'.
-        reverse (bool): Whether to exchange the roles of the two branches, which equals flipping
-            input and output. Defaults to False.
-        recompute (bool, optional): Whether the backward pass makes most intermediates again
-            instead of keeping them, which takes less than half of the memory. Defaults to None,
-            which means on CUDA devices.
+        reverse (bool): Whether to exchange the roles of the two branches, which is equivalent to
+            flipping input and output. Defaults to False.
+        recompute (bool, optional): Whether the backward pass recomputes most intermediates instead
+            of keeping them, which takes less than half of the memory. Defaults to None: on CUDA
+            devices.
 
     Raises:
-        ValueError: If an argument is not among the allowed ones.
+        ValueError: If an argument is invalid.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class BiMamba(MixerBase):
         )
 
     def _fused(self, x: Tensor) -> Tensor:
-        """The same as step by step, as one op."""
+        """The step-by-step computation as one op."""
         forward = self._direction()
         if self.bimamba == 'v2':
             backward = self._direction('_b')

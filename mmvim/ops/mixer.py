@@ -1,9 +1,9 @@
-"""A whole Mamba mixer as one op each way: projections, convolutions, scans, gate.
+"""A whole Mamba mixer as one op for each pass: projections, convolutions, scans, gate.
 
-Step by step, autograd keeps every intermediate of a mixer, adds and joins their gradients in passes
-of their own, and each step costs the host more than it costs a GPU. The op is compiled code only
-(csrc/mixers); what it computes is what the layers compute step by step, which is their path where
-it does not serve.
+Step by step, autograd keeps every intermediate of a mixer, adds and joins their gradients in
+separate passes, and each step costs the host more than the GPU. The op exists only as compiled code
+(csrc/mixers) and computes the same as the layers do step by step, which they do where the op is not
+used.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def mixer(
     """Mix along the sequence.
 
     Under autocast x is cast to its dtype; parameters may have any floating dtype. With d scanned
-    channels, n states, rank r and convolution width w they are, with None for what is absent, the
+    channels, n states, rank r and convolution width w they are, with None for absent ones, the
     weight (2d, c) and bias of in_proj, the weight and bias of out_proj, and for each direction
     taps (d, 1, w), conv_bias (d,), x_proj (r + 2n, d), dt_proj (d, r), dt_bias (d,), A_log (d, n)
     and skip (d,): 18 in all.
@@ -46,16 +46,16 @@ def mixer(
     Args:
         x: (batch, length, c).
         parameters: As above.
-        kind: 'one' direction, gated; 'v2', two of them that read the same in_proj and are added
-            before the gate; 'v1', two that share all but A_log; 'half', MambaVision's, where half
-            of the channels pass a centred convolution only, whose taps are those of the second
-            direction.
+        kind: 'one', one gated direction; 'v2', two directions that read the same in_proj and are
+            added before the gate; 'v1', two that share everything but A_log; 'half', MambaVision's,
+            where half of the channels pass only through a centred convolution, whose taps are
+            those of the second direction.
         reverse: Whether the convolution, and with 'one' the scan, run from the end.
         scale: Factor of the sum of two directions.
         bias_scale: Factor of dt_bias.
         discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
-        recompute: Whether backward makes most intermediates again instead of keeping them. None
-            means on CUDA devices.
+        recompute: Whether backward recomputes most intermediates instead of keeping them. None:
+            on CUDA devices.
 
     Returns:
         (batch, length, out channels), in the dtype of x or of autocast.
@@ -80,7 +80,7 @@ def mixer(
 
 
 def _prepared_sizes(x: Tensor, parameters: Parameters, kind: str, bias_scale: float) -> list[int]:
-    """Elements of the two arrays that hold the prepared parameters, as csrc/mixers places them."""
+    """Sizes of the two arrays of prepared parameters, as laid out by csrc/mixers."""
     wide = compute_dtype(x.dtype)
     sizes = [0, 0]
 
