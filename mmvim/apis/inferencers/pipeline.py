@@ -8,8 +8,8 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS, DefaultScope
 
+from mmvim.apis.configs import innermost_dataset, type_name
 from mmvim.errors import SampleError
-from mmvim.utils.configs import innermost_dataset, type_name
 
 
 def transforms_of(cfg: Config) -> list[dict]:

@@ -11,8 +11,8 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
+from mmvim.apis.configs import type_name
 from mmvim.datasets.video import VideoReader
-from mmvim.utils.configs import type_name
 
 from ..model_zoo import load_config
 from ..videos import find_videos
