@@ -13,6 +13,8 @@ import functools
 from types import ModuleType
 from typing import Any
 
+from mmvim import _names
+
 from ._import_hook import when_imported
 
 _PREFIX = 'mmvim::'
@@ -32,12 +34,10 @@ def _patch(hub: ModuleType) -> None:
     def get_model(cfg_path: str, pretrained: bool = False, **kwargs: Any) -> Any:
         if not cfg_path.startswith(_PREFIX):
             return original(cfg_path, pretrained, **kwargs)
-        from mmvim.apis import get_model as build
-
         cfg = hub.get_config(cfg_path, pretrained)
         if pretrained and cfg.get('model_path') is None:
             raise ValueError(f'no weights were published for {cfg_path!r}')
-        model = build(cfg, cfg.model_path if pretrained else False, **kwargs)
+        model = _names.load('get_model')(cfg, cfg.model_path if pretrained else False, **kwargs)
         # As in the original: a runner must not initialise the weights again.
         model._is_init = bool(pretrained)
         return model
