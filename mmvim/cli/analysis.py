@@ -19,6 +19,19 @@ from mmvim.errors import UserError
 PICTURES = ('.png', '.jpg', '.svg', '.pdf')
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process with one line on errors that the user can fix, and silence other logs."""
+    with reported_errors():
+        MMLogger.get_current_instance().setLevel(logging.ERROR)
+        try:
+            yield
+        except FileExistsError as error:
+            raise UserError(f'{error}; --overwrite replaces it') from error
+        except (ValueError, FileNotFoundError) as error:
+            raise UserError(str(error)) from error
+
+
 def add_arguments(parser: argparse.ArgumentParser, *, frames: bool = True) -> None:
     """Add the flags for the model, its input and the output picture."""
     parser.add_argument('--out', type=Path, required=True, help='picture: .png, .jpg, .svg, .pdf')
@@ -97,10 +110,6 @@ def complete_file(path: Path) -> Iterator[Path]:
 
 def run(tool: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run a tool; an error that the user can fix ends it with one line and exit code 2."""
-    with reported_errors():
-        MMLogger.get_current_instance().setLevel(logging.ERROR)
-        try:
-            check_arguments(args)
-            tool(args)
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
+    with one_line_errors():
+        check_arguments(args)
+        tool(args)

@@ -1,32 +1,16 @@
 """Common parts of the command lines of ``tools/demo``."""
 
 import argparse
-import contextlib
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.logging import MMLogger
 
-from mmvim.apis.model_zoo import load_config, model_info
-from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
 
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the process with one line on errors that the user can fix, and silence other logs."""
-    with reported_errors():
-        MMLogger.get_current_instance().setLevel(logging.ERROR)
-        try:
-            yield
-        except FileExistsError as error:
-            raise UserError(f'{error}; --overwrite replaces it') from error
-        except (ValueError, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
+from .analysis import weights_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,13 +50,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f'--device {args.device!r} cannot be used: {reason}') from error
 
 
-def demo_config(args: argparse.Namespace) -> Config:
-    """The config of the command line's model, with its changes."""
-    cfg = load_config(args.model)
-    cfg.merge_from_dict(args.cfg_options)
-    return cfg
-
-
 def make_demo_inferencer(args: argparse.Namespace, cfg: Config) -> Any:
     """Make the inferencer chosen on the command line.
 
@@ -81,12 +58,7 @@ def make_demo_inferencer(args: argparse.Namespace, cfg: Config) -> Any:
     """
     from mmvim.apis.inferencers import make_inferencer
 
-    weights = args.weights
-    if weights == 'zoo':
-        weights = model_info(args.model).weights
-        if weights is None:
-            raise UserError(f'no weights were published for {args.model!r}')
-    inferencer = make_inferencer(cfg, weights, args.device)
+    inferencer = make_inferencer(cfg, weights_of(args.model, args.weights), args.device)
     if hasattr(inferencer, 'score_threshold'):
         inferencer.score_threshold = args.score_threshold
     if args.classes:

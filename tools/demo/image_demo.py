@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmvim.apis.inferencers.common import find_images
 from mmvim.apis.outputs import OutputFolder
-from mmvim.cli import demo
+from mmvim.cli import analysis, demo
 from mmvim.errors import UserError
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from rich.progress import track
 
     demo.check_arguments(args)
-    cfg = demo.demo_config(args)
+    cfg = analysis.config_of(args.model, args)
     if cfg.get('default_scope') == 'mmpretrain':
         from mmvim.apis.inferencers.video import reads_videos
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    with demo.one_line_errors():
+    with analysis.one_line_errors():
         run(args)
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from mmvim.apis.inferencers.common import Result
 from mmvim.apis.outputs import OutputFolder
 from mmvim.apis.videos import VideoWriter, find_videos
-from mmvim.cli import demo
+from mmvim.cli import analysis, demo
 from mmvim.datasets.video import VideoReader
 from mmvim.errors import UserError
 
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f'--{name.replace("_", "-")} must be at least 1, not {value}')
-    cfg = demo.demo_config(args)
+    cfg = analysis.config_of(args.model, args)
     videos = find_videos(args.videos)
     stems = demo.unique_stems(videos)
     names = [JSON, *(f'{stem}.mp4' for stem in stems if not args.no_video)]
@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """Run the tool."""
     args = parse_args()
-    with demo.one_line_errors():
+    with analysis.one_line_errors():
         run(args)
 
 
