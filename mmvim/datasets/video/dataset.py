@@ -12,7 +12,7 @@ from pathlib import Path
 from mmengine.dataset import BaseDataset
 from mmengine.logging import print_log
 
-from mmvim._checks import check_positive
+from mmvim._checks import check_choice, check_positive
 from mmvim.registry import DATASETS
 
 _EXTENSIONS = ('.mp4', '.webm', '.mkv', '.avi', '.mov')
@@ -64,10 +64,7 @@ class VideoDataset(BaseDataset):
         num_classes: int | None = None,
         **kwargs,
     ) -> None:
-        if layout not in ('auto', 'list', 'kinetics', 'ssv2'):
-            raise ValueError(
-                f"layout={layout!r} is unknown; allowed: 'auto', 'list', 'kinetics', 'ssv2'"
-            )
+        check_choice('layout', layout, ('auto', 'list', 'kinetics', 'ssv2'))
         for name, value in (('ann_file', ann_file), ('data_prefix', data_prefix)):
             if not isinstance(value, str):
                 raise ValueError(f'{name}={value!r} must be str')
