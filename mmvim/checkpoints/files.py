@@ -39,18 +39,22 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     try:
         content = CheckpointLoader.load_checkpoint(name, map_location='cpu', logger='silent')
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        text = lines[0]
-        raise CheckpointError(
-            text
-            if text.startswith('checkpoint ')
-            else f'checkpoint {name!r} cannot be read: {text}'
-        ) from error
+        raise CheckpointError(unreadable(name, error)) from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f'checkpoint {name!r} holds a {type(content).__name__}, not a dict of weights'
         )
     return content
+
+
+def unreadable(name: str, error: Exception) -> str:
+    """Say in one line that a checkpoint cannot be read, and why."""
+    text = (str(error).strip().splitlines() or [''])[0]
+    if text.startswith('checkpoint '):
+        return text
+    if not isinstance(error, OSError | ImportError):
+        text = f'it is damaged or not a PyTorch checkpoint ({type(error).__name__}: {text[:200]})'
+    return f'checkpoint {name!r} cannot be read: {text}'
 
 
 def find_weights(content: Mapping[str, Any], *, ema: bool | None = None) -> dict[str, Tensor]:

@@ -13,11 +13,12 @@ from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from mmengine.runner import runner as mmengine_runner
+from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
 from mmvim.errors import CheckpointError
 
-from .files import CONTAINERS, find_weights, read_checkpoint
+from .files import CONTAINERS, find_weights, read_checkpoint, unreadable
 
 _MISFIT = 'The model and loaded state dict do not match exactly'
 
@@ -149,9 +150,18 @@ def checked_loading(runner: Any, complete: bool) -> Iterator[None]:
             resuming) or may provide some (fine-tuning). Checkpoints of ``init_cfg`` may always
             provide only some.
     """
-    lenient = mmengine_checkpoint.load_state_dict
-    load_or_resume = runner.load_or_resume
-    must_be_complete = False
+    lenient, reader = mmengine_checkpoint.load_state_dict, vars(CheckpointLoader)['load_checkpoint']
+    load_checkpoint, load_or_resume = mmengine_runner._load_checkpoint, runner.load_or_resume
+    read = CheckpointLoader.load_checkpoint
+    must_be_complete, name = False, ''
+
+    def named(filename: str, *args: Any, **kwargs: Any) -> Any:
+        nonlocal name
+        name = filename
+        try:
+            return read(filename, *args, **kwargs)
+        except Exception as error:
+            raise CheckpointError(unreadable(filename, error)) from error
 
     def checked(module: nn.Module, state_dict: dict, strict: bool = False, logger=None) -> None:
         try:
@@ -159,7 +169,11 @@ def checked_loading(runner: Any, complete: bool) -> Iterator[None]:
         except RuntimeError as error:
             if strict or not str(error).startswith(_MISFIT):
                 raise
-            _judge(module, str(error), must_be_complete, state_dict)
+            wrong = _misfit(module, str(error), must_be_complete, state_dict)
+            if wrong:
+                raise CheckpointError(
+                    f'checkpoint {name!r} is of another model: {wrong}'
+                ) from error
             print_log(str(error), logger='current', level=30)
 
     def flagged() -> None:
@@ -167,22 +181,32 @@ def checked_loading(runner: Any, complete: bool) -> Iterator[None]:
         must_be_complete = complete
         try:
             load_or_resume()
+        except (LookupError, RuntimeError, ValueError) as error:
+            if not runner._resume:
+                raise
+            reason = f'{type(error).__name__}: {error}'
+            if isinstance(error, KeyError) and error.args[0] in ('meta', 'message_hub'):
+                reason = (
+                    f'it has no {error.args[0]!r}, so it holds weights, not the state of a '
+                    'training run; start from its weights with --cfg-options load_from=PATH instead'
+                )
+            raise CheckpointError(f'cannot resume from checkpoint {name!r}: {reason}') from error
         finally:
             must_be_complete = False
-
-    load_checkpoint = mmengine_runner._load_checkpoint
 
     def with_state_dict(*args: Any, **kwargs: Any) -> dict:
         return _as_mmengine_writes(load_checkpoint(*args, **kwargs))
 
     mmengine_checkpoint.load_state_dict = checked
     mmengine_runner._load_checkpoint = with_state_dict
+    CheckpointLoader.load_checkpoint = staticmethod(named)
     runner.load_or_resume = flagged
     try:
         yield
     finally:
         mmengine_checkpoint.load_state_dict = lenient
         mmengine_runner._load_checkpoint = load_checkpoint
+        CheckpointLoader.load_checkpoint = reader
         del runner.load_or_resume
 
 
@@ -199,29 +223,22 @@ def _as_mmengine_writes(checkpoint: Any) -> Any:
     return {'state_dict': checkpoint}
 
 
-def _judge(module: nn.Module, report: str, complete: bool, state_dict: dict) -> None:
+def _misfit(module: nn.Module, report: str, complete: bool, state_dict: dict) -> str | None:
+    """Say in what a checkpoint and a model differ that may not; None if they may."""
     while is_model_wrapper(module) or isinstance(module, BaseTTAModel):
         module = module.module
     names = {name for name, _ in module.named_parameters()}
     missing = names & set(_listed(r'missing keys in source state_dict: (.*)', report))
     sizes = re.findall(r'size mismatch for (\S+): .*?shape (.*?) from.*?is (.*?)\.(?:\s|$)', report)
     mismatched = names & {name for name, _, _ in sizes}
-    if names and names == missing | mismatched:
-        if sizes:
-            raise CheckpointError(f'is of another model: {_sizes(sizes)}')
-        raise CheckpointError(
-            'is of another model: none of its weights fits; it has '
-            f'{_some(state_dict)}, the model {_some(names)}'
-        )
-    if not complete:
-        return
-    if mismatched:
-        raise CheckpointError(f'is of another model: {_sizes(sizes)}')
-    if missing:
-        raise CheckpointError(
-            f'is of another model: it lacks {len(missing)} of {len(names)} parameters: '
-            f'{_some(missing)}'
-        )
+    nothing_fits = names and names == missing | mismatched
+    if mismatched and (complete or nothing_fits):
+        return _sizes(sizes)
+    if nothing_fits:
+        return f'none of its weights fits; it has {_some(state_dict)}, the model {_some(names)}'
+    if missing and complete:
+        return f'it lacks {len(missing)} of {len(names)} parameters: {_some(missing)}'
+    return None
 
 
 def _listed(pattern: str, report: str) -> list[str]:

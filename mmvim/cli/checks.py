@@ -1,9 +1,10 @@
 """Checks of a config that need no model and no data: they run before anything is built."""
 
+import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config
@@ -21,14 +22,15 @@ from mmengine.registry import (
 )
 from mmengine.runner import Priority
 from mmengine.utils.dl_utils import set_multi_processing
+from torch.utils.data import DataLoader
 
+from mmvim._arguments import misfits, parameters
 from mmvim.compat import require
 from mmvim.engine.tasks import TASKS
 from mmvim.errors import UserError, did_you_mean
-from mmvim.utils.argument_types import misfits, parameters
 
 from .config_keys import RUNNER_KEYS, walk_dicts
-from .diagnosis import unknown_argument
+from .diagnosis import unknown_argument, unknown_type
 
 _LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG', 'NOTSET', 'FATAL', 'WARN')
 _LOOPS = {'train': 'optim_wrapper', 'val': 'val_evaluator', 'test': 'test_evaluator'}
@@ -120,9 +122,9 @@ def _check_environment(cfg: Config) -> None:
     randomness = cfg.get('randomness')
     if randomness is not None:
         _check_types(_randomness, randomness, 'randomness')
-        seed = randomness.get('seed', -1)
-        if seed is not None and not 0 <= seed < 2**32:
-            raise UserError('randomness.seed must be given: None, or an integer in 0 .. 2**32 - 1')
+        seed = randomness.get('seed', 'missing')
+        if seed is not None and (seed == 'missing' or not 0 <= seed < 2**32):
+            raise UserError(f'randomness.seed must be None or in 0 .. 2**32 - 1, not {seed}')
     environment = cfg.get('env_cfg') or {}
     for key, function in (('mp_cfg', set_multi_processing), ('dist_cfg', init_dist)):
         part = environment.get(key)
@@ -155,8 +157,10 @@ def _check_hooks_and_loops(cfg: Config) -> None:
     for path, node, registry in parts:
         if isinstance(node, dict):
             if registry is HOOKS:
+                if 'type' not in node:
+                    raise UserError(f'{path} must be a dict with a type, not {dict(node)!r}')
                 _check_priority(node.get('priority'), path)
-            component = _found(node.get('type', default.get(path)), registry)
+            component = _found(node.get('type', default.get(path)), registry, path)
             # Declarations of other packages are often narrower than what they accept.
             if getattr(component, '__module__', '').startswith(('mmengine.', 'mmvim.')):
                 _check_types(component, node, path, none=registry is LOOPS)
@@ -177,8 +181,14 @@ def _check_priority(priority: Any, path: str) -> None:
         )
 
 
-def _found(kind: Any, registry: Registry) -> Any:
-    return registry.get(kind) if isinstance(kind, str) else kind
+def _found(kind: Any, registry: Registry, path: str) -> Any:
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(None) as scoped:
+        found = scoped.get(kind)
+        if found is None:
+            raise UserError(unknown_type(path, kind, scoped))
+    return found
 
 
 def _check_optimizer(wrapper: dict | None) -> None:
@@ -187,7 +197,7 @@ def _check_optimizer(wrapper: dict | None) -> None:
     if isinstance(optimizer, dict):
         if 'type' not in optimizer:
             raise UserError('optim_wrapper.optimizer has no type')
-        component = _found(optimizer.get('type'), OPTIMIZERS)
+        component = _found(optimizer.get('type'), OPTIMIZERS, 'optim_wrapper.optimizer')
         _check_types(component, optimizer, 'optim_wrapper.optimizer', none=True)
     for path, node in walk_dicts(wrapper.get('paramwise_cfg'), 'optim_wrapper.paramwise_cfg'):
         for key, value in node.items():
@@ -219,6 +229,8 @@ def _check_libraries(cfg: Config) -> None:
         scope = kind.split('.')[0] if isinstance(kind, str) and '.' in kind else None
         if scope in TASKS:
             needed.setdefault(scope, f'{path}.type = {kind!r}')
+        elif scope and scope.isidentifier() and importlib.util.find_spec(scope) is None:
+            raise UserError(f'{path}.type is {kind!r}, but there is no package {scope!r} installed')
     for scope, reason in needed.items():
         try:
             require(scope, reason)
@@ -273,20 +285,19 @@ def _check_dataloader(loader: dict | None, key: str, paths: bool) -> None:
         raise UserError(f'{key}.collate_fn must be a dict with a type, not {dict(collate)!r}')
     kind = collate.get('type') if isinstance(collate, dict) else None
     if isinstance(kind, str):
-        _check_collate(collate, FUNCTIONS.get(kind), f'{key}.collate_fn')
+        function = _found(kind, FUNCTIONS, f'{key}.collate_fn')
+        _check_names(f'{key}.collate_fn', kind, collate, function)
+    _check_names(key, 'DataLoader', loader, DataLoader, 'num_batch_per_epoch')
     for path, dataset in _leaf_datasets(loader['dataset'], f'{key}.dataset') if paths else ():
         _check_dataset(dataset, path)
 
 
-def _check_collate(collate: dict, function: Callable | None, path: str) -> None:
-    """What it is given is passed with the first batch."""
-    kind = collate['type']
-    if function is None:
-        raise UserError(f'{path}.type is {kind!r}, which is not a registered function')
-    allowed = [parameter.name for parameter in parameters(function)]
-    for name in collate:
-        if name not in ('type', '_scope_', *allowed):
-            raise UserError(unknown_argument(path, kind, name, allowed))
+def _check_names(path: str, name: str, given: dict, component: Any, *more: str) -> None:
+    """Refuse arguments that a component does not have."""
+    allowed = [*(parameter.name for parameter in parameters(component)), *more]
+    for argument in given:
+        if argument not in ('type', '_scope_', *allowed):
+            raise UserError(unknown_argument(path, name, argument, allowed))
 
 
 def _leaf_datasets(node: Any, path: str) -> Iterator[tuple[str, dict]]:

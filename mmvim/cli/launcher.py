@@ -29,8 +29,7 @@ from mmvim.engine.hooks import (
 from mmvim.engine.optim import ExponentialMovingAverage
 from mmvim.engine.tasks import task_of
 
-from . import checks, distributed, flags, resuming, samples
-from .diagnosis import reported_errors
+from . import checks, diagnosis, distributed, flags, resuming, samples
 from .parsers import build_test_parser, build_train_parser
 
 
@@ -47,7 +46,7 @@ def main_train(argv: Sequence[str] | None = None) -> Any:
         SystemExit: Code 2 after an error that the user can fix, 143 after SIGTERM.
     """
     args = build_train_parser().parse_args(argv)
-    with reported_errors() as context:
+    with diagnosis.reported_errors() as context:
         cfg, notes = flags.load_config(args), []
         context.cfg = cfg
         flags.apply_train_flags(cfg, args)
@@ -110,7 +109,7 @@ def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
         SystemExit: Code 2 after an error that the user can fix.
     """
     args = build_test_parser().parse_args(argv)
-    with reported_errors() as context:
+    with diagnosis.reported_errors() as context:
         cfg, notes = flags.load_config(args), []
         context.cfg = cfg
         flags.apply_test_flags(cfg, args)
@@ -140,6 +139,7 @@ def _build_runner(
         flags.fit_to_cpu(cfg, notes)
     flags.use_backbone_hooks(cfg)
     samples.install()
+    diagnosis.install()
     HOOKS.register_module(name='CheckpointHook', module=CheckpointHook, force=True)
     name = ExponentialMovingAverage.__name__
     MODELS.register_module(name=name, module=ExponentialMovingAverage, force=True)

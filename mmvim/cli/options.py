@@ -37,26 +37,16 @@ def parse_value(text: str) -> Any:
         AssertionError: Brackets are not balanced.
     """
     if '{' in text or 'dict(' in text:
-        return _literal(ast.parse(text.strip(), mode='eval').body)
+        return ast.literal_eval(_Displays().visit(ast.parse(text.strip(), mode='eval')))
     return DictAction._parse_iterable(text)
 
 
-def _literal(node: ast.AST) -> Any:
-    if isinstance(node, ast.Call):
-        if not (isinstance(node.func, ast.Name) and node.func.id == 'dict') or node.args:
+class _Displays(ast.NodeTransformer):
+    """``dict(key=value)`` as ``{'key': value}``; everything else is left to ``literal_eval``."""
+
+    def visit_Call(self, node: ast.Call) -> ast.Dict:
+        self.generic_visit(node)
+        if not isinstance(node.func, ast.Name) or node.func.id != 'dict' or node.args:
             raise ValueError('only dict(key=value, ...) may be called')
-        if any(keyword.arg is None for keyword in node.keywords):
-            raise ValueError('** is not understood')
-        return {keyword.arg: _literal(keyword.value) for keyword in node.keywords}
-    if isinstance(node, ast.List):
-        return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Tuple):
-        return tuple(_literal(item) for item in node.elts)
-    if isinstance(node, ast.Dict):
-        if None in node.keys:
-            raise ValueError('** is not understood')
-        return {
-            _literal(key): _literal(value)
-            for key, value in zip(node.keys, node.values, strict=True)
-        }
-    return ast.literal_eval(node)
+        keys = [word.arg and ast.Constant(word.arg) for word in node.keywords]
+        return ast.Dict(keys, [word.value for word in node.keywords])

@@ -21,9 +21,9 @@ def install() -> None:
     (``Load…``) are translated. Forked workers, mmengine's default, inherit this.
     """
     when_imported('mmseg.datasets.transforms.loading', _check_sizes)
-    if getattr(Compose.__call__, 'names_files', False):
-        return
     original = Compose.__call__
+    if hasattr(original, '__wrapped__'):
+        return
 
     @functools.wraps(original)
     def call(self: Compose, data: dict) -> dict | None:
@@ -37,7 +37,6 @@ def install() -> None:
                 raise
             raise SampleError(message) from error
 
-    call.names_files = True
     Compose.__call__ = call
 
 

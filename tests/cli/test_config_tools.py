@@ -131,8 +131,11 @@ def test_values_that_are_used_late(tmp_path, monkeypatch):
         ({'log_level': 'LOUD'}, "not 'LOUD'"),
         ({'train_cfg': {'max_epochs': None}}, 'train_cfg: max_epochs=None must be int'),
         ({'log_processor': {'window_size': 'x'}}, 'log_processor: window_size'),
-        ({'randomness': {'deterministic': True}}, 'randomness.seed must be given'),
-        ({'randomness': {'seed': -1}}, 'randomness.seed must be given'),
+        (
+            {'randomness': {'deterministic': True}},
+            'randomness.seed must be None or in 0 .. 2**32 - 1',
+        ),
+        ({'randomness': {'seed': -1}}, 'randomness.seed must be None or in 0 .. 2**32 - 1'),
         ({'randomness': {'seed': ['x']}}, 'randomness: seed'),
         ({'env_cfg': {'mp_cfg': 3}}, 'env_cfg.mp_cfg must be dict'),
         ({'env_cfg': {'mp_cfg': {'opencv_num_threads': 'x'}}}, 'opencv_num_threads'),

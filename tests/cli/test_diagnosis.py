@@ -1,18 +1,21 @@
 """Exceptions that become one line, and exceptions that keep their traceback."""
 
+import copy
 import pickle
 import sys
 
 import pytest
 import torch
 from mmengine.registry import Registry
+from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Dataset
 
 from mmvim.cli import diagnosis, samples
 from mmvim.cli.diagnosis import explain, locate, reported_errors
 from mmvim.errors import CheckpointError, SampleError, UserError
 
-PARTS = Registry('part')
+PARTS = Registry('part', scope='test_diagnosis')
+diagnosis.install()
 
 
 @PARTS.register_module()
@@ -29,12 +32,11 @@ class Part(Base):
             raise ValueError("kind must be 'good',\n not 'bad'")
         if kind == 'bug':
             raise AttributeError('oh')
-        if kind == 'tensor':
-            torch.zeros(self.size)
-        if kind == 'lookup':
-            {}['missing']
-        if kind == 'deep':
-            PARTS.build({'type': 'Part', 'kind': 'bad'})
+        if kind == 'own':
+            PARTS.build({'type': 'Inner', 'name': 'x', 'kind': 'bad'})
+
+    def work(self):
+        raise IndexError('oh')
 
 
 @PARTS.register_module()
@@ -43,79 +45,66 @@ class Inner(Part):
         super().__init__(**kwargs)
 
 
-def explained(config: dict, cfg: dict | None = None) -> str | None:
+def explained(part: dict, scope: str | None = None) -> str | None:
+    cfg = {'model': {'parts': [{'type': 'Base'}, part]}, 'part': part, 'default_scope': scope}
     with pytest.raises(Exception) as info:
-        PARTS.build(config)
-    return explain(info.value, cfg or {'model': {'part': config}})
+        PARTS.build(copy.deepcopy(part))
+    return explain(info.value, cfg)
 
 
-def test_build_errors_name_the_key():
+def test_errors_of_a_build_name_the_key():
     assert explained({'type': 'Part', 'kind': 'bad'}) == (
-        "model.part (Part): kind must be 'good', not 'bad'"
+        "model.parts.1 (Part): kind must be 'good', not 'bad'"
     )
     assert explained({'type': 'Part', 'kind': 'good', 'widht': 3}) == (
-        "model.part: Part has no argument 'widht' (did you mean 'width'?); "
+        "model.parts.1: Part has no argument 'widht' (did you mean 'width'?); "
         'allowed: kind, width, depth'
     )
-    assert explained({'type': 'Part'}) == (
-        "model.part: Part needs 'kind', which the config does not give"
+    for given in ({'type': 'Part'}, {'type': 'Inner', 'name': 'x'}):
+        needed = explained(given)
+        assert needed.endswith("needs 'kind', which the config does not give")
+    assert explained({'type': 'Pat'}).startswith(
+        "model.parts.1.type is 'Pat', which is not a registered part of 'test_diagnosis' (did you"
     )
-    assert explained({'type': 'Inner', 'name': 'x'}) == (
-        "model.part: Inner needs 'kind', which the config does not give"
-    )
-    unknown = explained({'type': 'Pat'})
-    assert unknown.startswith("model.part.type is 'Pat', which is not a reg")
-    assert 'the config has no default_scope' in unknown
-    scoped = {'model': {'part': {'type': 'Pat'}}, 'default_scope': 'mmdet'}
-    assert explained({'type': 'Pat'}, scoped).endswith("; default_scope is 'mmdet'")
-    scoped['default_scope'] = PARTS.scope
-    assert 'default_scope' not in explained({'type': 'Pat'}, scoped)
-    assert explained({'kind': 'x'}) is not None
-    nested = {'model': {'outer': {'type': 'Part', 'kind': 'deep', 'inner': [{'type': 'Part'}]}}}
-    nested['model']['outer']['inner'][0]['kind'] = 'bad'
-    message = explained({'type': 'Part', 'kind': 'deep'}, nested)
-    assert message.startswith('model.outer.inner.0 (Part): ')
-
-
-def test_values_of_another_type_are_named():
     assert explained({'type': 'Part', 'kind': 'good', 'width': {'a': 7}}) == (
-        "model.part (Part): width={'a': 7} must be int "
+        "model.parts.1 (Part): width={'a': 7} must be int "
         "(TypeError: unsupported operand type(s) for *: 'dict' and 'int')"
     )
-    # A library's own part, which is not in the config, has no key to name.
-    unseen = explained({'type': 'Part', 'kind': 'good', 'width': {}}, {'model': {'type': 'Other'}})
-    assert unseen is None
+    assert "is 'no.such.Part', which is not a" in explained({'type': 'no.such.Part'})
+    # What a part builds for itself has no key: the part has.
+    assert explained({'type': 'Part', 'kind': 'own'}).startswith('model.parts.1 (Part): kind must')
 
 
-def test_negative_sizes_are_named():
-    message = explained({'type': 'Part', 'kind': 'tensor', 'width': -2})
-    assert message.startswith('model.part (Part): width=-2 (RuntimeError: ')
-
-
-def test_bugs_stay_bugs():
-    assert explained({'type': 'Part', 'kind': 'bug'}) is None
-    assert explained({'type': 'Part', 'kind': 'lookup'}) is None
+def test_what_may_be_a_bug_keeps_its_traceback_and_names_the_key(capsys):
+    part = {'type': 'Part', 'kind': 'bug'}
+    assert explained(part) is None
     for error in (RuntimeError('x'), IndexError('x'), ValueError('x'), KeyError('x')):
         with pytest.raises(type(error)) as info:
             raise error
         assert explain(info.value) is None
+    built = {'type': 'Part', 'kind': 'good'}
+    for action, place in (
+        (lambda: PARTS.build(dict(part)), 'model.parts.0 (Part)'),
+        (PARTS.build(dict(built)).work, 'model.parts.1 (Part)'),
+    ):
+
+        def run(action=action):
+            with reported_errors() as context:
+                context.cfg = {'model': {'parts': [part, built]}}
+                action()
+
+        with pytest.raises((AttributeError, IndexError)) as info:
+            run()
+        shown = ''.join(getattr(info.value, '__notes__', [])) + capsys.readouterr().err
+        assert shown.startswith(f'this happened with {place} of the config')
 
 
-def test_bugs_say_where_in_the_config_they_arose(capsys):
-    cfg = {'model': {'part': {'type': 'Part', 'kind': 'bug'}}, 'part': {'type': 'Part'}}
-
-    def build():
-        with reported_errors() as context:
-            context.cfg = cfg
-            PARTS.build(cfg['model']['part'])
-
-    with pytest.raises(AttributeError) as info:
-        build()
-    shown = ''.join(getattr(info.value, '__notes__', [])) + capsys.readouterr().err
-    assert shown.startswith('this happened with model.part')
-    with pytest.raises(TypeError) as info:
-        PARTS.build('Part')
-    assert explain(info.value, cfg) == "a component must be a dict with a type, got 'Part'"
+def test_runner_s_parts_are_named():
+    loader = {'batch_size': 0, 'dataset': [0], 'sampler': {'type': 'DefaultSampler'}}
+    with pytest.raises(ValueError, match='batch_size') as info:
+        Runner.build_dataloader(dict(loader), seed=0)
+    cfg = {'val_dataloader': {**loader, 'batch_size': 2}, 'test_dataloader': loader}
+    assert explain(info.value, cfg).startswith('test_dataloader: batch_size')
 
 
 def test_locate_takes_the_most_similar():
@@ -126,7 +115,7 @@ def test_locate_takes_the_most_similar():
     }
     assert locate(cfg, {'type': 'D', 'path': 'a', 'new': 1}) == 'train_dataloader.dataset'
     assert locate(cfg, {'type': 'D', 'path': 'b', 'more': torch.ones(2)}).startswith('val_')
-    assert locate(cfg, {'type': 'E'}) == 'E'
+    assert locate(cfg, {'type': 'E'}) is None
 
 
 class Broken(Dataset):

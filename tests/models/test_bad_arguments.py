@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmvim._arguments import parameters
 from mmvim.datasets.video import (
     LoadVideo,
     PackVideo,
@@ -13,7 +14,6 @@ from mmvim.datasets.video import (
     VideoTransform,
 )
 from mmvim.models import SimpleFPN, VideoDataPreprocessor
-from mmvim.utils.argument_types import parameters
 
 PARTS = {
     SimpleFPN: {'in_channels': 8, 'out_channels': 8},

@@ -10,9 +10,9 @@ from mmengine.runner import load_checkpoint, save_checkpoint
 from torch import nn
 
 from mmvim import _names
+from mmvim._arguments import parameters
 from mmvim.models.backbones.base import Backbone
 from mmvim.registry import MODELS
-from mmvim.utils.argument_types import parameters
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,11 @@ def prepare() -> None:
     from mmengine.model import BaseModel
     from mmengine.registry import DATASETS, MODELS
 
-    from mmvim.cli import samples
+    from mmvim.cli import diagnosis, samples
 
     torch.set_num_threads(1)
     samples.install()
+    diagnosis.install()
 
     @MODELS.register_module()
     class OneWeight(BaseModel):

@@ -267,12 +267,12 @@ def test_bad_data_gets_one_line(toy, fails):
         annotations.write_text(bad)
         line = fails(main_train, 'config.py')
         assert f"cannot use annotation file '{annotations}'" in line
-        assert 'train_dataloader.dataset.ann_file' in line
+        assert 'train_dataloader.dataset (ToyDataset): ' in line
         assert reason in line
     lazy = option('train_dataloader.dataset.lazy_init=True')
     assert str(annotations) in fails(main_train, 'config.py', *lazy)
     annotations.write_text('{"samples": []}')
-    assert 'train_dataloader.dataset is empty' in fails(main_train, 'config.py')
+    assert 'train_dataloader.dataset (ToyDataset) is empty' in fails(main_train, 'config.py')
     plain = option('train_dataloader.dataset.serialize_data=False')
     line = fails(main_train, 'config.py', '--no-validate', *plain)
     assert 'train_dataloader.dataset (ToyDataset) is empty' in line

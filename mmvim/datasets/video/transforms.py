@@ -16,18 +16,13 @@ from mmengine.dataset import Compose
 from mmengine.logging import print_log
 from torch import Tensor
 
-from mmvim._checks import check_flags, check_number, check_numbers, check_positive
+from mmvim._arguments import misfits, parameters
+from mmvim._checks import check_choice, check_flags, check_number, check_numbers, check_positive
 from mmvim.registry import TRANSFORMS
-from mmvim.utils.argument_types import misfits, parameters
 
 from .errors import VideoSampleError
 from .reader import VideoReader
 from .sampling import at_regular_times, dense_indices, uniform_indices
-
-
-def _choose(name: str, value: object, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f'{name}={value!r} is unknown; allowed: {", ".join(map(repr, allowed))}')
 
 
 @contextmanager
@@ -82,8 +77,8 @@ class LoadVideo:
         num_threads: int = 1,
         on_error: str = 'raise',
     ) -> None:
-        _choose('sampling', sampling, ('uniform', 'dense'))
-        _choose('on_error', on_error, ('raise', 'skip'))
+        check_choice('sampling', sampling, ('uniform', 'dense'))
+        check_choice('on_error', on_error, ('raise', 'skip'))
         if sampling == 'uniform' and interval != 1:
             raise ValueError(f"interval={interval!r} has no effect with sampling='uniform'")
         check_positive(min_frames=min_frames)

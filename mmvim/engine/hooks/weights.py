@@ -5,6 +5,7 @@ from typing import Any
 from mmengine.hooks import Hook
 
 from mmvim.checkpoints.files import EMA_CONTAINERS, EXCHANGED, find_weights
+from mmvim.errors import CheckpointError
 from mmvim.registry import HOOKS
 
 
@@ -32,6 +33,9 @@ class WeightsHook(Hook):
         Raises:
             mmvim.errors.CheckpointError: The checkpoint has no weights of this kind.
         """
-        checkpoint['state_dict'] = find_weights(checkpoint, ema=self.ema)
+        try:
+            checkpoint['state_dict'] = find_weights(checkpoint, ema=self.ema)
+        except CheckpointError as error:
+            raise CheckpointError(f'checkpoint {runner._load_from!r} {error}') from None
         for name in (*EMA_CONTAINERS, EXCHANGED):
             checkpoint.pop(name, None)

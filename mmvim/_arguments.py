@@ -1,35 +1,38 @@
-"""Which values of a config are of another type than the class that gets them declares."""
+"""Arguments that a class or function takes, and values that do not fit their declarations."""
 
 import collections.abc
+import contextlib
 import inspect
 import os
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_SEQUENCES = (
-    list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable,
-    collections.abc.Collection, collections.abc.Set,
+# Values that configs give for arguments of these declarations.
+_INTERCHANGEABLE = (
+    ((bool, int, float), (int, float)),
+    ((str, Path, os.PathLike), (str, Path)),
+    ((dict, collections.abc.Mapping, collections.abc.MutableMapping), (dict,)),
+    (
+        (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable,
+         collections.abc.Collection, collections.abc.Set),
+        (list, tuple, set),
+    ),
 )  # fmt: skip
-_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
 def parameters(component: Any) -> Iterator[inspect.Parameter]:
     """Yield the arguments of a class (through ``**kwargs`` of its bases) or function, but self."""
-    if not callable(component):
-        return
-    functions = (
-        [base.__dict__.get('__init__') for base in component.__mro__]
-        if inspect.isclass(component)
-        else [component]
-    )
+    functions = [component] if callable(component) else []
+    if inspect.isclass(component):
+        functions = [base.__dict__.get('__init__') for base in component.__mro__]
     seen = {'self'}
     for function in functions:
         if not callable(function) or function is object.__init__:
             continue
-        own = list(_signature(function).parameters.values())
+        own = _signature(function)
         for parameter in own:
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             if named and parameter.name not in seen:
@@ -37,6 +40,13 @@ def parameters(component: Any) -> Iterator[inspect.Parameter]:
                 yield parameter
         if not any(p.kind is p.VAR_KEYWORD for p in own):
             break
+
+
+def _signature(function: Any) -> list[inspect.Parameter]:
+    for evaluated in (True, False):  # False for a name that only type checkers import
+        with contextlib.suppress(Exception):
+            return list(inspect.signature(function, eval_str=evaluated).parameters.values())
+    return []  # compiled code without a signature
 
 
 def misfits(component: Any, given: dict, *, none: bool = True) -> list[str]:
@@ -55,71 +65,47 @@ def misfits(component: Any, given: dict, *, none: bool = True) -> list[str]:
     """
     found = []
     for parameter in parameters(component):
-        if parameter.name not in given:
-            continue
-        value = given[parameter.name]
+        value, declared = given.get(parameter.name), parameter.annotation
         nested = isinstance(value, list | tuple) and value and isinstance(value[0], dict)
-        if nested or (value is None and not none) or _fits(value, parameter):
+        if parameter.name not in given or nested or (value is None and not none):
             continue
-        found.append(f'{parameter.name}={value!r} must be {_described(parameter)}')
+        allowed, wanted = _allowed(declared), _written(declared)
+        if parameter.default is not parameter.empty:
+            as_default = _allowed(type(parameter.default))
+            if declared is parameter.empty and parameter.default is not None:
+                allowed = as_default
+                wanted = f'{type(parameter.default).__name__}, as {parameter.default!r} is'
+            elif allowed:
+                allowed += as_default or ()
+        if allowed and not isinstance(value, allowed):
+            found.append(f'{parameter.name}={value!r} must be {wanted}')
     return found
-
-
-def _signature(function: Any) -> inspect.Signature:
-    try:
-        return inspect.signature(function, eval_str=True)
-    except Exception:  # a name that only type checkers import
-        return inspect.signature(function)
-
-
-def _fits(value: Any, parameter: inspect.Parameter) -> bool:
-    default = parameter.default
-    if parameter.annotation is parameter.empty:
-        allowed = None if default in (None, parameter.empty) else _allowed(type(default))
-    else:
-        allowed = _allowed(parameter.annotation)
-        if allowed and default is not parameter.empty:
-            allowed += _allowed(type(default)) or ()
-    return allowed is None or isinstance(value, allowed)
 
 
 def _allowed(declared: Any) -> tuple[type, ...] | None:
     """The classes of values that fit a declaration; None where anything may."""
-    if declared is None or declared is type(None):
-        return (type(None),)
-    if declared in (bool, int, float):
-        return (int, float)
-    # list[int] counts as a class in Python 3.10.
-    is_class = inspect.isclass(declared) and typing.get_origin(declared) is None
-    if declared in (str, os.PathLike) or (is_class and issubclass(declared, os.PathLike)):
-        return (str, Path)
     origin = typing.get_origin(declared) or declared
+    if origin in (None, type(None)):
+        return (type(None),)
     if origin in (typing.Union, types.UnionType):
         parts = [_allowed(part) for part in typing.get_args(declared)]
         return None if None in parts else tuple(kind for part in parts for kind in part)
     if origin is typing.Literal:
         return tuple(type(value) for value in typing.get_args(declared))
-    if origin in _SEQUENCES:
-        return (list, tuple, set)
-    if origin in _MAPPINGS:
-        return (dict,)
-    anything = not is_class or declared in (object, type, Any, Callable)
-    if anything or getattr(declared, '_is_protocol', False):
+    for kinds, allowed in _INTERCHANGEABLE:
+        if origin in kinds:
+            return allowed
+    anything = origin in (Any, object, type, inspect.Parameter.empty, collections.abc.Callable)
+    if anything or not inspect.isclass(origin) or getattr(origin, '_is_protocol', False):
         return None
     # What a config describes by a dict, or an object of that class.
-    return (declared, dict)
-
-
-def _described(parameter: inspect.Parameter) -> str:
-    if parameter.annotation is parameter.empty:
-        return f'{type(parameter.default).__name__}, as {parameter.default!r} is'
-    if isinstance(parameter.annotation, str):
-        return parameter.annotation
-    return _written(parameter.annotation)
+    return (origin, dict)
 
 
 def _written(declared: Any) -> str:
     """A declaration as source says it; unions the same whether declared by Union, Optional or |."""
     if typing.get_origin(declared) in (typing.Union, types.UnionType):
         return ' | '.join(_written(part) for part in typing.get_args(declared))
+    if isinstance(declared, str):
+        return declared
     return inspect.formatannotation(declared).replace('typing.', '').replace('NoneType', 'None')

@@ -7,7 +7,7 @@ from typing import Any, Literal, Optional, Protocol, Union
 import pytest
 import torch
 
-from mmvim.utils.argument_types import misfits, parameters
+from mmvim._arguments import misfits, parameters
 
 
 class Reader(Protocol):
@@ -72,6 +72,7 @@ def test_values_that_do_not_fit():
     assert misfits(declared, {'rate': 1, 'step': {'type': 'Part'}}) == []
     assert misfits(declared, {'rate': [1]}) == ['rate=[1] must be float | torch.Tensor']
     assert misfits(declared, {'step': 3}) == [f'step=3 must be dict | {__name__}.Base | None']
+    assert misfits(Part, {'place': {'a': 7}}) == ["place={'a': 7} must be pathlib.Path | None"]
     assert misfits(declared, {'width': None, 'step': None}) == ['width=None must be int']
     assert misfits(declared, {'width': None}, none=False) == []
     assert misfits(Part, {'size': 'x'}) == ["size='x' must be int | tuple[int, int]"]
