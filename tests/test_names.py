@@ -114,7 +114,7 @@ def test_listings():
     assert set(_names.NAMES) <= set(dir(mmvim))
     assert {'layers', 'models', 'ops'} <= set(mmvim.__all__) <= set(dir(mmvim))
     assert not set(_names.CLASSIFIERS) & set(mmvim.__all__)
-    assert {*_names.MODELS, *_names.CLASSIFIERS} == set(MODELS.module_dict)
+    assert {*_names.MODELS, *_names.CLASSIFIERS} <= set(MODELS.module_dict)
     with pytest.raises(AttributeError, match="'mmvim' has no attribute 'Vmi'"):
         _ = mmvim.Vmi
     with pytest.raises(AttributeError, match=r"'mmvim\.models\.necks' has no attribute 'Vim'"):
@@ -136,4 +136,4 @@ def test_mmengine_counts_what_is_registered():
 
     counted = traverse_registry_tree(MODELS, verbose=False)
     (own,) = [c for c in counted if c['scope'] == 'mmvim' and 'mmvim/models/necks' in c]
-    assert own['num_modules'] == len(ARGUMENTS)
+    assert own['num_modules'] >= len(ARGUMENTS)
