@@ -34,10 +34,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mmvim.errors import CheckpointError
+
 from ._import_hook import when_imported
 
 #: Seconds without data from a server after which a download fails.
 TIMEOUT = 30.0
+
+
+class RefusedCheckpoint(CheckpointError, pickle.UnpicklingError):
+    """A checkpoint that is not loaded, for a reason that the user can understand."""
 
 
 def install() -> None:
@@ -89,7 +95,7 @@ def load_safetensors(file: str, map_location: Any = None) -> dict[str, Any]:
     try:
         weights = load_file(file)
     except SafetensorError as error:
-        raise pickle.UnpicklingError(f"checkpoint '{file}' cannot be read: {error}") from error
+        raise RefusedCheckpoint(f"checkpoint '{file}' cannot be read: {error}") from error
     if map_location is None or callable(map_location) or isinstance(map_location, dict):
         return weights
     return {name: value.to(map_location) for name, value in weights.items()}
@@ -113,7 +119,7 @@ def allowed_types(file: Any) -> Iterator[None]:
         message = _explain(error, file)
         if message is None:
             raise
-        raise pickle.UnpicklingError(message) from error
+        raise RefusedCheckpoint(message) from error
 
 
 def _explain(error: Exception, file: Any) -> str | None:

@@ -455,9 +455,10 @@ def prepare() -> None:
     import torchvision  # noqa: F401
 
     import mmvim.datasets.video  # noqa: F401
-    from mmvim.cli import samples
+    from mmvim.cli import diagnosis, samples
 
     samples.install()
+    diagnosis.install()
     _photos()
     for i, kind in enumerate(CHECKPOINTS):
         path = Path(f'ready.{kind}')
