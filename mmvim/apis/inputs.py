@@ -11,7 +11,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from mmvim.utils.configs import type_name
+from mmvim._configs import type_name
 
 from .inferencers.pipeline import InferencePipeline, transforms_of
 

@@ -9,9 +9,9 @@ from mmengine.config import Config
 from mmengine.registry import TRANSFORMS, DefaultScope
 from torch import nn
 
+from mmvim._configs import type_name
 from mmvim.apis.inferencers.pipeline import transforms_of
 from mmvim.apis.inputs import input_channels
-from mmvim.utils.configs import type_name
 
 
 def describe(cfg: Config, model: nn.Module) -> dict[str, Any]:

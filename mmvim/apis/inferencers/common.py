@@ -15,7 +15,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.logging import print_log
 from torch import nn
 
-from mmvim.apis.configs import innermost_dataset
+from mmvim._configs import innermost_dataset
 from mmvim.checkpoints.files import read_checkpoint
 from mmvim.checkpoints.loading import load_weights
 from mmvim.errors import CheckpointError, SampleError

@@ -8,7 +8,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import TRANSFORMS, DefaultScope
 
-from mmvim.apis.configs import innermost_dataset, type_name
+from mmvim._configs import innermost_dataset, type_name
 from mmvim.errors import SampleError
 
 

@@ -11,7 +11,7 @@ from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
-from mmvim.apis.configs import type_name
+from mmvim._configs import type_name
 from mmvim.datasets.video import VideoReader
 
 from ..model_zoo import load_config
