@@ -171,3 +171,36 @@ def test_the_reference_peer_runs_the_reference_scan(models, monkeypatch):
     with torch.no_grad():
         net(torch.zeros(1, 3, 32, 32))
     assert len(calls) == 2 * 24
+
+
+@pytest.mark.parametrize(
+    ('model', 'size', 'more'),
+    [('vim-t', 32, []), ('upernet-vim-t', 64, ['--runs', 'launcher', 'eager'])],
+)
+def test_the_launcher_trains(model, size, more, tmp_path):
+    pytest.importorskip('mmseg' if 'upernet' in model else 'mmpretrain')
+    table = tmp_path / 'models.csv'
+    options = ['--batch', 2, '--sizes', size, '--repeats', 2, '--dtype', 'float32']
+    done = run_script(
+        'benchmark/models.py', *options, '--models', model, '--runs', 'launcher', *more,
+        '--csv', table,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    (row,) = csv.DictReader(table.read_text().splitlines()[1:])
+    assert (row['run'], row['mode'], row['batch']) == ('launcher', 'training', '2')
+    assert float(row['rate']) * float(row['milliseconds']) == pytest.approx(2e3)
+
+
+def test_what_runs_there_are(models):
+    launched = [
+        (name, run, mode)
+        for name, case in models.MODELS.items()
+        for run in models.RUNS
+        for mode in models.MODES
+        if models.runs(case, 'mmvim', run, mode)
+    ]
+    assert ('vim-t', 'launcher-graph', 'training') in launched
+    assert ('vim-t', 'launcher', 'inference') not in launched
+    assert ('vim-t-1024', 'launcher', 'training') not in launched
+    assert {mode for name, _, mode in launched if name == 'mask-rcnn-r50'} == {'training'}
+    assert not models.runs(models.MODELS['vim-t'], 'timm', 'launcher', 'training')

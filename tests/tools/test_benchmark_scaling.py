@@ -111,13 +111,38 @@ def test_a_config_needs_neither_data_nor_weights(scaling, tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ('name', 'side'),
+    [
+        ('vim/mask-rcnn_vim-tiny_simplefpn_1x_coco.py', 1024),
+        ('vim/cascade-mask-rcnn_vim-tiny_simplefpn_8xb8-lsj-100ep_coco.py', 1024),
+        ('mambavision/mambavision-tiny_upernet_8xb2-160k_ade20k-512x512.py', 512),
+    ],
+)
+def test_batches_of_other_tasks(scaling, tmp_path, name, side):
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    args = argparse.Namespace(warm_up=3, iterations=5, size=None, config=name)
+    changed = scaling.synthetic(cfg, 2, 1, args, tmp_path / 'out.json', profiled=2)
+    collate = changed.train_dataloader.collate_fn
+    assert collate.shape == [3, side, side]
+    assert collate.classes == (150 if 'upernet' in name else 80)
+    assert collate.task == changed.default_scope
+    assert changed.custom_hooks[-1].profiled == 2
+    assert changed.train_dataloader.dataset.length == (3 + 5 + 2) * 2
+
+
+@pytest.mark.parametrize(
     ('options', 'message'),
     [
         (('--processes', '0'), 'must be positive, got 0'),
         (('--config', 'nothing.py'), 'nothing.py'),
         (
-            ('--config', str(ROOT / 'configs' / 'quickstart' / 'vim_digits_det.py')),
-            'vim_digits_det.py is not the config of a classifier',
+            (
+                '--config',
+                str(ROOT / 'configs' / '_base_' / 'default_runtime_mmdet.py'),
+                '--batch',
+                '2',
+            ),
+            'default_runtime_mmdet.py is not the config of a classifier, detector or segmentor',
         ),
         (('--cfg-options', 'modell.x=1'), "the config has no 'modell'"),
     ],

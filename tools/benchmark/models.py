@@ -6,12 +6,18 @@
     python tools/benchmark/models.py --models mambavision-t --peers mambavision --csv models.csv
     python tools/benchmark/models.py --models vim-t --sizes 224 512 1024 --plot sizes.svg
     python tools/benchmark/models.py --models vim-t --profile parts.svg   # where the time goes
+    python tools/benchmark/models.py --models vim-t mask-rcnn-vim-t --runs launcher launcher-graph
     python tools/benchmark/models.py --read models.csv --plot sizes.svg   # draw what was measured
 
 Weights and inputs are random and stay on the device, so neither a data pipeline nor a checkpoint is
 timed. Inference is one forward pass under autocast without gradients; a training step is forward,
 cross-entropy, backward and AdamW. `graph` captures either in a CUDA graph, `compile` passes the
-model through `torch.compile`, `compile-graph` with `mode='reduce-overhead'`. Times are medians over
+model through `torch.compile`, `compile-graph` with `mode='reduce-overhead'`. `launcher` is
+tools/train.py with the model's config on batches that cost nothing (the mean over its iterations,
+optimizer, augmentation of batches, averages and logging included), `launcher-graph` the same with
+`graph=True`, `launcher-compile` with `compile=True`; it also says how many kernels an iteration
+has, and by part how long they take. What is left to the host is seen with --batch 1 --sizes 64,
+where a GPU has next to nothing to do. Times are medians over
 single passes, measured with CUDA events (the clock on a CPU). `GiB` is the peak of what PyTorch
 had allocated after warm-up, weights included. With --sizes the batch shrinks as the image grows:
 the pixels of a batch stay the same. A table is written row by row: a run that is stopped leaves
@@ -48,12 +54,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmvim
+from mmvim.errors import UserError
 from mmvim.ops import backend_info, intercept_ops
 
 CLASSES = 1000
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 MODES = ('inference', 'training')
-RUNS = ('eager', 'compile', 'compile-graph', 'graph')
+RUNS = (
+    'eager', 'compile', 'compile-graph', 'graph',
+    'launcher', 'launcher-graph', 'launcher-compile',
+)  # fmt: skip
 
 
 Builder = Callable[[int], nn.Module]
@@ -61,12 +71,16 @@ Builder = Callable[[int], nn.Module]
 
 @dataclass(frozen=True)
 class Case:
-    """A model with its usual batch: `build(side)` makes it, `shape` is one sample's."""
+    """A model with its usual batch: `build(side)` makes it, `shape` is one sample's.
 
-    build: Builder
+    `config` is what the launcher trains; detectors and segmentors have nothing else.
+    """
+
+    build: Builder | None
     batch: int
     shape: tuple[int, ...]
     channels_last: bool = False
+    config: str = ''
 
 
 class Classifier(nn.Module):
@@ -168,16 +182,42 @@ def _on_reference_scan(build: Builder) -> Builder:
 
 IMAGE = (3, 224, 224)
 MODELS = {
-    'vim-t': Case(_vim('tiny', 192), 128, IMAGE),
-    'vim-s': Case(_vim('small', 384), 128, IMAGE),
-    'vim-b': Case(_vim('base', 768), 64, IMAGE),
+    'vim-t': Case(_vim('tiny', 192), 128, IMAGE, config='vim/vim-tiny_8xb128_in1k'),
+    'vim-s': Case(_vim('small', 384), 128, IMAGE, config='vim/vim-small_8xb64_in1k'),
+    'vim-b': Case(_vim('base', 768), 64, IMAGE, config='vim/vim-base_8xb128_in1k'),
     'vim-t-1024': Case(_vim('tiny', 192), 2, (3, 1024, 1024)),
-    'videomamba-t': Case(_videomamba('tiny', 192), 128, IMAGE),
+    'videomamba-t': Case(
+        _videomamba('tiny', 192), 128, IMAGE, config='videomamba/videomamba-tiny_8xb512_in1k'
+    ),
     'videomamba-t-8x224': Case(_videomamba('tiny', 192, num_frames=8), 32, (3, 8, 224, 224)),
     'videomamba-m-16x224': Case(_videomamba('middle', 576, num_frames=16), 8, (3, 16, 224, 224)),
-    'mambavision-t': Case(_mambavision('tiny', 640), 128, IMAGE, channels_last=True),
-    'mambavision-s': Case(_mambavision('small', 768), 128, IMAGE, channels_last=True),
-    'mambavision-b': Case(_mambavision('base', 1024), 128, IMAGE, channels_last=True),
+    'mambavision-t': Case(
+        _mambavision('tiny', 640), 128, IMAGE, True, 'mambavision/mambavision-tiny_32xb128_in1k'
+    ),
+    'mambavision-s': Case(
+        _mambavision('small', 768), 128, IMAGE, True, 'mambavision/mambavision-small_32xb128_in1k'
+    ),
+    'mambavision-b': Case(
+        _mambavision('base', 1024), 128, IMAGE, True, 'mambavision/mambavision-base_32xb128_in1k'
+    ),
+    'mask-rcnn-vim-t': Case(
+        None, 2, (3, 1024, 1024), config='vim/mask-rcnn_vim-tiny_simplefpn_1x_coco'
+    ),
+    'mask-rcnn-mambavision-t': Case(
+        None, 2, (3, 1024, 1024), config='mambavision/mask-rcnn_mambavision-tiny_fpn_1x_coco'
+    ),
+    'mask-rcnn-r50': Case(
+        None, 2, (3, 1024, 1024), config='mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+    ),
+    'upernet-vim-t': Case(
+        None, 2, (3, 512, 512), config='vim/vim-tiny_upernet_8xb2-160k_ade20k-512x512'
+    ),
+    'upernet-mambavision-t': Case(
+        None,
+        2,
+        (3, 512, 512),
+        config='mambavision/mambavision-tiny_upernet_8xb2-160k_ade20k-512x512',
+    ),
 }
 PEERS = {
     'mambavision': {
@@ -212,6 +252,7 @@ class Row:
     milliseconds: float
     gib: float
     note: str = ''
+    kernels: int = 0
 
 
 def main() -> int:
@@ -302,20 +343,75 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[Row]
         shape, batch = sized(case, side, args.batch)
         for package, build in builders.items():
             for run, mode in itertools.product(args.runs, args.modes):
+                if not runs(case, package, run, mode):
+                    continue
                 labels = (name, package, mode, run, args.dtype, batch)
                 size = 'x'.join(map(str, shape[1:]))
+                kernels = 0
                 try:
-                    seconds, gib = measure(
-                        build, (batch, *shape), mode, run, case.channels_last, args, device
-                    )
-                except (ImportError, RuntimeError, TypeError, ValueError) as error:
+                    if run.startswith('launcher'):
+                        seconds, gib, kernels = launch(name, (batch, *shape), run, args)
+                    else:
+                        seconds, gib = measure(
+                            build, (batch, *shape), mode, run, case.channels_last, args, device
+                        )
+                except (ImportError, RuntimeError, TypeError, UserError, ValueError) as error:
                     reason = str(error).splitlines()[0] if str(error) else repr(error)
                     nothing = float('nan')
                     yield Row(*labels, size, nothing, nothing, nothing, reason[:160])
                     continue
                 finally:
                     release(device)
-                yield Row(*labels, size, batch / seconds, 1e3 * seconds, gib)
+                yield Row(*labels, size, batch / seconds, 1e3 * seconds, gib, kernels=kernels)
+
+
+def runs(case: Case, package: str, run: str, mode: str) -> bool:
+    """Whether there is such a run of a model."""
+    if run.startswith('launcher'):
+        return bool(case.config) and package == 'mmvim' and mode == 'training'
+    return case.build is not None or package != 'mmvim'
+
+
+def launch(
+    name: str, shape: tuple[int, ...], run: str, args: argparse.Namespace
+) -> tuple[float, float, int]:
+    """Mean seconds of an iteration of tools/train.py, peak GiB and number of kernels.
+
+    Raises:
+        ValueError: If the training fails.
+    """
+    import json
+    import tempfile
+
+    import scaling
+    from mmengine.config import Config
+
+    config = MODELS[name].config
+    if '::' in config:
+        from mmengine.hub import get_config
+
+        cfg = get_config(config)
+    else:
+        cfg = Config.fromfile(Path(__file__).parents[2] / 'configs' / f'{config}.py')
+    option = run.partition('-')[2]
+    if option:
+        cfg[option] = True
+    wanted = argparse.Namespace(
+        size=shape[-1], warm_up=max(10, args.repeats), iterations=args.repeats, config=config
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path, out = Path(folder) / 'config.py', Path(folder) / 'out.json'
+        scaling.synthetic(cfg, shape[0], 1, wanted, out, profiled=2).dump(path)
+        scaling.train(path, None, args.dtype)
+        result = json.loads(out.read_text())
+    kernels = result.get('kernels', {})
+    times = dict.fromkeys((*PARTS, REST), 0.0)
+    for kernel, (_, milliseconds) in kernels.items():
+        times[part_of(kernel)] += milliseconds
+    if kernels:
+        print(line_of_parts(f'{name}, {run}', times), flush=True)
+    count = round(sum(number for number, _ in kernels.values()))
+    return result['seconds'] / args.repeats, result.get('gib', float('nan')), count
 
 
 def sized(case: Case, side: int | None, batch: int | None) -> tuple[tuple[int, ...], int]:
@@ -444,11 +540,12 @@ def release(device: torch.device) -> None:
 def line(row: Row) -> str:
     """A row of the table."""
     head = (
-        f'{row.model:20} {row.package:12} {row.mode:10} {row.run:8} {row.batch:4} x {row.size:12}'
+        f'{row.model:20} {row.package:12} {row.mode:10} {row.run:16} {row.batch:4} x {row.size:12}'
     )
     if row.note:
         return f'{head} failed: {row.note}'
-    return f'{head} {row.rate:10.1f}/s {row.milliseconds:9.2f} ms {row.gib:7.2f} GiB'
+    kernels = f' {row.kernels:6} kernels' if row.kernels else ''
+    return f'{head} {row.rate:10.1f}/s {row.milliseconds:9.2f} ms {row.gib:7.2f} GiB{kernels}'
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -459,7 +556,7 @@ def draw(args: argparse.Namespace) -> int:
         print(f'error: {args.read} has no rows', file=sys.stderr)
         return 1
     if args.plot:
-        numbers = {'batch': int, 'rate': float, 'milliseconds': float, 'gib': float}
+        numbers = {'batch': int, 'rate': float, 'milliseconds': float, 'gib': float, 'kernels': int}
         rows = [Row(**{k: numbers.get(k, str)(v) for k, v in row.items()}) for row in table]
         draw_sizes(args.plot, rows, head)
     if args.profile:
@@ -503,6 +600,8 @@ def profile_all(
     repeats = min(PROFILED, args.repeats)
     for name, mode in itertools.product(args.models, args.modes):
         case = MODELS[name]
+        if case.build is None:
+            continue
         shape, batch = sized(case, args.sizes[0], args.batch)
         step = make_step(
             case.build, (batch, *shape), mode, 'eager', case.channels_last, DTYPES[args.dtype],

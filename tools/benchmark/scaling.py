@@ -7,12 +7,12 @@
     python tools/benchmark/scaling.py --cfg-options compile=True
 
 Each count is a run of tools/dist_train.sh, as a user starts it, with the model, optimizer, schedule
-and hooks of a classification config (images or clips), but with batches that cost nothing, without
-validation and without files: neither data nor weights are needed, and no data pipeline is timed
-(tools/benchmark/data.py does that). A batch still goes from pinned memory to the device and through
-Mixup and CutMix. The clock runs between synchronizations of all processes, after the warm-up; how
-long they take to start does not matter. The batch is that of one process. Without a GPU the
-processes run on the CPU, through gloo.
+and hooks of a config (a classifier's, of images or clips, a detector's or a segmentor's), but with
+batches that cost nothing, without validation and without files: neither data nor weights are
+needed, and no data pipeline is timed (tools/benchmark/data.py does that). A batch still goes from
+pinned memory to the device and through Mixup and CutMix. The clock runs between synchronizations of
+all processes, after the warm-up; how long they take to start does not matter. The batch is that of
+one process. Without a GPU the processes run on the CPU, through gloo.
 """
 
 import argparse
@@ -43,6 +43,8 @@ from mmvim.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / 'configs' / 'vim' / 'vim-tiny_8xb128_in1k.py'
+# Pixels of an image side by task; a classifier's are its backbone's img_size.
+SIDES = {'mmpretrain': None, 'mmdet': 1024, 'mmseg': 512}
 DTYPES = ('bfloat16', 'float16', 'float32')
 
 
@@ -84,12 +86,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--config', type=Path, default=DEFAULT,
-                        help=f'of a classifier; default: {DEFAULT.name}')  # fmt: skip
+                        help=f'default: {DEFAULT.name}')  # fmt: skip
     parser.add_argument('--processes', nargs='+', type=positive, metavar='N',
                         help='default: 1 to all GPUs')  # fmt: skip
     parser.add_argument('--batch', type=positive, help="of one process; default: the config's")
     parser.add_argument('--size', type=positive, help="of an image side; default: the backbone's "
-                        'img_size, else 224')  # fmt: skip
+                        'img_size, else 224; 1024 for a detector, 512 for a segmentor')  # fmt: skip
     parser.add_argument('--dtype', choices=DTYPES, default='bfloat16', help='of autocast')
     parser.add_argument('--warm-up', type=positive, default=30, help='iterations before the clock')
     parser.add_argument('--iterations', type=positive, default=100, help='on the clock')
@@ -125,24 +127,33 @@ def measure_all(cfg: Config, args: argparse.Namespace, folder: Path) -> Iterator
 
 
 def synthetic(
-    cfg: Config, batch: int, processes: int, args: argparse.Namespace, out: Path
+    cfg: Config,
+    batch: int,
+    processes: int,
+    args: argparse.Namespace,
+    out: Path,
+    profiled: int = 0,
 ) -> Config:
     """The config with the clock, and with batches that cost nothing.
 
     Raises:
-        UserError: If it is not the config of a classifier.
+        UserError: If it is not the config of a classifier, detector or segmentor.
     """
     cfg = Config(cfg.to_dict())
-    classes = cfg.get('model', {}).get('head', {}).get('num_classes')
-    if cfg.get('default_scope') != 'mmpretrain' or classes is None:
-        raise UserError(f'{args.config} is not the config of a classifier')
+    task, classes = cfg.get('default_scope'), class_count(cfg.get('model', {}))
+    if task not in SIDES or classes is None:
+        raise UserError(f'{args.config} is not the config of a classifier, detector or segmentor')
     for _, node in walk_dicts(cfg.model):
         weights = node.get('init_cfg')
         if isinstance(weights, dict) and weights.get('type') == 'Pretrained':
             node['init_cfg'] = None
     backbone = cfg.model.backbone
-    side, frames = args.size or backbone.get('img_size', 224), backbone.get('num_frames')
-    total = args.warm_up + args.iterations
+    frames = backbone.get('num_frames')
+    usual = SIDES[task] or backbone.get('img_size', 224)
+    side = args.size or usual
+    if task == 'mmseg':
+        cfg.model.data_preprocessor.size = (side, side)
+    total = args.warm_up + args.iterations + profiled
     cfg.train_dataloader = dict(
         batch_size=batch,
         num_workers=0,
@@ -152,6 +163,7 @@ def synthetic(
             type='benchmark_batch',
             shape=[3, frames, side, side] if frames else [3, side, side],
             classes=classes,
+            task=task,
         ),
     )
     for split in ('val', 'test'):
@@ -163,22 +175,38 @@ def synthetic(
     cfg.custom_imports = dict(imports=[*imports, 'synthetic'], allow_failed_imports=False)
     logger = dict(type='LoggerHook', interval=total + 1)
     cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'checkpoint': None, 'logger': logger}
-    cfg.custom_hooks = [
-        *(cfg.get('custom_hooks') or ()),
-        dict(type='BenchmarkClock', warm_up=args.warm_up, iterations=args.iterations, out=str(out)),
-    ]
+    clock = dict(
+        type='BenchmarkClock',
+        warm_up=args.warm_up,
+        iterations=args.iterations,
+        out=str(out),
+        profiled=profiled,
+    )
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or ()), clock]
     cfg.load_from, cfg.resume = None, False
     return cfg
 
 
-def train(config: Path, processes: int, dtype: str) -> None:
-    """Run tools/dist_train.sh.
+def class_count(model: dict) -> int | None:
+    """How many classes the heads of a model tell apart; None where they do not say."""
+    roi_head = model.get('roi_head') or {}
+    heads = [model.get(name) for name in ('head', 'bbox_head', 'decode_head')]
+    heads.append(roi_head.get('bbox_head'))
+    heads = [head[0] if isinstance(head, list) else head for head in heads]
+    return next((head['num_classes'] for head in heads if head and 'num_classes' in head), None)
+
+
+def train(config: Path, processes: int | None, dtype: str) -> None:
+    """Run tools/dist_train.sh, or tools/train.py where ``processes`` is None.
 
     Raises:
         UserError: If it fails, with the reason that it gave; without one its output is printed.
     """
-    command = ['bash', ROOT / 'tools' / 'dist_train.sh', config, processes, '--no-checks']
-    command += ['--work-dir', config.with_suffix('')]
+    if processes is None:
+        command = [sys.executable, ROOT / 'tools' / 'train.py', config]
+    else:
+        command = ['bash', ROOT / 'tools' / 'dist_train.sh', config, processes]
+    command += ['--no-checks', '--work-dir', config.with_suffix('')]
     if dtype != 'float32':
         command += ['--amp-dtype', dtype]
     path = [str(Path(__file__).resolve().parent), os.environ.get('PYTHONPATH')]
@@ -206,7 +234,7 @@ def train(config: Path, processes: int, dtype: str) -> None:
         if reason is None:
             print(*lines[-60:], sep='\n', file=sys.stderr)
         raise UserError(
-            f'training with --processes {processes} ended with code {code}'
+            f'training with --processes {processes or 1} ended with code {code}'
             + (f': {reason.removeprefix("error: ")}' if reason else '')
         )
 
