@@ -211,6 +211,27 @@ def test_converter(model, suffix, tmp_path):
     assert '--overwrite replaces it' in again.stderr
 
 
+@pytest.mark.parametrize(
+    ('flags', 'added'), [([], 0), (['--ema'], 1), (['--no-ema'], 0)], ids=['', 'ema', 'no-ema']
+)
+@pytest.mark.parametrize('exchanged', [False, True], ids=['official', 'EMAHook'])
+def test_converter_takes_the_weights_that_it_is_told(model, flags, added, exchanged, tmp_path):
+    config, source, out = tmp_path / 'c.py', tmp_path / 'x.pth', tmp_path / 'out.pth'
+    config.write_text(CLASSIFIER.format(size=32))
+    trained = official(model)
+    averaged = {key: value + 1 for key, value in trained.items()}
+    content = {'model': trained, 'model_ema': averaged}
+    if exchanged:
+        # mmengine's hook swaps the two; without a flag what it validated is taken.
+        content = {'state_dict': averaged, 'ema_state_dict': trained}
+        added = int(flags != ['--no-ema'])
+    torch.save(content, source)
+    result = run('converters/convert_checkpoint.py', config, source, out, '--shape', '32', *flags)
+    assert result.returncode == 0, result.stderr
+    converted = torch.load(out)['state_dict']
+    torch.testing.assert_close(converted['backbone.norm_f.weight'], model.norm_f.weight + added)
+
+
 def test_converter_refuses_a_part(model, tmp_path):
     config, source, out = tmp_path / 'c.py', tmp_path / 'x.pth', tmp_path / 'out.pth'
     config.write_text(CLASSIFIER.format(size=32))

@@ -213,6 +213,15 @@ def test_three_crop(height, width):
         ThreeCrop(64)({'frames': before})
 
 
+def test_repetitions_draw_numbers_of_their_own():
+    sample = constant_in_time(views=1)
+    before = sample['frames'].clone()
+    step = RepeatAugment([dict(type='mmvim.RandomErasingVideo', prob=1.0)], times=3)
+    first, second, third = step(sample)['frames']
+    for one, other in ((first, second), (first, third), (second, third), (first, before[0])):
+        assert not torch.equal(one, other)
+
+
 def test_repeat_and_pack(clip):
     init_default_scope('mmpretrain')
     repeat = RepeatAugment(
@@ -223,6 +232,7 @@ def test_repeat_and_pack(clip):
     assert sample['frames'].shape == (3, 4, 3, 16, 16)
     packed = PackVideo()(sample)
     assert packed['inputs'].shape == (3, 3, 4, 16, 16)
+    assert torch.equal(packed['inputs'], sample['frames'].transpose(1, 2))
     assert packed['data_samples'].gt_label.tolist() == [5]
     assert packed['data_samples'].sample_idx == 7
     assert packed['data_samples'].img_path == clip
@@ -300,7 +310,8 @@ def test_kinetics_errors(tmp_path):
 
 
 def ssv2(root):
-    labels = {'Holding something': '1', 'Dropping something onto something': '0'}
+    # Not numbered in alphabetical order.
+    labels = {'Dropping something onto something': '1', 'Holding something': '0'}
     entries = [
         {'id': '78687', 'label': 'holding a cup', 'template': 'Holding [something]',
          'placeholders': ['a cup']},
@@ -317,8 +328,8 @@ def test_ssv2(tmp_path):
     ssv2(tmp_path)
     common = dict(ann_file='train.json', data_root=str(tmp_path), data_prefix='videos')
     dataset = VideoDataset(**common, label_file='labels.json', num_classes=2)
-    assert dataset.CLASSES == ('Dropping something onto something', 'Holding something')
-    assert [dataset.get_data_info(i)['gt_label'] for i in range(2)] == [1, 0]
+    assert dataset.CLASSES == ('Holding something', 'Dropping something onto something')
+    assert [dataset.get_data_info(i)['gt_label'] for i in range(2)] == [0, 1]
     with pytest.raises(ValueError, match='ssv2 needs label_file'):
         VideoDataset(**common)
     (tmp_path / 'labels.json').write_text(json.dumps({'a': '1', 'b': '2'}))

@@ -57,11 +57,18 @@ def test_accuracy_of_files(tmp_path):
     quickstart.prepare('cls', tmp_path / 'data', sizes=dict(train=4, val=2, test=12))
     torch.manual_seed(0)
     weights = tmp_path / 'x.pth'
-    torch.save(build_model(Config.fromfile(CONFIGS['cls'])).state_dict(), weights)
+    folders = (tmp_path / 'data/cls/test').iterdir()
+    counts = {folder.name: len(list(folder.glob('*.png'))) for folder in folders}
+    frequent = max(counts, key=counts.get)
+    # A model that always says the same.
+    weight = build_model(Config.fromfile(CONFIGS['cls'])).state_dict()
+    weight['head.fc.bias'][int(frequent)] = 1000.0
+    torch.save(weight, weights)
     out = tmp_path / 'm.ts'
     export = ('--shape', 32, '--weights', weights)
     assert run_script('export/export.py', CONFIGS['cls'], out, *export).returncode == 0
     options = [f'test_dataloader.{key}' for key in ('num_workers=0', 'persistent_workers=False')]
+    options.append('test_dataloader.batch_size=5')
     options.append(f'test_dataloader.dataset.data_root={tmp_path / "data" / "cls"}')
     result = run_script(
         'export/evaluate.py',
@@ -72,6 +79,6 @@ def test_accuracy_of_files(tmp_path):
     assert result.returncode == 0, result.stderr
     eager, exported = (line.split()[-2:] for line in result.stdout.splitlines()[-2:])
     assert eager[1] == exported[1]
-    assert 0 <= float(exported[1]) <= 100
+    assert float(exported[1]) == pytest.approx(100 * counts[frequent] / 12, abs=0.01)
     assert 'does not exist' in run_script('export/evaluate.py', tmp_path / 'no.ts').stderr
     assert '--accuracy needs --model' in run_script('export/evaluate.py', out, '--accuracy').stderr
