@@ -1,4 +1,4 @@
-"""Arguments that a class or function takes, and values that do not fit their declarations."""
+"""Arguments of a class or function, and values that do not fit their declarations."""
 
 import collections.abc
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Values that configs give for arguments of these declarations.
+# Types of values in configs for arguments with these declarations.
 _INTERCHANGEABLE = (
     ((bool, int, float), (int, float)),
     ((str, Path, os.PathLike), (str, Path)),
@@ -24,7 +24,7 @@ _INTERCHANGEABLE = (
 
 
 def parameters(component: Any) -> Iterator[inspect.Parameter]:
-    """Yield the arguments of a class (through ``**kwargs`` of its bases) or function, but self."""
+    """Yield the arguments of a class (and of bases, by ``**kwargs``) or function, without self."""
     functions = [component] if callable(component) else []
     if inspect.isclass(component):
         functions = [base.__dict__.get('__init__') for base in component.__mro__]
@@ -50,18 +50,18 @@ def _signature(function: Any) -> list[inspect.Parameter]:
 
 
 def misfits(component: Any, given: dict, *, none: bool = True) -> list[str]:
-    """Say which values are of a type that an argument is not declared for.
+    """Describe the values whose types do not fit the declarations of their arguments.
 
-    Declarations are hints: many a library accepts more than it says. So this explains an error that
-    has happened, or checks classes whose declarations are known to be right.
+    Declarations are hints: libraries often accept more than they declare. So this explains an error
+    that has happened, or checks classes with reliable declarations.
 
     Args:
         component: A class or function.
-        given: Its arguments, as a config gives them. Lists of dicts are left to what they describe.
-        none: Whether None counts where it is not declared. Defaults to True.
+        given: Its arguments, as in a config. Lists of dicts are left to what they describe.
+        none: Whether an undeclared None counts. Defaults to True.
 
     Returns:
-        For each of them, what it is and what the declaration wants.
+        For each of them, its value and the declared type.
     """
     found = []
     for parameter in parameters(component):
@@ -83,7 +83,7 @@ def misfits(component: Any, given: dict, *, none: bool = True) -> list[str]:
 
 
 def _allowed(declared: Any) -> tuple[type, ...] | None:
-    """The classes of values that fit a declaration; None where anything may."""
+    """The classes of values that fit a declaration; None if anything does."""
     origin = typing.get_origin(declared) or declared
     if origin in (None, type(None)):
         return (type(None),)
@@ -98,12 +98,12 @@ def _allowed(declared: Any) -> tuple[type, ...] | None:
     anything = origin in (Any, object, type, inspect.Parameter.empty, collections.abc.Callable)
     if anything or not inspect.isclass(origin) or getattr(origin, '_is_protocol', False):
         return None
-    # What a config describes by a dict, or an object of that class.
+    # A component that the config describes by a dict, or an object of that class.
     return (origin, dict)
 
 
 def _written(declared: Any) -> str:
-    """A declaration as source says it; unions the same whether declared by Union, Optional or |."""
+    """A declaration as in the source, with one notation for all unions."""
     if typing.get_origin(declared) in (typing.Union, types.UnionType):
         return ' | '.join(_written(part) for part in typing.get_args(declared))
     if isinstance(declared, str):

@@ -1,4 +1,4 @@
-"""Shapes of the inputs that a config's model was made for."""
+"""Native input shapes of a config's model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,15 +27,15 @@ def input_channels(model: nn.Module) -> int:
 
 
 def input_frames(model: nn.Module) -> int | None:
-    """Frames of a video model's clips; None for a model of images."""
+    """Frames of a video model's clips; None for an image model."""
     return getattr(getattr(model, 'backbone', model), 'num_frames', None)
 
 
 def input_size(cfg: Config, model: nn.Module) -> tuple[int, int]:
     """Height and width of a model's images.
 
-    That is the size to which the config's test pipeline brings every picture; if pictures keep
-    sizes of their own, the backbone's ``img_size`` or the data preprocessor's ``size``; else 224.
+    The size to which the config's test pipeline resizes every picture; if pictures keep their own
+    sizes, the backbone's ``img_size`` or the data preprocessor's ``size``; else 224.
     """
     sizes = [_size_after(cfg, model, shape) for shape in _TRIALS]
     if sizes[0] is not None and sizes[0] == sizes[1]:

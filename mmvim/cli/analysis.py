@@ -90,7 +90,7 @@ def weights_of(model: str, weights: str | None) -> str | None:
 
 
 def note_on(weights: str | None) -> str:
-    """What a picture's title says of the weights: that they are random, also said on stderr."""
+    """Note on random weights for a picture's title, also written to stderr."""
     if weights:
         return ''
     print('note: without --weights the model is random, and so is what it shows', file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Checks of a config that need no model and no data: they run before anything is built."""
+"""Checks of a config without model and data, before anything is built."""
 
 import importlib.util
 import inspect
@@ -37,7 +37,7 @@ _LOOPS = {'train': 'optim_wrapper', 'val': 'val_evaluator', 'test': 'test_evalua
 
 
 def check_options(cfg: Config, options: dict[str, Any]) -> None:
-    """Refuse a ``--cfg-options`` key whose first part nobody would read.
+    """Refuse a ``--cfg-options`` key whose first part would never be read.
 
     Raises:
         UserError: Neither the config nor the runner knows the name.
@@ -52,15 +52,15 @@ def check_options(cfg: Config, options: dict[str, Any]) -> None:
 
 
 def check_config(cfg: Config, loops: tuple[str, ...], paths: bool = True) -> None:
-    """Check that the config has what the run needs, in the types that the runner can use.
+    """Check that the config has everything the run needs, in types that the runner accepts.
 
     Args:
         cfg: The final config.
-        loops: What will run: ``('train', 'val')`` or ``('test',)``.
-        paths: Whether the files and directories of the data must be there.
+        loops: The loops that will run: ``('train', 'val')`` or ``('test',)``.
+        paths: Whether the files and directories of the data must exist.
 
     Raises:
-        UserError: A part is missing or of another type, a task library is missing.
+        UserError: A part is missing or of a wrong type, or a task library is missing.
     """
     for key, types in RUNNER_KEYS.items():
         value = cfg.get(key)
@@ -110,7 +110,7 @@ def _check_type_names(cfg: Config) -> None:
 
 
 def _check_types(component: Any, given: Any, path: str, none: bool = False) -> None:
-    """Check values against declarations that are known to be right, before they are used."""
+    """Check values against reliable declarations, before they are used."""
     if not isinstance(given, dict):
         return
     wrong = misfits(component, given, none=none)
@@ -136,11 +136,11 @@ def _check_environment(cfg: Config) -> None:
 def _randomness(
     seed: int | None = None, diff_rank_seed: bool = False, deterministic: bool = False
 ) -> None:
-    """Declare what :meth:`mmengine.runner.Runner.set_randomness` takes."""
+    """Declaration of the arguments of :meth:`mmengine.runner.Runner.set_randomness`."""
 
 
 def _check_hooks_and_loops(cfg: Config) -> None:
-    """Much of what hooks and loops are given is first used after hours of training."""
+    """Check arguments of hooks and loops that are first used after hours of training."""
     by_epoch = (cfg.get('train_cfg') or {}).get('by_epoch', True)
     default = {
         'train_cfg': 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop',
@@ -167,7 +167,7 @@ def _check_hooks_and_loops(cfg: Config) -> None:
 
 
 def _check_priority(priority: Any, path: str) -> None:
-    """Hooks are put in order when they have been made, with nothing left of what they are."""
+    """Check the priority of a hook, which is used when its config key is no longer known."""
     if isinstance(priority, str):
         right = priority.upper() in Priority.__members__
     elif isinstance(priority, int) and not isinstance(priority, bool):
@@ -210,7 +210,7 @@ def _check_optimizer(wrapper: dict | None) -> None:
 
 
 def _check_checkpoint_names(cfg: Config) -> None:
-    """A name of checkpoints is no path: they stay in the directory that is meant for them."""
+    """Check that names of checkpoints are not paths and stay in their directory."""
     for path, node in walk_dicts(cfg.get('default_hooks') or {}, 'default_hooks'):
         name = node.get('filename_tmpl')
         if isinstance(name, str) and name != re.split(r'[\\/]', name)[-1]:
@@ -239,14 +239,14 @@ def _check_libraries(cfg: Config) -> None:
 
 
 def check_checkpoint(path: str | None, source: str) -> None:
-    """Check that a checkpoint on this machine is there (addresses such as https:// are not tried).
+    """Check that a local checkpoint exists (URLs are not tried).
 
     Args:
-        path: Path or address; None is accepted.
-        source: Where the path was given, such as ``--resume``.
+        path: Path or URL; None is accepted.
+        source: Origin of the path, such as ``--resume``.
 
     Raises:
-        UserError: The file does not exist, is a directory that cannot be one, or is empty.
+        UserError: The file does not exist, is an unfit directory, or is empty.
     """
     if path is None or not _is_local(path):
         return
@@ -258,7 +258,7 @@ def check_checkpoint(path: str | None, source: str) -> None:
 
 
 def check_pretrained(cfg: Config) -> None:
-    """Check the checkpoints that ``init_cfg=dict(type='Pretrained', …)`` in the model name.
+    """Check the checkpoints named by ``init_cfg=dict(type='Pretrained', …)`` in the model.
 
     Raises:
         UserError: A local file does not exist or is empty.
@@ -293,7 +293,7 @@ def _check_dataloader(loader: dict | None, key: str, paths: bool) -> None:
 
 
 def _check_names(path: str, name: str, given: dict, component: Any, *more: str) -> None:
-    """Refuse arguments that a component does not have."""
+    """Refuse unknown arguments of a component."""
     allowed = [*(parameter.name for parameter in parameters(component)), *more]
     for argument in given:
         if argument not in ('type', '_scope_', *allowed):
@@ -353,7 +353,7 @@ def _check_dataset(dataset: dict, path: str) -> None:
 
 
 def _check_evaluator(evaluator: Any, key: str) -> None:
-    """COCO-style metrics read an annotation file of their own."""
+    """Check the annotation file that COCO-style metrics read themselves."""
     several = isinstance(evaluator, list | tuple)
     for i, metric in enumerate(evaluator if several else [evaluator]):
         file = metric.get('ann_file') if isinstance(metric, dict) else None

@@ -28,7 +28,7 @@ from mmvim.errors import SampleError, UserError, did_you_mean
 from .config_keys import RUNNER_KEYS, walk_dicts
 
 EXIT_CODE = 2
-#: By which errors constructors refuse what they are given.
+#: Errors by which constructors refuse their arguments.
 _REFUSALS = (AssertionError, ImportError, LookupError, NotImplementedError, OSError, TypeError)
 _REFUSALS += (ValueError,)
 _built: WeakKeyDictionary[Any, 'Part'] = WeakKeyDictionary()
@@ -81,7 +81,7 @@ def reported_errors() -> Iterator[SimpleNamespace]:
 
 
 def install() -> None:
-    """Remember from now on which part of a config each component is built from."""
+    """Start remembering the part of the config from which each component is built."""
     _watch(Registry, 'build')
     for owner in (Runner, FlexibleRunner, BaseStrategy):
         for name in vars(owner):
@@ -133,7 +133,7 @@ def locate(cfg: Any, given: dict) -> str | None:
     """
     best, best_score = None, (0, 0)
     for path, candidate in walk_dicts(cfg):
-        # Configs have variables too (`dataset = …`), which the runner does not read.
+        # Configs also have variables (`dataset = …`), which the runner does not read.
         if path.split('.')[0] in RUNNER_KEYS and candidate.get('type') == given.get('type'):
             same = sum(_equal(value, candidate.get(key)) for key, value in given.items())
             score = (same, -sum(key not in given for key in candidate))
@@ -150,7 +150,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _find(error: BaseException, cfg: dict | None) -> tuple[str, Part] | None:
-    """The innermost part that the config has; a library makes others for itself."""
+    """The innermost part that belongs to the config; libraries also make their own."""
     for part in parts_at_work(error) if cfg else ():
         path = locate(cfg, part.given)
         if path is not None:
@@ -176,7 +176,7 @@ def whereabouts(error: BaseException, cfg: dict | None) -> str | None:
     """Name the part of the config at work when an error arose that may be a bug.
 
     Returns:
-        A line with the key path, or None where no part of the config is in sight.
+        A line with the key path, or None if no part of the config is involved.
     """
     found = _find(error, cfg)
     if found is None:

@@ -8,7 +8,7 @@ import subprocess
 
 import torch
 
-# Its functions keep the default group that there is when it is imported, which DDP does: forever.
+# Its functions keep the default group that exists when DDP imports it, forever.
 import torch.distributed.nn.functional
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
@@ -98,7 +98,7 @@ def _end_threads() -> None:
 
     A thread that drops the last tensor of a collective while the interpreter ends aborts the
     process. The threads end with the last reference to the group, and the wrapper of the model,
-    which holds one, is part of a circle.
+    which holds one, is part of a reference cycle.
     """
     finish()
     gc.collect()

@@ -188,7 +188,7 @@ _IMPLEMENTATIONS = ('fused', 'foreach', 'capturable', 'differentiable')
 
 
 def use_fast_training(cfg: Config) -> None:
-    """Let a training run lose no time between its kernels; what it computes does not change."""
+    """Make a training run lose no time between its kernels, with unchanged results."""
     hooks = cfg.get('custom_hooks') or ()
     fast = [{'type': 'mmvim.ParameterGroupsHook'}, {'type': 'mmvim.RunAheadHook'}]
     present = [hook.get('type') for hook in hooks if isinstance(hook, dict)]
@@ -217,10 +217,10 @@ def use_resumable_loops(cfg: Config) -> None:
 
 
 def use_backbone_hooks(cfg: Config) -> None:
-    """Turn ``compile`` and ``graph`` into the hooks that do it.
+    """Turn ``compile`` and ``graph`` into their hooks.
 
     Raises:
-        UserError: If both are wanted, or an option of ``graph`` is unknown.
+        UserError: If both are set, or an option of ``graph`` is unknown.
     """
     hooks = []
     for key, hook in (('compile', 'mmvim.CompileHook'), ('graph', 'mmvim.GraphHook')):

@@ -7,14 +7,14 @@ from mmengine.config import DictAction
 
 
 class ConfigOptions(DictAction):
-    """mmengine's ``DictAction`` that also understands dicts.
+    """mmengine's ``DictAction``, extended to dicts.
 
-    ``key="[dict(type='EMAHook', momentum=2e-4)]"`` and the ``{'type': …}`` notation give what they
-    would give in a config file; everything without a dict in it is read as mmengine reads it.
+    ``key="[dict(type='EMAHook', momentum=2e-4)]"`` and the ``{'type': …}`` notation mean the
+    same as in a config file; everything without a dict is read as by mmengine.
     """
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        """Add ``KEY=VALUE`` pairs to the options that were given before."""
+        """Add ``KEY=VALUE`` pairs to earlier options."""
         options = dict(getattr(namespace, self.dest, None) or {})
         for pair in values:
             key, separator, value = pair.partition('=')
@@ -32,7 +32,7 @@ def parse_value(text: str) -> Any:
     """Read the value of one option.
 
     Raises:
-        ValueError: The text looks like Python, but is not made of literals and ``dict(…)``.
+        ValueError: The text looks like Python, but does not consist of literals and ``dict(…)``.
         SyntaxError: It is not Python either.
         AssertionError: Brackets are not balanced.
     """

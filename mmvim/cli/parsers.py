@@ -1,4 +1,4 @@
-"""The flags of ``tools/train.py`` and ``tools/test.py``: the union of the task libraries'."""
+"""The flags of ``tools/train.py`` and ``tools/test.py``, the union of the task libraries'."""
 
 import argparse
 

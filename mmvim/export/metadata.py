@@ -1,4 +1,4 @@
-"""What an exported file says of its inputs and outputs."""
+"""Metadata of an exported file on its inputs and outputs."""
 
 import inspect
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from mmvim.apis.inputs import input_channels
 
 
 def describe(cfg: Config, model: nn.Module) -> dict[str, Any]:
-    """Metadata for the user of a file: all that happens to a picture before and after the model.
+    """Metadata for the user of a file: the processing of a picture before and after the model.
 
     Args:
         cfg: The model's config.
-        model: The model; ``dataset_meta`` of it names the classes.
+        model: The model; its ``dataset_meta`` names the classes.
 
     Returns:
         Plain data, ready for JSON:
@@ -27,15 +27,15 @@ def describe(cfg: Config, model: nn.Module) -> dict[str, Any]:
         - 'pipeline': the steps of the test pipeline from reading to packing, each with all its
           arguments, defaults included.
         - 'channels': order of the input's channels, 'RGB', 'BGR', 'BGRA', 'grey' or 'as stored'.
-        - 'mean', 'std': of each channel, in that order; the input is (pixel - mean) / std.
+        - 'mean', 'std': values of each channel, in that order; the input is (pixel - mean) / std.
         - 'pad': 'divisor' of the sides, or the 'size', and 'value', of the padding on the right and
           below after normalisation.
         - 'output': 'logits', 'feature maps' (of a detector's neck) or 'features'.
-        - 'activation': 'softmax', 'sigmoid' or 'none', which makes predictions of logits. Those of
-          several clips or crops are averaged after it.
-        - 'align_corners', 'sliding_window', 'threshold': of a segmentor, how its logits are resized
-          to the picture, the 'crop_size' and 'stride' if it does not see whole pictures, and the
-          least score of the foreground if that is all it finds.
+        - 'activation': 'softmax', 'sigmoid' or 'none', which turns logits into predictions. Those
+          of several clips or crops are averaged afterwards.
+        - 'align_corners', 'sliding_window', 'threshold': for a segmentor, the resizing of its
+          logits to the picture, the 'crop_size' and 'stride' if it does not see whole pictures,
+          and the least score of the foreground if that is its only class.
         - 'classes': their names.
     """
     described: dict[str, Any] = {}

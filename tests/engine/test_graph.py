@@ -1,4 +1,4 @@
-"""What GraphHook records and when it does not; on a GPU, that replays train as eager steps do."""
+"""GraphHook: what it records, and when not; on a GPU, that replays train as eager steps do."""
 
 import copy
 import gc

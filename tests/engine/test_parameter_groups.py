@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """What the constructors of mmdet and mmsegmentation know."""
+    """The options of mmdet's and mmsegmentation's constructors."""
 
     def __init__(self) -> None:
         super().__init__()

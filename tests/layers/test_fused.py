@@ -40,7 +40,7 @@ def run(mixer, x, autocast=None):
 
 
 def op_arguments(mixer, x, interval=16, recompute=True):
-    """What the layer gives to the op."""
+    """The arguments that the layer passes to the op."""
     with mock.patch(f'{type(mixer).__module__}.mixer') as called:
         mixer(x)
     (x, parameters, kind), options = called.call_args
