@@ -11,6 +11,8 @@ Two conventions are reported side by side:
   (https://github.com/state-spaces/mamba/issues/110), and two more for each token and channel with a
   skip connection or a gate; norms five to seven for each value.
 
+A scan that makes its step sizes of their low rank includes that matrix product.
+
 Neither counts other elementwise arithmetic (activations, additions of branches).
 """
 
@@ -53,6 +55,15 @@ def _bidirectional_scan(args: Sequence[Any], out: Any) -> Cost:
     return 'scan', 2 * macs, 2 * flops + gate
 
 
+def _cross_scan(args: Sequence[Any], out: Any) -> Cost:
+    x, _, weight, A, _, _, D, _, routes = args[:9]
+    _, macs, flops = _scan(x, A.shape[2], D is not None, False)
+    if weight is not None:  # the projection to step sizes, a matrix product of each route
+        projection = _size(x.shape) * weight.shape[2]
+        macs, flops = macs + projection, flops + 2 * projection
+    return 'scan', len(routes) * macs, len(routes) * flops
+
+
 def _conv1d(directions: int) -> Callable[[Sequence[Any], Any], Cost]:
     def cost(args: Sequence[Any], out: Any) -> Cost:
         macs = directions * _size(args[0].shape) * args[1].shape[1]
@@ -77,6 +88,7 @@ def _attention(args: Sequence[Any], out: Any) -> Cost:
 _FORMULAS = {
     'selective_scan': _selective_scan,
     'bidirectional_scan': _bidirectional_scan,
+    'cross_scan': _cross_scan,
     'causal_conv1d': _conv1d(1),
     'bidirectional_conv1d': _conv1d(2),
     # One addition, a square and its sum, and two products.

@@ -7,7 +7,7 @@ Hidden Attention of Mamba Models, https://arxiv.org/abs/2403.01590).
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmvim.layers.mamba import MixerBase
-from mmvim.ops import intercept_ops
+from mmvim.ops import ROUTES, intercept_ops
 from mmvim.ops._library import compute_dtype
 from mmvim.ops.discretization import coefficients
 
@@ -27,7 +27,8 @@ class Scan:
 
     Attributes:
         layer: Name of the mixer in the model.
-        reverse: Whether the scan runs from the last token to the first.
+        direction: 'forward', 'backward', or one of :data:`mmvim.ops.ROUTES`.
+        order: Tokens in the order in which the scan visits them.
         u: Input (b, l, d).
         delta: Step sizes (b, l, d), bias and softplus applied.
         A: (d, n).
@@ -38,7 +39,8 @@ class Scan:
     """
 
     layer: str
-    reverse: bool
+    direction: str
+    order: Sequence[int]
     u: Tensor
     delta: Tensor
     A: Tensor
@@ -46,17 +48,6 @@ class Scan:
     C: Tensor
     D: Tensor | None
     discretization: str
-
-    @property
-    def direction(self) -> str:
-        """'forward' or 'backward'."""
-        return 'backward' if self.reverse else 'forward'
-
-    @property
-    def order(self) -> range:
-        """Tokens in the order in which the scan visits them."""
-        length = self.u.shape[1]
-        return range(length - 1, -1, -1) if self.reverse else range(length)
 
     def _of_channels(self, x: Tensor, token: int) -> Tensor:
         """(b, d, n) of a token from (b, l, g, n)."""
@@ -95,25 +86,55 @@ def record_scans(
 def _recorded(model: nn.Module, scans: list[Scan]) -> Iterator[None]:
     current = ['']
 
-    def keep(reverse: bool, softplus: bool, method: str, *parts: Tensor | None) -> None:
+    def keep(
+        direction: str,
+        order: Sequence[int],
+        softplus: bool,
+        method: str,
+        *parts: Tensor | None,
+    ) -> None:
         u, delta, A, B, C, D, bias = parts
         dtype = compute_dtype(u.dtype)
         delta = delta.to(dtype) if bias is None else delta.to(dtype) + bias
         delta = F.softplus(delta) if softplus else delta
         u, B, C = (x.to(dtype) for x in (u, B, C))
-        scans.append(Scan(current[0], reverse, u, delta, A, B, C, D, method))
+        scans.append(Scan(current[0], direction, order, u, delta, A, B, C, D, method))
+
+    def line(reverse: bool, softplus: bool, method: str, *parts: Tensor | None) -> None:
+        order = range(parts[0].shape[1])
+        keep(
+            'backward' if reverse else 'forward',
+            order[::-1] if reverse else order,
+            softplus,
+            method,
+            *parts,
+        )
 
     def selective_scan(op: Callable, *args: Any) -> Any:
         u, delta, A, B, C, D, _, bias, state, softplus, method, reverse, *_ = args
         if state is not None:
             raise ValueError('a scan that continues from a state has no hidden attention')
-        keep(reverse, softplus, method, u, delta, A, B, C, D, bias)
+        line(reverse, softplus, method, u, delta, A, B, C, D, bias)
         return op(*args)
 
     def bidirectional_scan(op: Callable, *args: Any) -> Any:
         softplus, method = args[16], args[17]
-        keep(False, softplus, method, *args[:7])
-        keep(True, softplus, method, *args[7:14])
+        line(False, softplus, method, *args[:7])
+        line(True, softplus, method, *args[7:14])
+        return op(*args)
+
+    def cross_scan(op: Callable, *args: Any) -> Any:
+        x, delta, weight, A, B, C, D, bias, routes, softplus, method, _ = args
+        positions = torch.arange(x.shape[1] * x.shape[2]).view(x.shape[1:3])
+        for k, route in enumerate(routes):
+            order = (positions.t() if route & 1 else positions).flatten().tolist()
+            step, *matrices = (t[:, :, :, k].flatten(1, 2) for t in (delta, B, C))
+            if weight is not None:
+                step = F.linear(step.to(A.dtype), weight[k].to(A.dtype))
+            B_k, C_k = (t.unsqueeze(2) for t in matrices)
+            skip, bias_k = (None if t is None else t[k] for t in (D, bias))
+            inputs = x.flatten(1, 2), step, A[k], B_k, C_k, skip, bias_k
+            keep(ROUTES[route], order[::-1] if route >= 2 else order, softplus, method, *inputs)
         return op(*args)
 
     def enter(name: str, *_: Any) -> None:
@@ -121,7 +142,11 @@ def _recorded(model: nn.Module, scans: list[Scan]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(
-            intercept_ops(selective_scan=selective_scan, bidirectional_scan=bidirectional_scan)
+            intercept_ops(
+                selective_scan=selective_scan,
+                bidirectional_scan=bidirectional_scan,
+                cross_scan=cross_scan,
+            )
         )
         for name, mixer in model.named_modules():
             if isinstance(mixer, MixerBase):

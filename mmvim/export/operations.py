@@ -184,6 +184,33 @@ def _bidirectional_scan(kind, _, *inputs):
     return (_gated(y, z, inputs[0].dtype),)
 
 
+def _cross_scan(kind, _, x, delta, delta_weight, A, B, C, D, delta_bias, *options):
+    routes, delta_softplus, discretization, _ = options
+    rows, columns = x.shape[1:3]
+    sums = {}
+    for k, route in enumerate(routes):
+        by_column = route % 2 == 1
+
+        def sequence(t, by_column=by_column):
+            return (t.transpose(1, 2) if by_column else t).flatten(1, 2)
+
+        step = sequence(delta[:, :, :, k])
+        if delta_weight is not None:
+            step = F.linear(step.to(A.dtype), delta_weight[k].to(A.dtype))
+        inputs = sequence(x), step, A[k], sequence(B[:, :, :, k : k + 1])
+        inputs = *inputs, sequence(C[:, :, :, k : k + 1])
+        skip, bias = (None if t is None else t[k] for t in (D, delta_bias))
+        y = _direction(kind, *inputs, skip, bias, delta_softplus, discretization, route >= 2)
+        sums[by_column] = sums[by_column] + y if by_column in sums else y
+    maps = [
+        y.unflatten(1, (columns, rows)).transpose(1, 2)
+        if by_column
+        else y.unflatten(1, (rows, columns))
+        for by_column, y in sums.items()
+    ]
+    return sum(maps[1:], maps[0]).to(x.dtype), A.new_empty(0)
+
+
 def _causal_conv1d(_, x, weight, bias, initial_state, mode, silu, return_last_state):
     if initial_state is not None or return_last_state:
         raise UnsupportedExport('a convolution with states (streaming) cannot be exported')
@@ -230,6 +257,7 @@ def portable_ops(kind: str = 'graph') -> intercept_ops:
     return intercept_ops(
         selective_scan=functools.partial(_selective_scan, kind),
         bidirectional_scan=functools.partial(_bidirectional_scan, kind),
+        cross_scan=functools.partial(_cross_scan, kind),
         causal_conv1d=_causal_conv1d,
         bidirectional_conv1d=_bidirectional_conv1d,
         add_rms_norm=_add_rms_norm,

@@ -1,7 +1,8 @@
 """State-space operators on tensors; they need only torch.
 
 Every function has a PyTorch implementation that runs on any device and, where built, a compiled
-one for CPU and CUDA. Layout is (batch, length, channels) throughout.
+one for CPU and CUDA. Channels come last: (batch, length, channels), or of maps (batch, height,
+width, channels).
 """
 
 from . import extension
@@ -15,12 +16,14 @@ from .compat import (
     causal_conv1d_update,
     selective_scan_fn,
 )
+from .cross_scan import ROUTES, cross_scan
 from .discretization import DISCRETIZATIONS, TWO_TAP
 from .extension import backend_info, build
 from .selective_scan import selective_scan
 
 __all__ = [
     'DISCRETIZATIONS',
+    'ROUTES',
     'TWO_TAP',
     'ScanInputs',
     'SelectiveScanCuda',
@@ -32,6 +35,7 @@ __all__ = [
     'causal_conv1d',
     'causal_conv1d_fn',
     'causal_conv1d_update',
+    'cross_scan',
     'get_backend',
     'intercept_ops',
     'selective_scan',

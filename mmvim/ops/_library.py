@@ -94,6 +94,7 @@ def define(
     implementation: Callable,
     fake: Callable,
     *,
+    composite: bool = False,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ) -> None:
@@ -103,21 +104,25 @@ def define(
         schema: ``name(arguments) -> returns``; the first argument is a tensor.
         implementation: The PyTorch implementation (no autograd inside).
         fake: Shapes, dtypes and strides of the results, including symbolic shapes.
+        composite: Whether ``implementation`` calls other ops: it gets their namespace first, before
+            the arguments.
         setup_context: ``(ctx, inputs, output)``: saves what backward needs.
         backward: ``(namespace, ctx, *grads)``: the gradient of each input, computed with the ops of
             ``namespace``. An op without one cannot be differentiated.
     """
     name = schema.partition('(')[0]
     for namespace, library in _LIBRARIES.items():
+        ops = getattr(torch.ops, namespace)
         library.define(schema)
-        library.impl(name, _without_autocast(implementation), 'CompositeExplicitAutograd')
+        function = functools.partial(implementation, ops) if composite else implementation
+        library.impl(name, _without_autocast(function), 'CompositeExplicitAutograd')
         qualified = f'{namespace}::{name}'
         torch.library.register_fake(qualified, fake, lib=library)
         if backward is None:
             formula = _no_double_backward(name)
         else:
-            formula = functools.partial(backward, getattr(torch.ops, namespace))
-        op = getattr(getattr(torch.ops, namespace), name).default
+            formula = functools.partial(backward, ops)
+        op = getattr(ops, name).default
         library.impl(name, _differentiable(op, setup_context, formula), 'Autograd')
 
 

@@ -158,11 +158,11 @@ def check_negative(name: str, A: Tensor, u: Tensor) -> None:
     """
     if torch.compiler.is_compiling() or not isinstance(A, Tensor):
         return
-    # Anything but a matrix of parameters that fits u is refused when all arguments are checked.
+    # Anything but matrices of parameters that fit u is refused when all arguments are checked.
     if A.is_nested or A.layout != torch.strided or A.is_meta or A.dtype not in ACTIVATION_DTYPES:
         return
     channels = u.shape[-1:] if isinstance(u, Tensor) and not u.is_nested else None
-    if A.dim() != 2 or A.shape[1] > MAX_STATES or A.shape[:1] != channels:
+    if A.dim() not in (2, 3) or A.shape[-1] > MAX_STATES or A.shape[-2:-1] != channels:
         return
     version = None if A.is_inference() else A._version
     if version is not None and getattr(A, '_mmvim_negative', None) == version:

@@ -91,9 +91,10 @@ class intercept_ops:
 
     Args:
         **functions: For the name of an op (``'selective_scan'``, ``'bidirectional_scan'``,
-            ``'causal_conv1d'``, ``'bidirectional_conv1d'``, ``'add_rms_norm'``) a function that is
-            called in its place, with the op and then the op's arguments, all by position and in
-            the order of its schema. It returns what the op returns.
+            ``'cross_scan'``, ``'causal_conv1d'``, ``'bidirectional_conv1d'``,
+            ``'add_rms_norm'``) a function that is called in its place, with the op and then the
+            op's arguments, all by position and in the order of its schema. It returns what the op
+            returns.
 
     Raises:
         ValueError: If there is no op of a name, or it is a backward op.

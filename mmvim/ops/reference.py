@@ -2,7 +2,7 @@
 
 For reading, and for tests to compare with; float64 and autograd make them exact. They share no code
 with the implementations, take the arguments of their namesakes in :mod:`mmvim.ops` unchecked, and
-always return the last state as well.
+return the last state as well where there is one.
 """
 
 import math
@@ -114,6 +114,44 @@ def bidirectional_scan(forward, backward, z=None, *, scale=1.0, **options) -> Te
     for (*inputs, delta_bias), reverse in ((forward, False), (backward, True)):
         y = y + selective_scan(*inputs, None, delta_bias, reverse=reverse, **options)[0]
     return scale * y if z is None else scale * y * F.silu(z)
+
+
+def cross_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    *,
+    delta_weight: Tensor | None = None,
+    routes=('rows', 'columns', 'rows_reversed', 'columns_reversed'),
+    **options,
+) -> Tensor:
+    """Section 4.2 of Liu et al. (VMamba, arXiv 2401.10166): unfold, scan and merge.
+
+    Args:
+        x: (b, h, w, d).
+        delta, A, B, C, D, delta_bias, delta_weight, routes: As in :mod:`mmvim.ops`.
+        **options: delta_softplus and discretization.
+    """
+    b, h, w, d = x.shape
+    if delta_weight is not None:
+        delta = torch.einsum('bhwkr,kdr->bhwkd', delta, delta_weight)
+    positions = torch.arange(h * w).view(h, w)
+    out = 0
+    for k, route in enumerate(routes):
+        order = (positions.t() if route.startswith('columns') else positions).flatten()
+        if route.endswith('reversed'):
+            order = order.flip(0)
+        u, *inputs = (
+            t.flatten(1, 2)[:, order] for t in (x, *(t[:, :, :, k] for t in (delta, B, C)))
+        )
+        skip, bias = (None if t is None else t[k] for t in (D, delta_bias))
+        y, _ = selective_scan(u, inputs[0], A[k], *inputs[1:], skip, None, bias, **options)
+        out = out + y[:, order.argsort()].view(b, h, w, d)
+    return out
 
 
 def causal_conv1d(

@@ -50,6 +50,22 @@ def test_scan(backend, has_gate):
     assert both['flops'] == 18 * per_direction + 2 * b * length * d * (2 + has_gate)
 
 
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
+def test_all_routes_of_a_cross_scan_are_counted(backend):
+    b, h, w, k, d, n, rank = 2, 3, 5, 4, 6, 2, 3
+    x, A, D = torch.rand(b, h, w, d), -torch.rand(k, d, n), torch.rand(k, d)
+    B, C = torch.rand(2, b, h, w, k, n)
+    delta, weight = torch.rand(b, h, w, k, rank), torch.rand(k, d, rank)
+    full = count(Op(lambda: ops.cross_scan(x, delta @ weight[0].T, A, B, C, D, backend=backend)))
+    per_route = b * h * w * d
+    assert full['by_kind']['scan']['macs'] == k * 3 * per_route * n
+    assert full['by_kind']['scan']['flops'] == k * (9 * per_route * n + 2 * per_route)
+    low = count(
+        Op(lambda: ops.cross_scan(x, delta, A, B, C, D, delta_weight=weight, backend=backend))
+    )
+    assert low['macs'] == k * per_route * (3 * n + rank)
+
+
 def test_convolution_and_norm():
     x, weight = torch.rand(2, 5, 6), torch.rand(6, 3)
     report = count(Op(lambda: ops.causal_conv1d(x, weight)))

@@ -76,6 +76,25 @@ def test_the_matrices_reproduce_the_scan(method, reverse, groups):
     torch.testing.assert_close(hidden_attention(scan, reduce='mean'), matrices.mean(1))
 
 
+@pytest.mark.parametrize('rank', [None, 2])
+def test_the_matrices_of_all_routes_reproduce_a_cross_scan(rank):
+    torch.manual_seed(0)
+    b, h, w, k, d, n = 2, 3, 4, 4, 5, 2
+    x, D, bias = (torch.randn(s, dtype=torch.float64) for s in ((b, h, w, d), (k, d), (k, d)))
+    B, C = torch.randn(2, b, h, w, k, n, dtype=torch.float64)
+    delta = torch.randn(b, h, w, k, rank or d, dtype=torch.float64)
+    A = -torch.rand(k, d, n, dtype=torch.float64) - 0.1
+    weight = None if rank is None else torch.randn(k, d, rank, dtype=torch.float64)
+
+    def run():
+        return ops.cross_scan(x, delta, A, B, C, D, bias, delta_weight=weight, delta_softplus=True)
+
+    scans = record_scans(Ops(), forward=lambda: Ops()(run))
+    assert [scan.direction for scan in scans] == list(ops.ROUTES)
+    total = sum(applied(scan) for scan in scans).view(b, h, w, d)
+    torch.testing.assert_close(total, run(), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize('mixer', [Mamba, BiMamba, MambaVisionMixer])
 def test_scans_of_mixers(mixer):
     """The recorded scans, put through the rest of the mixer, give what the mixer gives."""

@@ -54,6 +54,32 @@ def test_portable_scan(kind, method):
         torch.testing.assert_close(given, expected)
 
 
+@pytest.mark.parametrize('kind', ['graph', 'onnx', 'script'])
+@pytest.mark.parametrize('rank', [None, 2])
+def test_portable_cross_scan(kind, rank):
+    b, h, w, k, d, n = 2, 3, 4, 4, 5, 2
+    generator = torch.Generator().manual_seed(0)
+    B, C = torch.randn(2, b, h, w, k, n, generator=generator, dtype=torch.float64)
+    x, delta, A, D, bias, weight = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((b, h, w, d), (b, h, w, k, rank or d), (k, d, n), (k, d), (k, d), (k, d, 2))
+    )
+    kwargs = dict(delta_softplus=True, delta_weight=None if rank is None else weight)
+    for routes in (ops.ROUTES, ('columns_reversed',), ('columns', 'rows')):
+        delta_k, B_k, C_k = (t[:, :, :, : len(routes)] for t in (delta, B, C))
+        A_k, D_k, bias_k = (t[: len(routes)] for t in (-A.exp(), D, bias))
+        if rank is not None:
+            kwargs['delta_weight'] = weight[: len(routes)]
+
+        def run(args=(x, delta_k, A_k, B_k, C_k, D_k, bias_k), routes=routes):
+            return ops.cross_scan(*args, routes=routes, **kwargs)
+
+        expected = run()
+        with portable_ops(kind):
+            given = run()
+        torch.testing.assert_close(given, expected)
+
+
 @pytest.mark.parametrize('kind', ['graph', 'script'])
 def test_other_portable_ops(kind):
     *inputs, z, bias = scan_inputs()

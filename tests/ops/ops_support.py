@@ -25,7 +25,7 @@ def randn(*shape, seed=0, dtype=torch.float64, device='cpu'):
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(device, dtype)
 
 
-PARAMETERS = ('A', 'D', 'delta_bias', 'weight', 'bias')
+PARAMETERS = ('A', 'D', 'delta_bias', 'delta_weight', 'weight', 'bias')
 
 
 def scan_inputs(
@@ -62,6 +62,28 @@ def scan_inputs(
         if name == 'delta_bias':
             value = value - 1
         tensors[name] = value.to(device, parameter if is_parameter else dtype)
+    return tensors
+
+
+def cross_scan_inputs(
+    b, h, w, d, n, routes=4, rank=None, *, dtype=torch.float64, device='cpu', optional=True
+):
+    """The tensors of a cross scan, by name."""
+    parts = [
+        scan_inputs(b, h * w, d, n, dtype=dtype, device=device, optional=optional, seed=i + 1)
+        for i in range(routes)
+    ]
+    tensors = {'x': parts[0]['u'].view(b, h, w, d)}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if name in ('delta', 'B', 'C'):
+            tensors[name] = torch.stack(values, 2).unflatten(1, (h, w))
+        elif name in PARAMETERS:
+            tensors[name] = torch.stack(values)
+    if rank is not None:
+        tensors['delta'] = tensors['delta'][..., :rank].clone()
+        weight = randn(routes, d, rank, seed=7) / rank**0.5
+        tensors['delta_weight'] = weight.to(device, dtype)
     return tensors
 
 

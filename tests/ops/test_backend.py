@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from ops_support import randn, scan_inputs
+from ops_support import cross_scan_inputs, randn, scan_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvim import ops
@@ -59,6 +59,11 @@ def call_bidirectional_scan(**options):
     return ops.bidirectional_scan(inputs, inputs, **options)
 
 
+def call_cross_scan(**options):
+    tensors = cross_scan_inputs(1, 3, 2, 2, 3, dtype=torch.float32)
+    return ops.cross_scan(tensors.pop('x').requires_grad_(), **tensors, **options)
+
+
 def call_causal_conv1d(**options):
     x = randn(1, 5, 2, dtype=torch.float32).requires_grad_()
     return ops.causal_conv1d(x, torch.ones(2, 4), **options)
@@ -78,6 +83,7 @@ def call_add_rms_norm(**options):
 CALLS = {
     'selective_scan': call_selective_scan,
     'bidirectional_scan': call_bidirectional_scan,
+    'cross_scan': call_cross_scan,
     'causal_conv1d': call_causal_conv1d,
     'bidirectional_conv1d': call_bidirectional_conv1d,
     'add_rms_norm': call_add_rms_norm,

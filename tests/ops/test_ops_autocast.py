@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_support import need, randn, scan_inputs
+from ops_support import cross_scan_inputs, need, randn, scan_inputs
 
 from mmvim.ops import (
     ScanInputs,
@@ -10,6 +10,7 @@ from mmvim.ops import (
     bidirectional_conv1d,
     bidirectional_scan,
     causal_conv1d,
+    cross_scan,
     selective_scan,
 )
 
@@ -62,6 +63,20 @@ def test_bidirectional_scan(backend, device, low):
     assert out.dtype == low
     cast = ScanInputs(**{k: v.to(low) if k in CASTS else v for k, v in tensors.items()})
     assert torch.equal(out, bidirectional_scan(cast, cast, z.to(low), delta_softplus=True))
+
+
+def test_cross_scan(backend, device, low):
+    need(backend, 'selective_scan', device, torch.float32)
+    tensors = cross_scan_inputs(2, 3, 4, 5, 3, rank=2, dtype=torch.float32, device=device)
+    tensors = {k: v.requires_grad_() for k, v in tensors.items()}
+    with torch.autocast(device, low):
+        out = cross_scan(**tensors, delta_softplus=True)
+    assert out.dtype == low
+    given = {k: v.detach() for k, v in tensors.items()}
+    cast = {k: v.to(low) if k in ('x', 'delta', 'B', 'C') else v for k, v in given.items()}
+    assert torch.equal(out, cross_scan(**cast, delta_softplus=True))
+    out.float().sum().backward()
+    assert all(value.grad.dtype == torch.float32 for value in tensors.values())
 
 
 def test_convolutions(backend, device, low):

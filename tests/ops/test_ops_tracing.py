@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from ops_support import gradients, randn, scan_inputs
+from ops_support import cross_scan_inputs, gradients, randn, scan_inputs
 
 from mmvim import ops
 
@@ -35,6 +35,21 @@ def bidirectional_cases():
         yield *one, *two, z if gated else None, 0.5, True, 'zoh', interval
 
 
+def cross_cases():
+    order = ('x', 'delta', 'delta_weight', 'A', 'B', 'C', 'D', 'delta_bias')
+    for routes, rank, optional, interval in (
+        ((0, 1, 2, 3), 2, True, 4),
+        ((0, 1, 2, 3), None, True, 0),
+        ((3,), 1, False, 4),
+        ((2, 1), None, False, 16),
+    ):
+        tensors = cross_scan_inputs(
+            2, 3, 5, 4, 3, len(routes), rank, dtype=torch.float32, optional=optional
+        )
+        tensors = {k: v.requires_grad_() for k, v in tensors.items()}
+        yield *map(tensors.get, order), list(routes), True, 'zoh', interval
+
+
 def conv_cases():
     x = randn(2, 7, 3, dtype=torch.float32).requires_grad_()
     weight, bias = (randn(*s, seed=1, dtype=torch.float32).requires_grad_() for s in ((3, 4), (3,)))
@@ -64,6 +79,7 @@ CASES = [
     for op, cases in (
         ('selective_scan', scan_cases),
         ('bidirectional_scan', bidirectional_cases),
+        ('cross_scan', cross_cases),
         ('causal_conv1d', conv_cases),
         ('bidirectional_conv1d', both_conv_cases),
         ('add_rms_norm', norm_cases),
@@ -110,6 +126,8 @@ def test_results_are_fresh_and_as_the_fake_kernel_says(namespace, op, case):
         )
     elif op == 'bidirectional_scan':
         inputs = (torch.ones_like(outputs[0]), *case[:15], *outputs[1:], *case[15:])
+    elif op == 'cross_scan':
+        inputs = (torch.ones_like(outputs[0]), *case[:8], outputs[1], *case[8:])
     elif op == 'causal_conv1d':
         state = torch.ones_like(outputs[1]) if case[-1] else None
         inputs = (torch.ones_like(outputs[0]), state, *case[:-1])
@@ -150,7 +168,11 @@ def block(u, delta, A, B, C, D, z, delta_bias, weight):
     one = ops.selective_scan(f, delta, A, B, C, D, z, delta_bias, delta_softplus=True)
     inputs = ops.ScanInputs(b, delta, A, B, C, D, delta_bias)
     two = ops.bidirectional_scan(inputs, inputs, z, delta_softplus=True, discretization='tustin')
-    out, total = ops.add_rms_norm(one, D, two)
+    routes = ('columns', 'rows_reversed')
+    x, *parts = (t.unflatten(1, (1, -1)) for t in (two, delta, B.mean(2), C.mean(2)))
+    delta, B, C = (torch.stack((t, t), 3) for t in parts)
+    three = ops.cross_scan(x, delta, torch.stack((A, A)), B, C, routes=routes, delta_softplus=True)
+    out, total = ops.add_rms_norm(one, D, three[:, 0])
     return out + total
 
 
@@ -215,7 +237,7 @@ def test_export(strict):
         torch.testing.assert_close(program.module()(*inputs), block(*inputs))
     # An exported graph is for inference: it keeps no states for a backward pass.
     intervals = [n.args[-1] for n in program.graph.nodes if 'scan.default' in str(n.target)]
-    assert intervals == [0, 0]
+    assert intervals == [0, 0, 0]
 
 
 def test_exported_program_survives_saving(tmp_path):

@@ -10,6 +10,7 @@ from mmvim.ops import (
     bidirectional_conv1d,
     bidirectional_scan,
     causal_conv1d,
+    cross_scan,
     selective_scan,
 )
 
@@ -113,6 +114,51 @@ def test_bidirectional_directions_must_agree():
         bidirectional_scan(one, half)
     with pytest.raises(ValueError, match=r'^z must have shape .*\(2, 5, 4\), got'):
         bidirectional_scan(one, one, t(2, 5, 3))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'error', 'message'),
+    [
+        ({'x': t(2, 5, 4)}, ValueError, r'^x must have the axes \(b, h, w, d\), got'),
+        ({'x': t(2, 5, 3, 4, dtype=torch.int64)}, TypeError, r'^x must have one of .*int64'),
+        ({'A': t(4, 3)}, ValueError, r'^A must have the axes \(k, d, n\), got shape \(4, 3\)'),
+        ({'A': t(2, 4, 257)}, ValueError, r'^A must have 1 to 256 states, got .*257'),
+        ({'A': t(3, 4, 3)}, ValueError, r'^A must have shape .*\(2, 4, 3\), got \(3, 4, 3\)'),
+        ({'A': t(1, 4, 3).expand(2**40, 4, 3)}, ValueError, r'^A must have shape \(k, d, n\)'),
+        ({'A': -t(2, 4, 3)}, ValueError, r'^A must be negative .*got values up to 1'),
+        ({'A': t(2, 4, 3).half()}, TypeError, r'^A must be torch.float32 .*float16'),
+        ({'delta': t(2, 5, 3, 2, 4)}, ValueError, r'^delta must have shape \(b, h, w, k, r\)'),
+        ({'delta_weight': None}, ValueError, r'^delta must have shape \(b, h, w, k, d\)'),
+        ({'delta_weight': t(4, 1)}, ValueError, r'^delta_weight must have the axes \(k, d, r\)'),
+        ({'delta_weight': t(2, 5, 1)}, ValueError, r'^delta_weight must have shape .*\(2, 4, 1\)'),
+        ({'delta_weight': t(2, 4, 1).half()}, TypeError, r'^delta_weight must be torch.float32'),
+        ({'B': t(2, 5, 3, 1, 3)}, ValueError, r'^B must have shape .*\(2, 5, 3, 2, 3\), got'),
+        ({'C': None}, TypeError, r'^C must be a tensor, got NoneType'),
+        ({'C': t(2, 5, 3, 2, 3).half()}, TypeError, r'^C must be torch.float32 \(as x\)'),
+        ({'D': t(8)}, ValueError, r'^D must have shape \(k, d\) = \(2, 4\), got \(8,\)'),
+        ({'delta_bias': t(2, 4).double()}, TypeError, r'^delta_bias must be torch.float32'),
+        ({'D': t(2, 4, device='meta')}, ValueError, r'^all tensors .*: x is on cpu, D on meta'),
+        ({'routes': 'rows'}, ValueError, r"^routes must be a sequence of .*got 'rows'"),
+        ({'routes': ()}, ValueError, r'^routes must be a sequence of .*got \(\)'),
+        ({'routes': ('rows', 'up')}, ValueError, r"^routes must be among .*got 'up'"),
+        ({'routes': ('rows',)}, ValueError, r'^delta must have shape .*\(2, 5, 3, 1, 1\), got'),
+        ({'discretization': 'euler'}, ValueError, r"^discretization must be one of .*'euler'"),
+        ({'delta_softplus': 1}, TypeError, r'^delta_softplus must be True or False'),
+        ({'backend': 'gpu'}, ValueError, r"^backend must be one of .*got 'gpu'"),
+    ],
+)
+def test_cross_scan(changes, error, message):
+    given = {
+        'x': t(2, 5, 3, 4),
+        'delta': t(2, 5, 3, 2, 1),
+        'A': t(2, 4, 3),
+        'B': t(2, 5, 3, 2, 3),
+        'C': t(2, 5, 3, 2, 3),
+        'delta_weight': t(2, 4, 1),
+        'routes': ('rows', 'columns_reversed'),
+    }
+    with pytest.raises(error, match=message):
+        cross_scan(**given | changes)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         layout = backbone.token_layout(images.shape, names[i])
         maps = {s.direction: values(s, layout, args) for s in scans if s.layer == names[i]}
         if len(maps) > 1 and args.what == 'attention':
-            maps['both'] = maps['forward'] + maps['backward']
+            maps['both' if len(maps) == 2 else 'all'] = sum(maps.values())
         rows.append((f'mixer {i}', maps))
     what = 'hidden attention' if args.what == 'attention' else 'mean Δ'
     if args.token:

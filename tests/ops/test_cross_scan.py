@@ -1,0 +1,182 @@
+"""All routes in one call against the definition, which gathers and scatters."""
+
+import itertools
+
+import pytest
+import torch
+from ops_support import assert_error_bounded, cross_scan_inputs, gradients, need, randn
+
+from mmvim.ops import DISCRETIZATIONS, ROUTES, cross_scan, reference, selective_scan
+
+SUBSETS = [s for k in (1, 2, 3) for s in itertools.combinations(ROUTES, k)]
+REPEATED = ('rows', 'rows', 'rows_reversed', 'rows_reversed')
+
+
+def run(tensors, **options):
+    tensors = {k: v.detach().clone().requires_grad_() for k, v in tensors.items()}
+    out = cross_scan(**tensors, **options)
+    return (out, *gradients([out], list(tensors.values())))
+
+
+def run_reference(tensors, dtype, cast, **options):
+    tensors = {k: v.detach().cpu().to(dtype).requires_grad_() for k, v in tensors.items()}
+    out = reference.cross_scan(**tensors, **options)
+    results = (out, *gradients([out], list(tensors.values()), cast=cast))
+    if dtype == torch.float64:
+        return results
+    return tuple(x.to(c.dtype) for x, c in zip(results, cast, strict=True))
+
+
+def compare(tensors, **options):
+    got = run(tensors, **options)
+    exact = run_reference(tensors, torch.float64, got, **options)
+    names = ('out', *tensors)
+    if got[0].dtype == torch.float64:
+        for name, value, truth in zip(names, got, exact, strict=True):
+            torch.testing.assert_close(
+                value.cpu(), truth, rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f'{n}: {m}'
+            )
+        return
+    plain = run_reference(tensors, torch.float32, got, **options)
+    assert_error_bounded(names, got, plain, exact, slack=8.0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('rank', [None, 2], ids=['delta', 'low_rank'])
+@pytest.mark.parametrize('n', [1, 16])
+@pytest.mark.parametrize('size', [(1, 1), (1, 9), (9, 1), (7, 5), (4, 8), (14, 14)], ids=str)
+def test_sizes_states_dtypes(backend, device, size, n, rank, dtype):
+    need(backend, 'selective_scan', device, torch.promote_types(dtype, torch.float32))
+    tensors = cross_scan_inputs(2, *size, 7, n, 4, rank, dtype=dtype, device=device)
+    compare(tensors, delta_softplus=True)
+
+
+@pytest.mark.parametrize('routes', [*SUBSETS, ROUTES[::-1], REPEATED], ids='-'.join)
+def test_routes(backend, device, routes):
+    need(backend, 'selective_scan', device, torch.float64)
+    tensors = cross_scan_inputs(2, 3, 5, 4, 2, len(routes), 2, device=device)
+    compare(tensors, delta_softplus=True, routes=routes)
+
+
+@pytest.mark.parametrize('method', DISCRETIZATIONS)
+def test_methods(backend, device, method):
+    need(backend, 'selective_scan', device, torch.float64)
+    tensors = cross_scan_inputs(2, 5, 4, 3, 2, 4, 2, device=device)
+    compare(tensors, delta_softplus=True, discretization=method)
+
+
+def test_without_optional_inputs(backend, device):
+    need(backend, 'selective_scan', device, torch.float64)
+    tensors = cross_scan_inputs(2, 3, 4, 3, 2, optional=False, device=device)
+    tensors['delta'] = tensors['delta'].abs()
+    compare(tensors)
+
+
+def test_most_states(backend, device):
+    need(backend, 'selective_scan', device, torch.float64)
+    compare(cross_scan_inputs(1, 3, 2, 2, 256, 2, device=device), routes=ROUTES[:2],
+            delta_softplus=True)  # fmt: skip
+
+
+@pytest.mark.parametrize('shape', [(0, 3, 4), (2, 0, 4), (2, 3, 0)], ids=str)
+def test_empty(backend, device, shape):
+    need(backend, 'selective_scan', device, torch.float64)
+    out, *grads = run(cross_scan_inputs(*shape, 3, 2, rank=1, device=device), delta_softplus=True)
+    assert out.shape == (*shape, 3)
+    assert all(grad.eq(0).all() for grad in grads)
+
+
+def test_each_route_reads_the_map_in_its_order():
+    """With a state that hardly decays, each position sums what the route has passed."""
+    h, w = 3, 4
+    x = torch.arange(1.0, 1 + h * w, dtype=torch.float64).view(1, h, w, 1)
+    ones = x.new_ones(1, h, w, 1, 1)
+    for route, order in {
+        'rows': list(range(12)),
+        'columns': [0, 4, 8, 1, 5, 9, 2, 6, 10, 3, 7, 11],
+        'rows_reversed': list(range(11, -1, -1)),
+        'columns_reversed': [11, 7, 3, 10, 6, 2, 9, 5, 1, 8, 4, 0],
+    }.items():
+        out = cross_scan(x, ones, -1e-12 * x.new_ones(1, 1, 1), ones, ones, routes=(route,))
+        expected = torch.empty(h * w, dtype=torch.float64)
+        expected[order] = x.flatten()[order].cumsum(0)
+        torch.testing.assert_close(out.flatten(), expected)
+
+
+def test_the_sum_is_rounded_once(backend, device):
+    need(backend, 'selective_scan', device, torch.float32)
+    tensors = cross_scan_inputs(2, 5, 6, 8, 2, dtype=torch.bfloat16, device=device)
+    full = {k: v.float() for k, v in tensors.items()}
+    out = cross_scan(**tensors, delta_softplus=True)
+    assert torch.equal(out, cross_scan(**full, delta_softplus=True).bfloat16())
+
+
+def test_strided_inputs(backend, device):
+    need(backend, 'selective_scan', device, torch.float32)
+    tensors = cross_scan_inputs(2, 5, 6, 8, 2, rank=2, dtype=torch.float32, device=device)
+    expected = run(tensors, delta_softplus=True)
+    joined = torch.cat([tensors[k] for k in ('delta', 'B', 'C')], -1)
+    parts = dict(zip(('delta', 'B', 'C'), joined.split((2, 2, 2), -1), strict=True))
+    x = tensors['x'].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    strided = {**tensors, **parts, 'x': x}
+    leaves = [v.requires_grad_() for v in strided.values()]
+    out = cross_scan(**strided, delta_softplus=True)
+    assert out.is_contiguous()
+    for one, two in zip((out, *gradients([out], leaves)), expected, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize('routes', [ROUTES, *SUBSETS], ids='-'.join)
+def test_gradcheck(routes):
+    tensors = cross_scan_inputs(1, 2, 3, 2, 2, len(routes), 1)
+
+    def function(*values):
+        given = dict(zip(tensors, values, strict=True))
+        return cross_scan(**given, routes=routes, delta_softplus=True, backend='torch')
+
+    assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in tensors.values()])
+
+
+def test_gradients_are_deterministic(backend, device):
+    need(backend, 'selective_scan', device, torch.float32)
+    tensors = cross_scan_inputs(2, 9, 8, 8, 2, rank=2, dtype=torch.float32, device=device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, two = (run(tensors, delta_softplus=True) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, one, two))
+
+
+def test_only_what_is_needed_gets_a_gradient():
+    tensors = cross_scan_inputs(1, 2, 3, 2, 2, rank=1)
+    tensors['B'].requires_grad_()
+    cross_scan(**tensors, delta_softplus=True).sum().backward()
+    assert tensors['B'].grad is not None
+    assert tensors['x'].grad is None
+
+
+def test_no_grad_recomputes_what_training_saves():
+    """Without checkpoints backward gives the same."""
+    tensors = cross_scan_inputs(2, 7, 6, 3, 4, rank=2)
+    expected = run(tensors, delta_softplus=True, backend='torch')
+    order = ('x', 'delta', 'delta_weight', 'A', 'B', 'C', 'D', 'delta_bias')
+    inputs, options = [tensors[k] for k in order], ([0, 1, 2, 3], True, 'zoh', 0)
+    ops = torch.ops.mmvim_torch
+    out, checkpoints = ops.cross_scan(*inputs, *options)
+    assert checkpoints.numel() == 0
+    grads = ops.cross_scan_backward(randn(*out.shape, seed=1000), *inputs, checkpoints, *options)
+    grads = dict(zip(order, grads, strict=True))
+    torch.testing.assert_close(out, expected[0])
+    for name, grad in zip(tensors, expected[1:], strict=True):
+        torch.testing.assert_close(grads[name], grad)
+
+
+def test_one_route_is_a_selective_scan_of_the_backend(backend, device):
+    need(backend, 'selective_scan', device, torch.float32)
+    tensors = cross_scan_inputs(2, 5, 6, 8, 16, 1, dtype=torch.float32, device=device)
+    out = cross_scan(**tensors, delta_softplus=True, routes=('rows_reversed',))
+    u = tensors.pop('x').flatten(1, 2)
+    parts = {k: v[:, :, :, 0].flatten(1, 2) if v.dim() == 5 else v[0] for k, v in tensors.items()}
+    expected = selective_scan(u, **parts, delta_softplus=True, reverse=True)
+    assert torch.equal(out.flatten(1, 2), expected)
