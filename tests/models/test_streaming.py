@@ -92,7 +92,7 @@ def test_causal_with_other_discretizations(discretization):
 
 
 def test_causal_is_the_backbone_itself():
-    """Where the position embedding needs no resizing, the whole video is VideoMamba's."""
+    """Without resizing of the position embedding, the whole video gives VideoMamba's output."""
     model = build(max_frames=None)
     plain = VideoMamba(
         ARCH, img_size=(8, 12), patch_size=4, num_frames=4, bimamba='none', out_type='raw'

@@ -188,7 +188,7 @@ def synthetic(
 
 
 def class_count(model: dict) -> int | None:
-    """How many classes the heads of a model tell apart; None where they do not say."""
+    """Number of classes of a model's heads, or None if they do not state it."""
     roi_head = model.get('roi_head') or {}
     heads = [model.get(name) for name in ('head', 'bbox_head', 'decode_head')]
     heads.append(roi_head.get('bbox_head'))
@@ -240,7 +240,7 @@ def train(config: Path, processes: int | None, dtype: str) -> None:
 
 
 def free_port() -> str:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as sock:
         sock.bind(('127.0.0.1', 0))
         return str(sock.getsockname()[1])

@@ -19,14 +19,14 @@ def transforms_of(cfg: Config) -> list[dict]:
 
 
 class InferencePipeline:
-    """What ``tools/test.py`` does with an image, without its annotations.
+    """The processing of an image in ``tools/test.py``, without annotations.
 
     A file is read by the config's own first transform, with its colour type, channels, bit depth
-    and orientation. Pixels are taken as that transform would have given them.
+    and orientation. Pixels are taken as the output of that transform.
 
     Args:
         cfg: A config of mmpretrain, mmdet or mmsegmentation.
-        size: Height and width to which images are resized in place of all that the pipeline does
+        size: Height and width to which images are resized, instead of all steps of the pipeline
             between reading and packing. Defaults to None.
 
     Raises:
@@ -61,11 +61,10 @@ class InferencePipeline:
             image: A file, pixels (height, width[, channels]), or a sample that holds them as 'img'.
 
         Returns:
-            The image as it was read, for drawing, BGR uint8 (height, width, 3), and the packed
-            sample.
+            The image as read, for drawing, BGR uint8 (height, width, 3), and the packed sample.
 
         Raises:
-            SampleError: It cannot be read.
+            SampleError: The image cannot be read.
         """
         if isinstance(image, Mapping):
             image = image['img'] if 'img' in image else image['img_path']
@@ -76,7 +75,7 @@ class InferencePipeline:
             shape = image.shape[:2]
             results = {'img': image, 'img_path': None, 'img_shape': shape, 'ori_shape': shape}
             picture = displayable(image)
-        # mmdet packs a number that only data sets have.
+        # mmdet packs a number that only data sets provide.
         results['img_id'] = 0
         for number, transform in self._transforms:
             if number <= self._of_files and not from_file:
@@ -98,8 +97,8 @@ class InferencePipeline:
 def displayable(pixels: np.ndarray) -> np.ndarray:
     """A BGR uint8 picture (height, width, 3) of an image of any depth and number of channels.
 
-    Of more than three channels the first three are shown, of fewer the first. What is not 8 bits
-    deep is stretched from its least to its greatest value.
+    The first three channels are shown, or the first one if there are fewer. Values of other depths
+    than 8 bits are stretched from the least to the greatest.
 
     Args:
         pixels: (height, width) or (height, width, channels).
@@ -110,7 +109,7 @@ def displayable(pixels: np.ndarray) -> np.ndarray:
         return shown.copy()
     shown = np.nan_to_num(shown.astype(np.float64))
     low, high = float(shown.min(initial=0)), float(shown.max(initial=0))
-    # 8 bits that the pipeline has made floats of.
+    # 8-bit values that the pipeline has converted to floats.
     if not (low >= 0 and 1 < high <= 255):
         shown = (shown - low) * (255 / max(high - low, 1e-12))
     return shown.round().astype(np.uint8)
