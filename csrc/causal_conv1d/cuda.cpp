@@ -10,6 +10,7 @@
 
 #include "../common/cuda_glue.h"
 #include "../common/direct.h"
+#include "../common/scratch.h"
 
 namespace mmvim {
 namespace conv {
@@ -142,7 +143,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, con
   p.in = input(x, width, silu);
   p.taps[0] = own.taps;
   p.initial = state(initial_state, keep, x, width, "initial_state");
-  Tensor out = at::empty(x.sizes(), x.options());
+  Tensor out = Scratch::empty(x.sizes(), x.options());
   p.out[0] = out.mutable_data_ptr();
   const auto state_options =
       initial_state.has_value() ? x.options().dtype(initial_state->scalar_type()) : x.options();
@@ -191,9 +192,9 @@ struct OwnedTapGradients {
   Tensor weight, bias;
 
   OwnedTapGradients(const Tensor& w, const OptTensor& b)
-      : weight(at::empty(w.sizes(), w.options())),
-        bias(b.has_value() ? at::empty(b->sizes(), b->options())
-                           : at::empty({0}, w.options().dtype(at::kFloat))) {}
+      : weight(Scratch::empty(w.sizes(), w.options())),
+        bias(b.has_value() ? Scratch::empty(b->sizes(), b->options())
+                           : Scratch::empty({0}, w.options().dtype(at::kFloat))) {}
 
   TapGradients get() const {
     TapGradients g;
@@ -207,8 +208,8 @@ struct OwnedTapGradients {
 
 void run_backward(Backward& p, DType dtype, const Tensor& x) {
   p.slots = backward_slots(p.in, p.both, multiprocessor_count());
-  Tensor partial = at::empty({p.both ? 2 : 1, p.slots, p.in.width + 1, x.size(2)},
-                             x.options().dtype(at::kFloat));
+  Tensor partial = Scratch::empty({p.both ? 2 : 1, p.slots, p.in.width + 1, x.size(2)},
+                                  x.options().dtype(at::kFloat));
   p.partial = partial.mutable_data_ptr<float>();
   launch(dtype, p);
 }
@@ -236,9 +237,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_in,
   p.grad[0] = grad.const_data_ptr();
   p.grad_stride_b[0] = grad.stride(0);
   p.grad_stride_l[0] = grad.stride(1);
-  Tensor dx = at::empty(x.sizes(), x.options());
+  Tensor dx = Scratch::empty(x.sizes(), x.options());
   p.dx = dx.mutable_data_ptr();
-  Tensor dinitial = at::empty({0}, x.options().dtype(at::kFloat));
+  Tensor dinitial = Scratch::empty({0}, x.options().dtype(at::kFloat));
   if (initial_state.has_value()) {
     dinitial = at::empty(initial_state->sizes(), initial_state->options());
     p.dinitial = dinitial.mutable_data_ptr();
@@ -273,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
     p.grad_stride_b[i] = grads[i].stride(0);
     p.grad_stride_l[i] = grads[i].stride(1);
   }
-  Tensor dx = at::empty(x.sizes(), x.options());
+  Tensor dx = Scratch::empty(x.sizes(), x.options());
   p.dx = dx.mutable_data_ptr();
   const OwnedTapGradients taps_f(weight_f, bias_f), taps_b(weight_b, bias_b);
   p.dtaps[0] = taps_f.get();

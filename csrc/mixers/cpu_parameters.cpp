@@ -23,6 +23,8 @@ void convert_block(const Segment& s, int64_t begin, int count) {
   } else if (s.conversion == Conversion::kMultiply) {
     load_row(factor, static_cast<const S*>(s.factor) + begin, kDType<S>, 1, count);
     for (int i = 0; i < count; ++i) row[i] *= factor[i];
+  } else if (s.conversion == Conversion::kClear) {
+    fill(row, S(0), count);
   } else if (s.scale != 1.f) {
     for (int i = 0; i < count; ++i) row[i] *= static_cast<S>(s.scale);
   }

@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kThreads) convert_kernel(const __grid_constant
     for (int k = 0; k < kVector; ++k) {
       v[k] = s.conversion == Conversion::kDecay      ? -expf(v[k])
              : s.conversion == Conversion::kMultiply ? v[k] * factor[k]
+             : s.conversion == Conversion::kClear    ? 0.f
                                                      : v[k] * s.scale;
     }
     switch (s.to_type) {

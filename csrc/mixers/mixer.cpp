@@ -24,6 +24,7 @@
 #include "mixer.h"
 
 #include "../common/direct.h"
+#include "../common/scratch.h"
 #include "parameters.h"
 
 namespace mmvim {
@@ -50,6 +51,11 @@ enum Index : int {
   kPerDirection = kSkip + 1 - kTaps,
   kCount = kTaps + 2 * kPerDirection,
 };
+
+// Numbers that the scans' blocks find cleared.
+constexpr int64_t kFlags = 4096;
+// Calls that work on more memory than this take it piece by piece, and give it back as early.
+constexpr int64_t kMostScratch = 64 << 20;
 
 // What a mixer is told besides tensors.
 struct Options {
@@ -101,10 +107,14 @@ Tensor view(const Tensor& base, int64_t offset, IntArrayRef sizes) {
   for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * sizes[i - 1];
   return view(base, offset, sizes, strides);
 }
-Tensor empty(IntArrayRef sizes, at::ScalarType type, const Tensor& like) {
+// What ends with the call, and what does not.
+Tensor empty(IntArrayRef sizes, const Tensor& like) {
+  return Scratch::empty(sizes, like.options());
+}
+Tensor fresh(IntArrayRef sizes, at::ScalarType type, const Tensor& like) {
   return at::empty(sizes, like.options().dtype(type));
 }
-Tensor empty(IntArrayRef sizes, const Tensor& like) { return at::empty(sizes, like.options()); }
+Tensor fresh(IntArrayRef sizes, const Tensor& like) { return at::empty(sizes, like.options()); }
 
 // (..., rows, columns) with the last two dimensions exchanged.
 Tensor transposed(const Tensor& t) {
@@ -179,6 +189,7 @@ class Conversions {
     s.scale = static_cast<float>(scale);
     if (factor.defined()) s.factor = factor.const_data_ptr();
   }
+  void clear(const Tensor& floats) { add(floats, floats, Conversion::kClear); }
   void run(const Tensor& device_of) const {
     if (segments_.count > 0) direct::of(device_of).convert(segments_, is_double_);
   }
@@ -244,12 +255,21 @@ class Prepared {
   static constexpr int of(Index i, int direction) { return i + direction * kPerDirection; }
 
   // Converts, one kernel.
-  void make() {
+  void make(Scratch& scratch) {
     Conversions conversions(wide_);
     place(nullptr);
-    matrices = at::empty({matrices_}, given_[kInWeight].options().dtype(type_));
-    vectors = at::empty({vectors_}, given_[kInWeight].options().dtype(wide_));
+    const auto options = given_[kInWeight].options();
+    const auto make_array = [&](int64_t count, at::ScalarType type) {
+      return options_.interval > 0 ? at::empty({count}, options.dtype(type))
+                                   : Scratch::empty({count}, options.dtype(type));
+    };
+    matrices = make_array(matrices_, type_);
+    vectors = make_array(vectors_, wide_);
     place(&conversions);
+    if (Scratch::in_force()) {
+      const Tensor zeros = scratch.zeros_to_make(kFlags);
+      if (zeros.defined()) conversions.clear(zeros);
+    }
     conversions.run(vectors);
   }
   // What make() left.
@@ -401,6 +421,25 @@ class Mixer {
   const Sizes& s;
   const direct::Functions& call;
 
+  // About what a call needs, on a GPU; 0 if it is too much.
+  int64_t scratch_bytes(bool is_backward) const {
+    if (!x.is_cuda()) return 0;
+    const int64_t scans = options.scans(), d = s.channels, element = x.element_size();
+    const int64_t directions = options.projections();
+    int64_t activations = s.tokens() * ((4 + 2 * directions) * d + directions * s.low_rank());
+    int64_t floats = s.tokens() * 2 * d + kFlags;
+    if (is_backward) {
+      activations += s.tokens() * ((8 + 2 * scans) * d + 3 * scans * s.low_rank());
+      activations += 4 * d * (s.model + s.out) + 4 * directions * d * s.low_rank();
+      floats = 2 * scans * d * (s.batch + 2) * (s.states + 4) + 64 * d * (s.width + 1);
+    } else {
+      activations += 3 * d * s.model + d * s.out + 4 * directions * d * s.low_rank();
+      floats += scans * d * (s.states + 8);
+    }
+    const int64_t bytes = activations * element + floats * 4 + (64 << 10);
+    return bytes <= kMostScratch ? bytes : 0;
+  }
+
   void project(Activations& a) const {
     a.projected = empty({s.batch, s.length, 2 * s.channels}, x);
     linear(rows(a.projected), rows(x), p.in_weight, p.in_bias);
@@ -422,7 +461,8 @@ class Mixer {
   }
 
   void make_low_rank(Activations& a) const {
-    a.low_rank = empty({options.projections(), s.batch, s.length, s.low_rank()}, x);
+    const int64_t sizes[] = {options.projections(), s.batch, s.length, s.low_rank()};
+    a.low_rank = options.interval > 0 ? fresh(sizes, x) : empty(sizes, x);
     products(stacked_rows(a.low_rank), stacked_rows(inputs(a)), transposed(p.x_proj));
   }
 
@@ -483,7 +523,9 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const Tensor& x, const Parameter
       kind, reverse, scale, bias_scale, discretization, recompute, checkpoint_interval};
   Mixer m(x, parameters, options);
   const Sizes& s = m.s;
-  m.p.make();
+  const bool keeps_all = checkpoint_interval > 0 && !recompute;
+  Scratch scratch(keeps_all ? 0 : m.scratch_bytes(false), m.x);
+  m.p.make(scratch);
   Activations a;
   m.project(a);
   m.convolve(a);
@@ -510,7 +552,7 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const Tensor& x, const Parameter
     kept = {out, checkpoints};
     mixed = options.is_half() ? at::cat({out, m.other_half(a)}, -1) : out;
   }
-  const Tensor out = empty({s.batch, s.length, s.out}, m.x);
+  const Tensor out = fresh({s.batch, s.length, s.out}, m.x);
   linear(rows(out), rows(mixed), p.out_weight, p.out_bias);
   if (checkpoint_interval == 0) return {out, std::vector<Tensor>()};
   kept.insert(kept.end(), {p.matrices, p.vectors, a.low_rank});
@@ -535,11 +577,14 @@ class Gradients {
   void set_x(const Tensor& dx) { all_[0] = dx; }
   void set(int i, const Tensor& gradient, double scale = 1) {
     if (!needs(i)) return;
-    if (gradient.scalar_type() == m_.p.types[i] && scale == 1) {
+    if (gradient.scalar_type() == m_.p.types[i] && scale == 1 && !Scratch::owns(gradient)) {
       all_[1 + i] = gradient;
     } else {
       conversions_.add(gradient, make(i), Conversion::kScale, scale);
     }
+  }
+  void set_copy(int i, const Tensor& gradient) {
+    if (needs(i)) conversions_.add(gradient, make(i));
   }
   void set_multiplied(int i, const Tensor& gradient, const Tensor& factor) {
     if (needs(i)) conversions_.add(gradient, make(i), Conversion::kMultiply, 1, factor);
@@ -549,17 +594,23 @@ class Gradients {
     for (int k = 0; k < m_.options.projections(); ++k) {
       const int index = Prepared::of(i, k);
       if (!needs(index)) continue;
-      const Tensor own = empty(m_.p.sizes(index), m_.x);
+      const Tensor own = product_for(index);
       product(own, transposed(at_index(grad, k)), at_index(x, k));
       set(index, own);
     }
+  }
+
+  // Where a product makes the gradient of a parameter: itself, or what is converted.
+  Tensor product_for(int i) const {
+    const IntArrayRef sizes = m_.p.sizes(i);
+    return m_.p.types[i] == m_.x.scalar_type() ? fresh(sizes, m_.x) : empty(sizes, m_.x);
   }
 
   std::vector<Tensor> finish() {
     conversions_.run(m_.x);
     for (size_t i = 0; i < all_.size(); ++i) {
       if (!all_[i].defined()) {
-        all_[i] = empty({0}, m_.x);
+        all_[i] = fresh({0}, m_.x);
       } else if (i > 0) {
         const IntArrayRef shape = m_.p.shapes[i - 1];
         if (all_[i].sizes() != shape) all_[i] = view(all_[i], 0, shape);
@@ -579,7 +630,7 @@ class Gradients {
   Tensor make(int i) {
     const auto type = m_.p.types[i], wide = wide_type(m_.x.scalar_type());
     const bool fits = (wide == at::kDouble) == (type == at::kDouble);
-    return all_[1 + i] = empty(m_.p.sizes(i), fits ? type : wide, m_.x);
+    return all_[1 + i] = fresh(m_.p.sizes(i), fits ? type : wide, m_.x);
   }
 };
 
@@ -595,6 +646,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
   Mixer m(x, parameters, options);
   const Sizes& s = m.s;
   Prepared& p = m.p;
+  const Scratch scratch(m.scratch_bytes(true), m.x);
   Gradients grads(m, needed);
   const bool half = options.is_half(), two = options.scans() == 2;
   const size_t count = (two ? 6 : 5) + (recompute ? 0 : two ? 4 : 3);
@@ -637,7 +689,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
       m.call.gate(a.z(s), scanned, mixed);
       left = scale;
     }
-    const Tensor dweight = empty(p.sizes(kOutWeight), m.x);
+    const Tensor dweight = grads.product_for(kOutWeight);
     product(dweight, transposed(dy), rows(mixed));
     grads.set(kOutWeight, dweight, left);
   }
@@ -726,8 +778,8 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
 
   // The convolutions, and in_proj.
   const Tensor x_rows = rows(m.x);
-  const Tensor dweight = grads.needs(kInWeight) ? empty(p.sizes(kInWeight), m.x) : Tensor();
-  Tensor dx = grads.needs_x() ? empty(m.x.sizes(), m.x) : Tensor();
+  const Tensor dweight = grads.needs(kInWeight) ? grads.product_for(kInWeight) : Tensor();
+  Tensor dx = grads.needs_x() ? fresh(m.x.sizes(), m.x) : Tensor();
   if (half) {
     const Tensor dall = at::cat({at_index(du, 0), dz}, -1);
     auto [dprojected, dtaps, unused_bias, unused_state] =
@@ -735,7 +787,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
     for (int i = 0; i < 2; ++i) {
       const int index = Prepared::of(kTaps, i);
       const Tensor own = view(dtaps, i * d * s.width, {d, s.width});
-      if (grads.needs(index)) grads.set(index, own.clone());
+      grads.set_copy(index, own);
     }
     const Tensor grad = rows(dprojected);
     if (dweight.defined()) product(dweight, transposed(grad), x_rows);
@@ -761,7 +813,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
       if (p.has(kConvBias)) grads.set(kConvBias, dbias);
     }
     const Tensor parts[2] = {rows(dinput), rows(dz)};
-    Tensor dbias = p.has(kInBias) && grads.needs(kInBias) ? empty({2 * d}, m.x) : Tensor();
+    Tensor dbias = p.has(kInBias) && grads.needs(kInBias) ? fresh({2 * d}, m.x) : Tensor();
     for (int i = 0; i < 2; ++i) {
       if (dweight.defined()) {
         product(view(dweight, i * d * s.model, {d, s.model}), transposed(parts[i]), x_rows);

@@ -15,6 +15,7 @@ enum class Conversion : int {
   kScale,     // scale * x
   kDecay,     // -exp(x)
   kMultiply,  // x * factor
+  kClear,     // 0
 };
 
 // All contiguous. Arithmetic is in double if the computing type is double, else in float.

@@ -14,6 +14,7 @@
 
 #include "../common/cuda_glue.h"
 #include "../common/direct.h"
+#include "../common/scratch.h"
 
 namespace mmvim {
 namespace scan {
@@ -59,8 +60,8 @@ const float* floats(const OptTensor& t) {
   return t.has_value() ? t->const_data_ptr<float>() : nullptr;
 }
 Tensor like_or_empty(const OptTensor& t, const Tensor& device_of) {
-  if (t.has_value()) return at::empty(t->sizes(), t->options());
-  return at::empty({0}, device_of.options().dtype(at::kFloat));
+  if (t.has_value()) return Scratch::empty(t->sizes(), t->options());
+  return Scratch::empty({0}, device_of.options().dtype(at::kFloat));
 }
 
 // Whether all rows of `t`, from its pointer `data`, start at multiples of `bytes`.
@@ -227,7 +228,7 @@ struct ChunkMemory {
       if (result != nullptr && static_cast<int64_t>(result->nbytes()) >= 4 * size) {
         return static_cast<float*>(result->mutable_data_ptr());
       }
-      memory = at::empty({size}, like.options().dtype(at::kFloat));
+      memory = Scratch::empty({size}, like.options().dtype(at::kFloat));
       return memory.mutable_data_ptr<float>();
     };
     chunks.state = allocate(state, nullptr);
@@ -268,7 +269,9 @@ struct ForwardCall {
     const int64_t limit = kMaxStates;
     const Tensor* results[2] = {out.defined() ? &out : nullptr, nullptr};
     const ChunkMemory workspace(p.chunks, plan, p.size, p.directions, false, like, results);
-    const auto scratch = [&] { return at::empty(like.sizes(), like.options().dtype(at::kFloat)); };
+    const auto scratch = [&] {
+      return Scratch::empty(like.sizes(), like.options().dtype(at::kFloat));
+    };
     const int64_t parts = (states + limit - 1) / limit;
     const int64_t flags =
         2 * p.size.batch * plan.chunks * blocks_per_group(p.size, 1, plan.channels);
@@ -277,7 +280,7 @@ struct ForwardCall {
     if (p.directions == 2) {
       meeting = scratch();
       p.meeting = meeting.mutable_data_ptr<float>();
-      left = at::zeros({parts, flags}, like.options().dtype(at::kInt));
+      left = Scratch::zeros({parts, flags}, like.options().dtype(at::kInt));
     }
     const Launcher launch{op, first.dtype, method};
     for (int first_direction = 0; first_direction < directions; first_direction += p.directions) {
@@ -342,6 +345,11 @@ void continue_state(Tensor& last, const OptTensor& initial) {
   if (initial.has_value()) last.narrow(2, 0, initial->size(2)).copy_(*initial);
 }
 
+// What a backward pass will need outlives the call.
+Tensor kept(at::IntArrayRef sizes, const at::TensorOptions& options, int64_t interval) {
+  return interval > 0 ? at::empty(sizes, options) : Scratch::empty(sizes, options);
+}
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta, const Tensor& A,
                                            const Tensor& B, const Tensor& C, const OptTensor& D,
                                            const OptTensor& z, const OptTensor& delta_bias,
@@ -360,12 +368,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
   call.initial_state = checked_initial(initial_state, s, method, u);
   call.interval = checkpoint_interval;
   const auto parameters = u.options().dtype(at::kFloat);
-  call.out = at::empty(u.sizes(), u.options());
-  call.checkpoints[0] = at::empty(checkpoint_sizes(s, checkpoint_interval), parameters);
+  call.out = kept(u.sizes(), u.options(), checkpoint_interval);
+  call.checkpoints[0] =
+      kept(checkpoint_sizes(s, checkpoint_interval), parameters, checkpoint_interval);
   if (return_last_state) {
     call.last_state = at::empty({s.batch, s.channels, state_parts(method) * s.pitch}, parameters);
   }
-  Tensor last_state = return_last_state ? call.last_state : at::empty({0}, parameters);
+  Tensor last_state = return_last_state ? call.last_state : Scratch::empty({0}, parameters);
   if (!in.empty()) {
     call.run("selective_scan", method);
   } else if (return_last_state) {
@@ -395,13 +404,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
   call.z = checked_gate(z, f);
   call.scale = scale;
   call.interval = checkpoint_interval;
-  call.out = at::empty(u_f.sizes(), u_f.options());
-  Tensor pregate = at::empty({0}, u_f.options());
+  call.out = Scratch::empty(u_f.sizes(), u_f.options());
+  Tensor pregate = kept({0}, u_f.options(), checkpoint_interval);
   if (z.has_value() && checkpoint_interval > 0) {
     call.pregate = pregate = at::empty(u_f.sizes(), u_f.options());
   }
   for (Tensor& t : call.checkpoints) {
-    t = at::empty(checkpoint_sizes(s, checkpoint_interval), u_f.options().dtype(at::kFloat));
+    t = kept(checkpoint_sizes(s, checkpoint_interval), u_f.options().dtype(at::kFloat),
+             checkpoint_interval);
   }
   if (!f.empty()) call.run("bidirectional_scan", method);
   return {call.out, pregate, call.checkpoints[0], call.checkpoints[1]};
@@ -412,11 +422,11 @@ struct Gradients {
   Tensor u, delta, A, B, C, D, delta_bias;
 
   explicit Gradients(const Inputs& in, const direct::ScanPlaces* places = nullptr)
-      : u(places != nullptr ? places->u : at::empty(in.u.sizes(), in.u.options())),
-        delta(places != nullptr ? places->delta : at::empty(in.u.sizes(), in.u.options())),
-        A(at::empty(in.A.sizes(), in.A.options())),
-        B(places != nullptr ? places->B : at::empty(in.B.sizes(), in.B.options())),
-        C(places != nullptr ? places->C : at::empty(in.C.sizes(), in.C.options())),
+      : u(places != nullptr ? places->u : Scratch::empty(in.u.sizes(), in.u.options())),
+        delta(places != nullptr ? places->delta : Scratch::empty(in.u.sizes(), in.u.options())),
+        A(Scratch::empty(in.A.sizes(), in.A.options())),
+        B(places != nullptr ? places->B : Scratch::empty(in.B.sizes(), in.B.options())),
+        C(places != nullptr ? places->C : Scratch::empty(in.C.sizes(), in.C.options())),
         D(like_or_empty(in.D, in.A)),
         delta_bias(like_or_empty(in.delta_bias, in.A)) {}
 
@@ -447,7 +457,7 @@ struct BackwardCall {
     for (int d = 0; d < directions; ++d) {
       call.in[d] = in[d];
       if (!needs_checkpoints) continue;
-      checkpoints[d] = at::empty(checkpoint_sizes(s, kInterval), in[d]->A.options());
+      checkpoints[d] = Scratch::empty(checkpoint_sizes(s, kInterval), in[d]->A.options());
       call.checkpoints[d] = checkpoints[d];
     }
     call.directions = directions;
@@ -455,7 +465,8 @@ struct BackwardCall {
     call.softplus = softplus;
     call.initial_state = initial_state;
     call.interval = kInterval;
-    if (needs_pregate) call.pregate = pregate = at::empty(in[0]->u.sizes(), in[0]->u.options());
+    if (needs_pregate)
+      call.pregate = pregate = Scratch::empty(in[0]->u.sizes(), in[0]->u.options());
     call.run(op, method);
   }
 
@@ -498,7 +509,7 @@ struct BackwardCall {
       finish.parts[d] = p.atomic[d] ? 1 : blocks;
       const int64_t sizes[] = {finish.parts[d], B.size(0), B.size(1), groups, 2, states};
       if (!p.atomic[d]) {
-        dBC[d] = at::empty(sizes, parameters);
+        dBC[d] = Scratch::empty(sizes, parameters);
       } else if (d == 1 && dBC[0].sizes() == at::IntArrayRef(sizes)) {
         dBC[1] = cleared.select(0, 1);
       } else {
@@ -510,10 +521,10 @@ struct BackwardCall {
       // A block's part of dA takes the place of the gradient that entered its chunk.
       dA[d] = workspace.state.defined() && states <= limit
                   ? workspace.state.view({directions, rows, p.size.channels, states})[d]
-                  : at::empty({rows, p.size.channels, states}, parameters);
-      dD[d] = at::empty({rows, 2, p.size.channels}, parameters);
+                  : Scratch::empty({rows, p.size.channels, states}, parameters);
+      dD[d] = Scratch::empty({rows, 2, p.size.channels}, parameters);
       if (states > limit) {
-        sums[d] = at::empty({3, like.size(0), like.size(1), like.size(2)}, parameters);
+        sums[d] = Scratch::empty({3, like.size(0), like.size(1), like.size(2)}, parameters);
       }
       p.du[d] = grads[d]->u.mutable_data_ptr();
       p.ddelta[d] = grads[d]->delta.mutable_data_ptr();
@@ -598,7 +609,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.grad_last = contiguous(grad_last_state);
   call.checkpoints[0] = checkpoints.contiguous();
   call.interval = checkpoint_interval;
-  const Tensor dz = z.has_value() ? at::empty(z->sizes(), z->options()) : like_or_empty({}, u);
+  const Tensor dz = z.has_value() ? Scratch::empty(z->sizes(), z->options()) : like_or_empty({}, u);
   if (z.has_value()) call.dz = dz;
   const Tensor dinitial = like_or_empty(call.initial_state, u);
   call.dinitial = dinitial;
@@ -650,7 +661,8 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
           checkpoint_sizes(s, checkpoint_interval), at::kFloat, u_f);
     call.checkpoints[d] = saved[d]->contiguous();
   }
-  const Tensor dz = z.has_value() ? at::empty(z->sizes(), z->options()) : like_or_empty({}, u_f);
+  const Tensor dz =
+      z.has_value() ? Scratch::empty(z->sizes(), z->options()) : like_or_empty({}, u_f);
   if (z.has_value()) {
     call.dz = dz;
     if (pregate.dim() == 3) {
