@@ -123,8 +123,8 @@ MUTANTS = (
     ),
     # export
     (
-        'mmvim/export/formats.py', "'RGB' if to_rgb else 'BGR'", "'BGR' if to_rgb else 'RGB'",
-        'export/test_export.py',
+        'mmvim/export/metadata.py', "return 'RGB' if is_rgb != (", "return 'RGB' if is_rgb == (",
+        'export/test_export_metadata.py',
     ),
     (
         'mmvim/export/operations.py', 'h = decay * h + drive[t].unsqueeze(-1) * B[t]',
@@ -177,8 +177,6 @@ def noticed(root: Path, file: str, right: str, wrong: str, tests: str) -> bool:
     """Whether the tests fail with the mistake."""
     path = root / file
     text = path.read_text()
-    if text.count(right) != 1:
-        raise SystemExit(f'{file} has {right!r} {text.count(right)} times, not once')
     path.write_text(text.replace(right, wrong))
     try:
         done = subprocess.run(
@@ -198,16 +196,20 @@ def main() -> int:
     """Try every mistake whose file or text has one of the words of the command line."""
     words = sys.argv[1:]
     chosen = [m for m in MUTANTS if not words or any(word in part for word in words for part in m)]
-    survivors = 0
+    survivors = outdated = 0
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
         for mutant in chosen:
+            file, right, wrong, tests = mutant
+            if (ROOT / file).read_text().count(right) != 1:
+                print(f'OUTDATED  {file} does not have {right!r} once', flush=True)
+                outdated += 1
+                continue
             found = noticed(Path(folder), *mutant)
             survivors += not found
-            file, _, wrong, tests = mutant
             print(f'{"noticed" if found else "SURVIVED"}  {file}: {wrong!r}  ({tests})', flush=True)
-    print(f'{survivors} of {len(chosen)} mistakes survive')
-    return int(survivors > 3)
+    print(f'{survivors} of {len(chosen) - outdated} mistakes survive; {outdated} are outdated')
+    return int(survivors > 3 or outdated > 0)
 
 
 if __name__ == '__main__':
