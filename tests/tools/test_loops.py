@@ -13,12 +13,12 @@ def resume(*options: str):
     return runner, '\n'.join(path.read_text() for path in Path('resumed').glob('*/*.log'))
 
 
-def test_an_epoch_of_another_length_begins_anew(toy):
+def test_an_epoch_of_another_length_starts_over(toy):
     options = ('default_hooks.checkpoint.by_epoch=False', 'default_hooks.checkpoint.interval=7')
     main_train(['config.py', '--no-validate', '--cfg-options', *options])
     runner, log = resume(*options)
     assert 'Epoch 2 continues after 3 of 4 batches' in log
     assert (runner.epoch, runner.iter) == (2, 8)
     runner, log = resume(*options, 'train_dataloader.batch_size=2')
-    assert '3 batches into an epoch of 4, and an epoch has 8 batches now: epoch 2 begins' in log
+    assert '3 batches into an epoch of 4, and an epoch has 8 batches now: epoch 2' in log
     assert (runner.epoch, runner.iter) == (2, 15)
