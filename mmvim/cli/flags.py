@@ -174,6 +174,9 @@ def _use_amp(cfg: Config, dtype: str | None) -> None:
 
 def fit_to_cpu(cfg: Config, notes: list[str]) -> None:
     """Replace what works only on an accelerator."""
+    for key in _LOADERS:
+        if isinstance(cfg.get(key), dict) and cfg[key].get('pin_memory'):
+            cfg[key]['pin_memory'] = False
     wrapper = cfg.get('optim_wrapper')
     if isinstance(wrapper, dict) and wrapper.get('type') == 'AmpOptimWrapper':
         wrapper['type'] = 'mmvim.CPUAmpOptimWrapper'

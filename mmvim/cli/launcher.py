@@ -30,6 +30,7 @@ from mmvim.engine.optim import ExponentialMovingAverage
 from mmvim.engine.tasks import task_of
 
 from . import checks, diagnosis, distributed, flags, resuming, samples
+from .console import Console
 from .parsers import build_test_parser, build_train_parser
 
 
@@ -46,7 +47,7 @@ def main_train(argv: Sequence[str] | None = None) -> Any:
         SystemExit: Code 2 after an error that the user can fix, 143 after SIGTERM.
     """
     args = build_train_parser().parse_args(argv)
-    with diagnosis.reported_errors() as context:
+    with diagnosis.reported_errors() as context, Console(args.verbose).watch() as console:
         cfg, notes = flags.load_config(args), []
         context.cfg = cfg
         flags.apply_train_flags(cfg, args)
@@ -61,7 +62,7 @@ def main_train(argv: Sequence[str] | None = None) -> Any:
         checks.check_pretrained(cfg)
         flags.use_resumable_loops(cfg)
         flags.use_fast_training(cfg)
-        runner = _build_runner(cfg, args, ('train', 'val'), notes)
+        runner = _build_runner(cfg, args, ('train', 'val'), notes, console)
         for warning in warnings:
             runner.logger.warning(warning)
         if rest:
@@ -109,7 +110,7 @@ def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
         SystemExit: Code 2 after an error that the user can fix.
     """
     args = build_test_parser().parse_args(argv)
-    with diagnosis.reported_errors() as context:
+    with diagnosis.reported_errors() as context, Console(args.verbose).watch() as console:
         cfg, notes = flags.load_config(args), []
         context.cfg = cfg
         flags.apply_test_flags(cfg, args)
@@ -117,7 +118,7 @@ def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
         checks.check_config(cfg, ('test',), paths=not args.no_checks)
         checks.check_checkpoint(cfg.load_from, 'checkpoint')
         flags.apply_test_outputs(cfg, args)
-        runner = _build_runner(cfg, args, ('test',), notes)
+        runner = _build_runner(cfg, args, ('test',), notes, console)
         if args.ema or args.no_ema:
             runner.register_hook(WeightsHook(args.ema))
         if args.show or args.show_dir:
@@ -131,7 +132,11 @@ def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def _build_runner(
-    cfg: Config, args: argparse.Namespace, loops: tuple[str, ...], notes: list[str]
+    cfg: Config,
+    args: argparse.Namespace,
+    loops: tuple[str, ...],
+    notes: list[str],
+    console: Console,
 ) -> Any:
     """Build the runner, with safeguards that the config need not mention."""
     distributed.prepare(cfg, cfg.launcher, notes)
@@ -146,8 +151,10 @@ def _build_runner(
     runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     if not args.no_checks:
         runner.register_hook(DataCheckHook(loops))
+    runner.register_hook(console)
     for note in notes:
         runner.logger.info(note)
+        console.note(note)
     return runner
 
 

@@ -128,6 +128,11 @@ def _add_amp_dtype(parser: argparse.ArgumentParser) -> None:
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that ``train.py`` and ``test.py`` share."""
     parser.add_argument(
+        '--verbose',
+        action='store_true',
+        help='show on the terminal all that goes into the log file, such as the whole config',
+    )
+    parser.add_argument(
         '--no-pin-memory', action='store_true', help='set pin_memory=False in all dataloaders'
     )
     parser.add_argument(

@@ -72,7 +72,7 @@ def test_resume_without_checkpoint_keeps_load_from(toy):
     assert runner.epoch == 2
     log = next(Path('fresh').glob('*/*.log')).read_text()
     assert f'Load checkpoint from {weights}' in log
-    assert 'no checkpoint in fresh to resume' in log
+    assert 'No checkpoint in fresh to resume' in log
 
 
 @pytest.mark.parametrize('flag', [['--amp'], ['--amp-dtype', 'bfloat16']])

@@ -92,6 +92,9 @@ class CheckpointHook(MMEngineCheckpointHook):
     def before_train(self, runner) -> None:
         """Finish what an interrupted save left undone; restore the random states."""
         super().before_train(runner)
+        if runner.param_schedulers is None:
+            # There is nothing to save, of which mmengine would warn each time.
+            self.save_param_scheduler = False
         self.last_iter = runner.iter if runner._resume else None
         if runner._resume:
             self._follow_moves(runner)

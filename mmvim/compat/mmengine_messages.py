@@ -1,0 +1,57 @@
+"""Messages of the libraries that frighten for nothing.
+
+Why: mmengine's own hooks and metrics warn of classes that they use themselves (``FileClient``), the
+task libraries print messages of level DEBUG because ``print_log`` ignores the level where there is
+no logger, mmdet says that "metrics will not be computed" where an optional, faster metric is
+not installed that nobody asked for, and mmseg that its hook for pictures, which is off, is off.
+
+How: ``print_log`` takes such messages for DEBUG, and heeds the level without a logger; warnings of
+Python are filtered by their text.
+
+Obsolete with: libraries without them.
+"""
+
+import functools
+import logging
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+from ._import_hook import when_imported
+
+_MESSAGES = (
+    'Could not import OneDL',
+    '"FileClient" will be deprecated',
+    '"HardDiskBackend" is the alias',
+    'The prefix is not set in metric class',
+)
+_WARNINGS = (
+    'faster_coco_eval is not installed',
+    'The draw is False, it means that the hook for visualization will not take effect',
+    'Default ``avg_non_ignore`` is False',
+)
+
+
+def install() -> None:
+    """Act when ``mmengine.logging.logger`` is imported."""
+    when_imported('mmengine.logging.logger', _patch)
+    for message in _WARNINGS:
+        warnings.filterwarnings('ignore', message=message)
+
+
+def _patch(module: ModuleType) -> None:
+    given = module.print_log
+    if hasattr(given, '__wrapped__'):
+        return
+
+    @functools.wraps(given)
+    def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
+        if isinstance(msg, str) and msg.startswith(_MESSAGES):
+            level = logging.DEBUG
+        if logger is not None or level >= logging.INFO:
+            given(msg, logger=logger, level=level)
+
+    for importer in list(sys.modules.values()):
+        if vars(importer).get('print_log') is given:
+            importer.print_log = print_log
