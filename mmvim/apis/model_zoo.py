@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from mmengine.config import Config
@@ -169,9 +169,12 @@ def get_model(
             ``init_cfg`` are not loaded. Defaults to False.
         device: Device of the model. Defaults to None: the CPU.
         **kwargs: Changes to the config's ``model``, such as ``backbone=dict(drop_path_rate=0.1)``.
+            With ``head=dict(num_classes=10)`` the weights of another head are left out, which a
+            warning says; the backbone must fit.
 
     Returns:
-        The classifier, detector or segmentor, in evaluation mode, with its config as ``_config``.
+        The classifier, detector or segmentor, in evaluation mode, with its config as ``_config``;
+        ``mmpretrain.inference_model`` takes a classifier of images.
 
     Raises:
         ValueError: There is no such model, or ``pretrained=True`` and it has no weights.
@@ -195,11 +198,20 @@ def get_model(
     if kwargs:
         # Merging removes keys such as _delete_ from its argument.
         cfg.merge_from_dict({'model': copy.deepcopy(kwargs)})
-    model = build_model(cfg)
+    model, meta = build_model(cfg), {}
     if weights is not None:
         from mmvim.checkpoints.loading import load_weights
 
-        report = load_weights(model, str(weights))
+        report = load_weights(model, str(weights), other_head=True)
+        meta = report.dataset_meta
+        if report.left_out:
+            parts = [f'{n} {theirs} for {ours}' for n, (theirs, ours) in report.left_out.items()]
+            print_log(
+                f'{str(weights)!r}: left out for their shapes, and random in the model: '
+                f'{", ".join(parts)}',
+                logger='current',
+                level=logging.WARNING,
+            )
         if report.missing:
             print_log(
                 f'{str(weights)!r} lacks {len(report.missing)} parameters and buffers of the '
@@ -208,6 +220,22 @@ def get_model(
                 level=logging.WARNING,
             )
     model._config = cfg
+    if cfg.get('default_scope') == 'mmpretrain':
+        _tell_mmpretrain(model, cfg, meta)
     if device is not None:
         model.to(device)
     return model.eval()
+
+
+def _tell_mmpretrain(model: nn.Module, cfg: Config, meta: Mapping[str, Any]) -> None:
+    """Set what ``mmpretrain.inference_model`` looks for: the task, and the names of the classes."""
+    from .inferencers.common import class_names
+    from .inferencers.video import reads_videos
+
+    if reads_videos(cfg):
+        return
+    model._metainfo = SimpleNamespace(results=[SimpleNamespace(task='Image Classification')])
+    classes = class_names(cfg, meta).get('classes')
+    count = getattr(getattr(model, 'head', None), 'num_classes', None)
+    fits = classes and count in (None, len(classes))
+    model._dataset_meta = {'classes': list(classes)} if fits else {}

@@ -4,7 +4,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,14 +32,19 @@ class LoadReport:
         resized: Names, with the shapes in the file and in the model.
         missing: Parameters of the model that the file lacks.
         unexpected: Names of the file that the model has no place for.
+        left_out: Names, with the shapes in the file and in the model, of what was not loaded for
+            its shape.
         loaded: Number of loaded parameters and buffers.
+        dataset_meta: What the file says of its training data, such as the names of the classes.
     """
 
     renamed: dict[str, str] = field(default_factory=dict)
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    left_out: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     loaded: int = 0
+    dataset_meta: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f'{self.loaded} tensors loaded']
@@ -48,6 +53,7 @@ class LoadReport:
             ('resized', [f'{n}: {a} -> {b}' for n, (a, b) in self.resized.items()]),
             ('missing', self.missing),
             ('unexpected', self.unexpected),
+            ('left out', [f'{n}: {a} -> {b}' for n, (a, b) in self.left_out.items()]),
         ):
             lines.append(f'{title}: {len(names)}')
             lines += [f'  {name}' for name in names]
@@ -55,7 +61,11 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, file: str | Path | Mapping[str, Any], *, ema: bool | None = None
+    model: nn.Module,
+    file: str | Path | Mapping[str, Any],
+    *,
+    ema: bool | None = None,
+    other_head: bool = False,
 ) -> LoadReport:
     """Load the weights of a file into a model: official, mmengine's, or plain ones.
 
@@ -63,6 +73,8 @@ def load_weights(
         model: A model of mmvim, or of a task library with a backbone of mmvim.
         file: Path or URL, or the result of :func:`read_checkpoint`.
         ema: Which weights to take; see :func:`find_weights`.
+        other_head: Whether to leave out, outside of the backbone, what has another shape in the
+            model, such as the head of another number of classes. Defaults to False.
 
     Raises:
         CheckpointError: The file cannot be read, or belongs to another model.
@@ -82,7 +94,7 @@ def load_weights(
         wrapped._metadata = metadata
     parameters = dict(model.named_parameters())
     try:
-        with _watched_loading() as fitted:
+        with _watched_loading(other_head) as (fitted, left_out):
             outcome = model.load_state_dict(wrapped, strict=False)
     except (RuntimeError, ValueError) as error:
         reason = ' '.join(str(error).split())
@@ -92,26 +104,41 @@ def load_weights(
             f'{name} is of another model: none of its weights fits; it has '
             f'{", ".join(sorted(given)[:3])}, the model {", ".join(sorted(parameters)[:3])}'
         )
-    return _report(given, fitted, outcome.missing_keys)
+    report = _report(given, fitted, outcome.missing_keys, left_out)
+    meta = (content.get('meta') or {}).get('dataset_meta') or {}
+    return replace(report, dataset_meta=dict(meta))
 
 
 @contextmanager
-def _watched_loading() -> Iterator[dict[str, Tensor]]:
-    """Collect what each module actually receives, after all renaming and resizing."""
+def _watched_loading(other_head: bool) -> Iterator[tuple[dict[str, Tensor], dict]]:
+    """Collect what each module receives, after all renaming and resizing, and what does not fit."""
     load = nn.Module._load_from_state_dict
     fitted: dict[str, Tensor] = {}
+    left_out: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
     def watched(self: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
+        *_, errors = args
+        known = len(errors)
         load(self, state_dict, prefix, *args)
-        for name in (*self._parameters, *self._buffers):
-            if prefix + name in state_dict:
-                fitted[prefix + name] = state_dict[prefix + name]
+        for name, own in (*self._parameters.items(), *self._buffers.items()):
+            key = prefix + name
+            if key not in state_dict:
+                continue
+            if other_head and not key.startswith('backbone.'):
+                misfit = f'size mismatch for {key}:'
+                if any(error.startswith(misfit) for error in errors[known:]):
+                    errors[known:] = [e for e in errors[known:] if not e.startswith(misfit)]
+                    left_out[key] = tuple(state_dict[key].shape), tuple(own.shape)
+                    continue
+            fitted[key] = state_dict[key]
 
     with mock.patch.object(nn.Module, '_load_from_state_dict', watched):
-        yield fitted
+        yield fitted, left_out
 
 
-def _report(given: dict[str, Tensor], fitted: dict[str, Tensor], missing: list) -> LoadReport:
+def _report(
+    given: dict[str, Tensor], fitted: dict[str, Tensor], missing: list, left_out: dict
+) -> LoadReport:
     names = {id(value): key for key, value in given.items()}
     renamed, resized, used = {}, {}, set()
     for key, value in sorted(fitted.items()):
@@ -132,6 +159,7 @@ def _report(given: dict[str, Tensor], fitted: dict[str, Tensor], missing: list) 
         resized=resized,
         missing=tuple(sorted(set(missing) - fitted.keys())),
         unexpected=tuple(sorted(given.keys() - used)),
+        left_out=left_out,
         loaded=len(fitted),
     )
 

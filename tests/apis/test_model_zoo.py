@@ -136,3 +136,38 @@ def test_tables_say_what_is_wrong():
         TABLES.fill('<!-- model zoo: COCO of Vim -->\n', ROOT)
     with pytest.raises(ValueError, match='no model belongs to'):
         TABLES.fill('<!-- model zoo: MNIST of Vim -->\n<!-- end of model zoo -->', ROOT)
+
+
+def test_another_head(official, monkeypatch):
+    path, weights = official
+    said = []
+    monkeypatch.setattr('mmvim.apis.model_zoo.print_log', lambda text, **_: said.append(text))
+    changes = copy.deepcopy(SHALLOW)
+    changes['head']['num_classes'] = 7
+    model = mmvim.get_model(NAME, path, **changes)
+    torch.testing.assert_close(model.backbone.norm_f.weight, weights['norm_f.weight'])
+    assert model.head.fc.weight.shape == (7, 32)
+    line = next(text for text in said if 'left out' in text)
+    assert 'head.fc.weight (10, 32) for (7, 32), head.fc.bias (10,) for (7,)' in line
+    # A backbone of another shape is another model.
+    changes['backbone']['arch'] = dict(embed_dims=16, depth=2)
+    changes['head']['in_channels'] = 16
+    with pytest.raises(CheckpointError, match=r'backbone\.|embed_dims'):
+        mmvim.get_model(NAME, path, **changes)
+    with pytest.raises(CheckpointError, match='does not fit'):
+        mmvim.apis.load_weights(
+            mmvim.get_model(NAME, **SHALLOW, train_cfg=None),
+            {'model': {**weights, 'head.weight': torch.zeros(3, 32)}},
+        )
+
+
+@pytest.mark.parametrize('classes', [10, 1000])
+def test_inference_model_of_mmpretrain(classes):
+    mmpretrain = pytest.importorskip('mmpretrain')
+    changes = copy.deepcopy(SHALLOW)
+    changes['head']['num_classes'] = classes
+    model = mmvim.get_model(NAME, **changes)
+    found = mmpretrain.inference_model(model, np.zeros((40, 50, 3), np.uint8))
+    assert len(found['pred_scores']) == classes
+    # The names of ImageNet's classes are not those of ten others.
+    assert ('pred_class' in found) == (classes == 1000) or found['pred_class'].isdecimal()

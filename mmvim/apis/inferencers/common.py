@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from mmengine.logging import print_log
 from torch import nn
 
 from mmvim._configs import innermost_dataset
-from mmvim.checkpoints.files import read_checkpoint
 from mmvim.checkpoints.loading import load_weights
 from mmvim.errors import CheckpointError, SampleError
 
@@ -87,15 +86,14 @@ def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
             raise ValueError(f'no weights were published for {name!r}')
     meta: dict[str, Any] = {}
     if weights:
-        content = read_checkpoint(weights)
-        report = load_weights(model, content)
+        report = load_weights(model, weights)
         lacking = sorted(set(report.missing) & {name for name, _ in model.named_parameters()})
         if lacking:
             raise CheckpointError(
                 f'checkpoint {str(weights)!r} is of another model: it lacks {len(lacking)} of its '
                 f'parameters: {", ".join(lacking[:3])}'
             )
-        meta = dict((content.get('meta') or {}).get('dataset_meta') or {})
+        meta = report.dataset_meta
     else:
         print_log(
             'no weights were given: the model is random, and what it predicts means nothing',
@@ -103,10 +101,15 @@ def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
             level=logging.WARNING,
         )
     model.has_random_weights = not weights
-    known = {k.lower(): v for k, v in meta.items() if v and k.lower() in _META}
-    model.dataset_meta = {**_config_meta(cfg), **known}
+    model.dataset_meta = class_names(cfg, meta)
     model.cfg = model._config = cfg
     return model.eval()
+
+
+def class_names(cfg: Config, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Classes and palette: of a checkpoint's ``dataset_meta`` or, where it is silent, a config."""
+    known = {k.lower(): v for k, v in meta.items() if v and k.lower() in _META}
+    return {**_config_meta(cfg), **known}
 
 
 def _config_meta(cfg: Config) -> dict[str, Any]:
