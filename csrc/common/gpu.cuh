@@ -33,6 +33,7 @@ MMVIM_DEVICE int block_x() { return static_cast<int>(blockIdx.x); }
 MMVIM_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 MMVIM_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 MMVIM_DEVICE void sync_block() { __syncthreads(); }
+MMVIM_DEVICE void sync_warp() { __syncwarp(); }
 
 MMVIM_DEVICE char* shared_memory() {
   extern __shared__ __align__(16) char memory[];

@@ -487,7 +487,8 @@ struct BackwardCall {
     const int64_t states = first.states();
     const int64_t limit = kMaxStates;
     p.size.states = static_cast<int>(std::min(states, limit));
-    const Plan plan = plan_backward(p.size, directions, multiprocessor_count());
+    const bool plain = method == Discretization::kZoh && !z.has_value();
+    const Plan plan = plan_backward(p.size, directions, plain, multiprocessor_count());
     const Tensor* results[2] = {&grads[0]->u, &grads[0]->delta};
     const ChunkMemory workspace(p.chunks, plan, p.size, directions, is_two_tap(method), like,
                                 results);

@@ -138,9 +138,11 @@ struct Plan {
   int chunks = 1;
   int chunk_length = 0;
   Joint joint = Joint::kNo;
+  bool few = false;  // one or two states, whose tiles run side by side
 };
 Plan plan_forward(const Sizes& size, int directions, int multiprocessors);
-Plan plan_backward(const Sizes& size, int directions, int multiprocessors);
+// `plain`: zero-order hold without a gate.
+Plan plan_backward(const Sizes& size, int directions, bool plain, int multiprocessors);
 // Blocks of channels that share one group of B and C.
 int blocks_per_group(const Sizes& size, int groups, int block_channels);
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda_backward.cuh"
+#include "cuda_backward_few.cuh"
 #include "cuda_chunks.cuh"
 
 namespace mmvim {
@@ -38,6 +39,9 @@ int launch_backward_as(const Plan& plan, Backward p, CUstream_st* stream) {
                             stream, local);
     if (error == 0) error = launch_carry(carry, stream);
     if (error != 0) return error;
+  }
+  if constexpr (kMethod == Discretization::kZoh && kCpt == 1) {
+    if (plan.few) return launch_few_backward<T>(p, grid, stream);
   }
   const BackwardShared shared(slices, 32 * kCpt);
   return gpu::launch(backward_kernel<T, kMethod, kCpt>, grid, 32 * slices, shared.total, stream, p);

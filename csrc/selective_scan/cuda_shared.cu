@@ -4,6 +4,7 @@
 #include "../common/gpu_math.cuh"
 #include "../common/vector.cuh"
 #include "cuda_backward.cuh"
+#include "cuda_backward_few.cuh"
 #include "cuda_chunks.cuh"
 #include "cuda_forward.cuh"
 
@@ -261,7 +262,17 @@ Plan plan_forward(const Sizes& size, int directions, int multiprocessors) {
                   0.4});
 }
 
-Plan plan_backward(const Sizes& size, int directions, int multiprocessors) {
+Plan plan_backward(const Sizes& size, int directions, bool plain, int multiprocessors) {
+  // Without blocks for all multiprocessors it is better to cut the length; two states of short
+  // scans are faster as scans of many are.
+  const bool few = size.pitch == 1 || (size.pitch <= kFewStates && size.length > 1024);
+  if (plain && few && directions == 1 && std::getenv("MMVIM_SCAN_PLAN") == nullptr &&
+      size.batch * channel_blocks(size, 32) >= multiprocessors) {
+    Plan plan;
+    plan.chunk_length = size.length;
+    plan.few = true;
+    return plan;
+  }
   // One launch does both directions.
   Sizes all = size;
   all.batch *= directions;

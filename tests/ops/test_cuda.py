@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops_support import scan_inputs
+from ops_support import assert_error_bounded, gradients, randn, scan_inputs, wide
 
 from mmvim.ops import (
     ScanInputs,
@@ -29,6 +29,13 @@ def scan(groups=None, length=197, channels=160, method='zoh'):
     tensors = {k: v.requires_grad_() for k, v in tensors.items()}
     out = selective_scan(**tensors, delta_softplus=True, discretization=method, backend='compiled')
     return [out], list(tensors.values())
+
+
+def few_states(states):
+    """A scan with blocks for all multiprocessors, which has a kernel of its own."""
+    x = scan_inputs(64, 1100, 160, states, 4, dtype=torch.bfloat16, device='cuda')
+    x = {k: v.requires_grad_() for k, v in x.items() if k != 'z'}
+    return [selective_scan(**x, delta_softplus=True, backend='compiled')], list(x.values())
 
 
 def both_scans(length=197):
@@ -63,6 +70,8 @@ CASES = {
     'scan': scan,
     'scan-groups': lambda: scan(groups=2),
     'scan-two-tap': lambda: scan(method='foh_hold'),
+    'scan-one-state': lambda: few_states(1),
+    'scan-two-states': lambda: few_states(2),
     'scan-chunks': lambda: scan(length=1500, channels=64),
     'bidirectional': both_scans,
     'bidirectional-chunks': lambda: both_scans(1500),
@@ -114,6 +123,57 @@ def test_poisoned_memory_does_not_show(case):
         del blocks
     for a, b in zip(expected, results(case), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3 * b.abs().max().item())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('reverse', [False, True])
+@pytest.mark.parametrize('states', [1, 2])
+@pytest.mark.parametrize(
+    ('length', 'channels', 'groups', 'optional'),
+    [
+        (1, 32, None, True),
+        (7, 33, 3, True),
+        (32, 64, 2, False),
+        (33, 96, None, True),
+        (49, 100, 4, False),
+        (255, 40, 1, True),
+        (256, 31, None, True),
+        (257, 64, 2, True),
+        (600, 70, 7, True),
+        (1100, 64, 2, True),
+    ],
+)
+def test_gradients_of_few_states(length, channels, groups, optional, states, reverse, dtype):
+    batch = torch.cuda.get_device_properties(0).multi_processor_count
+    x = scan_inputs(
+        batch, length, channels, states, groups, dtype=dtype, device='cuda', optional=optional
+    )
+    x.pop('z', None)
+    if optional:
+        x['initial_state'] = randn(batch, channels, states, seed=77).float().cuda()
+
+    def run(tensors, backend):
+        leaves = {k: v.detach().requires_grad_() for k, v in tensors.items()}
+        outputs = selective_scan(
+            **leaves, delta_softplus=optional, reverse=reverse, return_last_state=optional,
+            backend=backend,
+        )  # fmt: skip
+        outputs = outputs if optional else (outputs,)
+        return gradients(outputs, list(leaves.values()), cast=casts)
+
+    # Without a softplus, steps of another sign would grow.
+    if not optional:
+        x['delta'] = x['delta'].abs()
+    casts = (torch.empty(0, dtype=dtype), torch.empty(0))[: 2 if optional else 1]
+    got, plain = run(x, 'compiled'), run(x, 'torch')
+    exact = run(wide(x), 'torch')
+    names = list(x)
+    if optional:
+        # It has passed through the decays of all steps.
+        first = [[tensors.pop()] for tensors in map(list, (names, got, plain, exact))]
+        assert_error_bounded(*first, slack=4 + 2 * length**0.5)
+    count = len(names) - optional
+    assert_error_bounded(names[:count], got[:count], plain[:count], exact[:count], slack=8.0)
 
 
 def peak_of(function) -> int:

@@ -511,10 +511,14 @@ def _pipeline(*steps: dict) -> Any:
 
 
 def _use_image(path: Path, case: dict) -> str:
-    from mmvim.apis.inferencers.common import read_image
+    from mmengine.config import Config
+
+    from mmvim.apis.inferencers.pipeline import InferencePipeline
 
     if case['seed'] % 2:
-        picture = _refusable(lambda: read_image(str(path)), (path.name,))
+        steps = [dict(type='LoadImageFromFile'), dict(type='mmseg.PackSegInputs')]
+        read = InferencePipeline(Config(dict(default_scope='mmseg', test_pipeline=steps))).read
+        picture, _ = _refusable(lambda: read(str(path)), (path.name,))
     else:
         backend = 'pillow' if case['seed'] else 'cv2'
         steps = _pipeline(dict(type='LoadImageFromFile', imdecode_backend=backend))
