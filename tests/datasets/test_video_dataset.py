@@ -230,6 +230,8 @@ def test_repeat_and_pack(clip):
     sample = LoadVideo(num_frames=4)({'img_path': clip, 'gt_label': 5, 'sample_idx': 7})
     sample = repeat(sample)
     assert sample['frames'].shape == (3, 4, 3, 16, 16)
+    # The file's frames are grey.
+    sample['frames'] = torch.randint(256, sample['frames'].shape, dtype=torch.uint8)
     packed = PackVideo()(sample)
     assert packed['inputs'].shape == (3, 3, 4, 16, 16)
     assert torch.equal(packed['inputs'], sample['frames'].transpose(1, 2))
