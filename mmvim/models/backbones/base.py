@@ -16,6 +16,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.checkpoint import checkpoint
 
 from mmvim._checks import (
@@ -112,6 +113,8 @@ class Backbone(BaseModule):
             what follows the stages if these are all.
         with_cp (bool): Whether blocks are recomputed in the backward pass to save memory.
         init_cfg (dict, optional): As in :class:`mmengine.model.BaseModule`.
+        adapt_channels (bool): Whether a checkpoint's first convolution is fitted to another number
+            of channels. Defaults to False.
 
     Raises:
         TypeError: If ``arch`` is neither a name nor a dict.
@@ -145,11 +148,12 @@ class Backbone(BaseModule):
         frozen_stages: int,
         with_cp: bool,
         init_cfg: dict | list[dict] | None,
+        adapt_channels: bool = False,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         check_choice('out_type', out_type, self.OUT_TYPES)
         check_choice('out_norm', out_norm, self.OUT_NORMS)
-        check_flags(with_cp=with_cp)
+        check_flags(with_cp=with_cp, adapt_channels=adapt_channels)
         self.arch = self._parse_arch(arch)
         self.depths: tuple[int, ...] = self._parse_depths()
         self.out_type = out_type
@@ -160,6 +164,7 @@ class Backbone(BaseModule):
             raise ValueError(f'frozen_stages={frozen_stages!r} must be in -1 .. {self.num_stages}')
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
+        self.adapt_channels = adapt_channels
 
     @property
     def num_stages(self) -> int:
@@ -318,6 +323,8 @@ class Backbone(BaseModule):
         for key in filter(self._is_dropped, keys):
             del state_dict[prefix + key]
             self._log(f"'{key}' of the checkpoint has no place in this model and is not loaded", 10)
+        if self.adapt_channels:
+            self._adapt_channels(state_dict, prefix)
         self._fit_own(state_dict, prefix, local_metadata)
         wrong = size_mismatches(self, state_dict, prefix)
         if wrong:
@@ -327,6 +334,27 @@ class Backbone(BaseModule):
 
     def _translate(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
         """Convert the names and values of another implementation to this model's."""
+
+    def _adapt_channels(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
+        """Fit the first convolution to this model's number of channels.
+
+        What it gives for images of equal channels stays the same, as in timm's
+        ``adapt_input_conv``.
+        """
+        name, conv = next(
+            (name, m) for name, m in self.patch_embed.named_modules() if isinstance(m, _ConvNd)
+        )
+        key, channels = f'{prefix}patch_embed.{name}.weight', conv.in_channels
+        weight = state_dict.get(key)
+        if weight is None or weight.dim() < 3 or weight.shape[1] == channels:
+            return
+        given = weight.shape[1]
+        if channels == 1:
+            state_dict[key] = weight.sum(1, keepdim=True)
+        else:
+            repeated = torch.cat([weight] * -(-channels // given), 1)[:, :channels]
+            state_dict[key] = repeated * (given / channels)
+        self._log(f'adapted {key} of the checkpoint from {given} to {channels} channels')
 
     def _fit_own(
         self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: Mapping
@@ -443,6 +471,7 @@ class PlainBackbone(Backbone):
         frozen_stages: int = -1,
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        adapt_channels: bool = False,
         **mixer: object,
     ) -> None:
         super().__init__(
@@ -452,6 +481,7 @@ class PlainBackbone(Backbone):
             out_norm=out_norm,
             frozen_stages=frozen_stages,
             with_cp=with_cp,
+            adapt_channels=adapt_channels,
             init_cfg=init_cfg,
         )
         check_choice('merge', merge, (None, 'mean', 'sum'))

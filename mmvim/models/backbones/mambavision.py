@@ -233,6 +233,9 @@ class MambaVision(Backbone):
             large3 for images of 256), else (14, 7). Released models for images of 512 ('large2'
             and 'large3') need (32, 16).
         in_channels (int): Channels of the image. Defaults to 3.
+        adapt_channels (bool): Whether a checkpoint's first convolution is fitted to another
+            ``in_channels``, as timm does: repeated and rescaled, for one channel summed. Defaults
+            to False: such a checkpoint is refused.
         out_type (str): Kind of each output. 'avg_featmap': (batch, channels), the mean of the map
             after the norm; for the last stage, the input of the official classification head.
             'featmap': (batch, channels, height, width). Defaults to 'avg_featmap'.
@@ -336,6 +339,7 @@ class MambaVision(Backbone):
         with_cp: bool = False,
         ops_backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
+        adapt_channels: bool = False,
     ) -> None:
         super().__init__(
             arch,
@@ -344,6 +348,7 @@ class MambaVision(Backbone):
             out_norm=out_norm,
             frozen_stages=frozen_stages,
             with_cp=with_cp,
+            adapt_channels=adapt_channels,
             init_cfg=init_cfg,
         )
         check_positive(in_channels=in_channels)

@@ -58,6 +58,9 @@ class VideoMamba(PlainBackbone):
         stride (int | tuple, optional): Distance between patches. Defaults to None:
             ``patch_size``.
         in_channels (int): Channels of the image. Defaults to 3.
+        adapt_channels (bool): Whether a checkpoint's first convolution is fitted to another
+            ``in_channels``, as timm does: repeated and rescaled, for one channel summed. Defaults
+            to False: such a checkpoint is refused.
         num_frames (int, optional): Native number of frames of the temporal position embedding, a
             multiple of ``tubelet_size``. Defaults to None: an image model.
         tubelet_size (int): Frames that are embedded together; T frames are T / ``tubelet_size``
@@ -165,6 +168,7 @@ class VideoMamba(PlainBackbone):
         recompute: bool | None = None,
         ops_backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
+        adapt_channels: bool = False,
     ) -> None:
         check_choice('inflation', inflation, ('center', 'average'))
         check_choice('cls_token', cls_token, ('head', 'none'))
@@ -214,6 +218,7 @@ class VideoMamba(PlainBackbone):
             with_cp=with_cp,
             recompute=recompute,
             ops_backend=ops_backend,
+            adapt_channels=adapt_channels,
             init_cfg=init_cfg,
         )
         self.num_frames = num_frames

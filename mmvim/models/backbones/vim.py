@@ -41,6 +41,9 @@ class Vim(PlainBackbone):
         stride (int | tuple, optional): Distance between patches, for instance 8 with patches of 16.
             Defaults to None: ``patch_size``.
         in_channels (int): Channels of the image. Defaults to 3.
+        adapt_channels (bool): Whether a checkpoint's first convolution is fitted to another
+            ``in_channels``, as timm does: repeated and rescaled, for one channel summed. Defaults
+            to False: such a checkpoint is refused.
         cls_token (str): Place of the class token: 'middle', 'head', 'tail', 'double' (one at each
             end) or 'none'. Defaults to 'middle'.
         out_type (str): Kind of each output. 'cls_token': (batch, channels), the class token (the
@@ -148,6 +151,7 @@ class Vim(PlainBackbone):
         recompute: bool | None = None,
         ops_backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
+        adapt_channels: bool = False,
     ) -> None:
         check_choice('cls_token', cls_token, CLS_TOKEN_PLACES)
         check_choice('pool', pool, (None, 'mean', 'max', 'last', 'all'))
@@ -197,6 +201,7 @@ class Vim(PlainBackbone):
             with_cp=with_cp,
             recompute=recompute,
             ops_backend=ops_backend,
+            adapt_channels=adapt_channels,
             init_cfg=init_cfg,
         )
         if rope and self.embed_dims % 4:
