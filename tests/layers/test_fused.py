@@ -410,6 +410,49 @@ def test_wrong_parameters(index):
         torch.ops.mmvim.mixer(x, parameters, *rest)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('recompute', [True, False])
+@pytest.mark.parametrize('size', [(12, 3, 2, 37), (64, 16, 4, 197), (26, 5, 3, 50)])
+@pytest.mark.parametrize('options', OPTIONS)
+def test_on_cuda(options, size, recompute):
+    """At most twice the error of the steps, against float64."""
+    d_model, d_state, dt_rank, length = size
+    options = {'kind': BiMamba, **options}
+    kind = options.pop('kind')
+    torch.manual_seed(0)
+    mixer = kind(d_model, d_state=d_state, dt_rank=dt_rank, recompute=recompute, **options)
+    mixer, x = moved(mixer.double()), torch.randn(2, length, d_model, dtype=torch.float64)
+
+    def flat(results):
+        y, dx, grads = results
+        return [t.detach().double().cpu().clone() for t in (y, dx, *grads.values())]
+
+    with step_by_step(mixer):
+        exact = flat(run(mixer, x))
+    mixer, x = mixer.float().cuda(), x.float().cuda()
+    for autocast, tolerance in ((None, 2e-5), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)):
+        fused = flat(run(mixer, x, autocast))
+        with step_by_step(mixer):
+            steps = flat(run(mixer, x, autocast))
+        for found, other, right in zip(fused, steps, exact, strict=True):
+            error, allowed = ((t - right).norm() / right.norm() for t in (found, other))
+            assert error <= 2 * allowed + tolerance
+
+
+@pytest.mark.gpu
+def test_a_graph_sees_new_parameters():
+    mixer, x = BiMamba(64).cuda().eval(), torch.randn(2, 197, 64, device='cuda')
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        mixer(x)
+        with torch.cuda.graph(graph):
+            y = mixer(x)
+        for parameter in mixer.parameters():
+            parameter.data.add_(0.01 * torch.randn_like(parameter))
+        graph.replay()
+        torch.testing.assert_close(y, mixer(x), rtol=0, atol=0)
+
+
 def test_mlp():
     torch.manual_seed(0)
     mlp, x = Mlp(6, 20).double(), torch.randn(2, 3, 6, dtype=torch.float64)
