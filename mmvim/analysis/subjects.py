@@ -17,7 +17,7 @@ from mmvim.apis.inputs import DEFAULT_SIDE
 from mmvim.apis.model_zoo import get_model
 from mmvim.apis.videos import SUFFIXES as VIDEO_SUFFIXES
 from mmvim.apis.videos import find_videos
-from mmvim.datasets.video import VideoReader, uniform_indices
+from mmvim.datasets.video import open_video, uniform_indices
 from mmvim.models.backbones.base import Backbone
 
 
@@ -98,9 +98,9 @@ def read_subject(
 def _read_frames(path: str, size: tuple[int, int], frames: int) -> np.ndarray:
     import cv2
 
-    if Path(path).suffix.lower() in VIDEO_SUFFIXES:
+    if Path(path).suffix.lower() in VIDEO_SUFFIXES or Path(path).is_dir():
         (found,) = find_videos(path)
-        with VideoReader(found) as video:
+        with open_video(found) as video:
             taken = uniform_indices(len(video), frames, num_clips=1)[0]
             pictures = video.frames(taken).permute(0, 2, 3, 1).numpy()
     else:

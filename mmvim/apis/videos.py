@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from mmvim.datasets.video import VideoSampleError
+from mmvim.datasets.video.frames import holds_frames
 from mmvim.datasets.video.reader import require_av
 
 SUFFIXES = ('.mp4', '.mkv', '.webm', '.avi', '.mov', '.m4v', '.mpg', '.mpeg', '.ts', '.gif')
 
 
 def find_videos(inputs: str | Path | Sequence[str | Path]) -> list[str]:
-    """List videos: a file, a folder (its videos, sorted), a pattern, or several of these.
+    """List videos: a file, a folder, a pattern, or several of these.
+
+    Of a folder these are its video files, sorted; without any, the folder itself if it holds a
+    video's frames as pictures, else its subfolders that do.
 
     Raises:
         VideoSampleError: There is no such file, no video in the folder, or no match.
@@ -25,11 +29,16 @@ def find_videos(inputs: str | Path | Sequence[str | Path]) -> list[str]:
     name = str(inputs)
     if os.path.isdir(name):
         found = sorted(e.path for e in os.scandir(name) if e.name.lower().endswith(SUFFIXES))
+        if not found and holds_frames(name):
+            return [name]
+        found = found or sorted(e.path for e in os.scandir(name) if holds_frames(e.path))
         if not found:
             raise VideoSampleError(f'no video in the folder {name!r} (of {", ".join(SUFFIXES)})')
         return found
     if not os.path.exists(name) and glob.has_magic(name):
-        found = sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))
+        found = sorted(
+            p for p in glob.glob(name, recursive=True) if os.path.isfile(p) or holds_frames(p)
+        )
         if not found:
             raise VideoSampleError(f'no file matches {name!r}')
         return found

@@ -20,7 +20,7 @@ from mmvim.apis.inferencers.common import Result
 from mmvim.apis.outputs import OutputFolder
 from mmvim.apis.videos import VideoWriter, find_videos
 from mmvim.cli import analysis, demo
-from mmvim.datasets.video import VideoReader
+from mmvim.datasets.video import FrameFolder, VideoReader, open_video
 from mmvim.errors import UserError
 
 JSON = 'predictions.json'
@@ -83,7 +83,7 @@ def show(picture: np.ndarray) -> bool:
 
 
 def used_frames(
-    video: VideoReader, args: argparse.Namespace
+    video: VideoReader | FrameFolder, args: argparse.Namespace
 ) -> Iterator[tuple[int, float, np.ndarray]]:
     """Number, time in seconds, and RGB pixels of the frames that are used."""
     times = video.timestamps
@@ -93,7 +93,7 @@ def used_frames(
         yield number, float(times[min(number, len(times) - 1)]), frame
 
 
-def count_frames(video: VideoReader, args: argparse.Namespace) -> int:
+def count_frames(video: VideoReader | FrameFolder, args: argparse.Namespace) -> int:
     """Number of these frames."""
     return min(-(-len(video) // args.every), args.max_frames or len(video))
 
@@ -105,7 +105,7 @@ def batches(items: Iterator, size: int) -> Iterator[list]:
 
 
 def by_frame(
-    inferencer: Any, video: VideoReader, args: argparse.Namespace, output: Output, step: Callable
+    inferencer: Any, video: Any, args: argparse.Namespace, output: Output, step: Callable
 ) -> dict[str, Any]:
     """Run an image model on each frame."""
     frames = []
@@ -122,7 +122,7 @@ def by_frame(
 
 
 def whole(
-    inferencer: Any, result: Result, video: VideoReader, args: argparse.Namespace, output: Output
+    inferencer: Any, result: Result, video: Any, args: argparse.Namespace, output: Output
 ) -> dict[str, Any]:
     """Draw what a video model says about the whole video over its frames."""
     if output.wants:
@@ -154,11 +154,12 @@ def run(args: argparse.Namespace) -> None:
             out = stack.enter_context(OutputFolder(args.out_dir, names, args.overwrite))
         inferencer = demo.make_demo_inferencer(args, cfg)
         progress = stack.enter_context(Progress(transient=True, disable=args.no_progress))
+        template = getattr(inferencer, 'frame_template', None)
         is_whole = isinstance(inferencer, VideoInferencer)
         results = inferencer.predict(videos, args.batch_size) if is_whole else None
         predictions = []
         for name, stem in zip(videos, stems, strict=True):
-            with VideoReader(name) as video:
+            with open_video(name, frame_template=template) as video:
                 total = count_frames(video, args)
                 task = progress.add_task(stem, total=1 if is_whole else total)
                 rate = (len(video) - 1) / max(video.timestamps[-1], 1e-3) or 25

@@ -12,7 +12,7 @@ from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
 from mmvim._configs import type_name
-from mmvim.datasets.video import VideoReader
+from mmvim.datasets.video import open_video
 
 from ..model_zoo import load_config
 from ..videos import find_videos
@@ -60,6 +60,7 @@ class VideoInferencer(Inference):
         self.model = make_model(model, cfg, weights).to(self.device)
         if classes is not None:
             self.model.dataset_meta['classes'] = classes
+        self.frame_template = transforms_of(cfg)[0].get('frame_template')
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
             self.pipeline = Compose(transforms_of(cfg))
 
@@ -97,7 +98,7 @@ class VideoInferencer(Inference):
         with torch.no_grad():
             samples = self.model.test_step(parts)
         for (name, _), sample in zip(batch, samples, strict=True):
-            with VideoReader(name) as video:
+            with open_video(name, frame_template=self.frame_template) as video:
                 middle = video.frames([len(video) // 2])[0].permute(1, 2, 0).numpy()
             image = np.ascontiguousarray(middle[..., ::-1])
             yield Result(name, image, sample, {'video': name, **self._plain(sample)})

@@ -2,6 +2,7 @@
 
 from .dataset import VideoDataset
 from .errors import VideoSampleError
+from .frames import FrameFolder, open_video
 from .reader import VideoReader
 from .sampling import at_regular_times, dense_indices, uniform_indices
 from .transforms import (
@@ -14,6 +15,7 @@ from .transforms import (
 )
 
 __all__ = [
+    'FrameFolder',
     'LoadVideo',
     'PackVideo',
     'RandomErasingVideo',
@@ -25,5 +27,6 @@ __all__ = [
     'VideoTransform',
     'at_regular_times',
     'dense_indices',
+    'open_video',
     'uniform_indices',
 ]

@@ -33,6 +33,9 @@ class VideoDataset(BaseDataset):
     - 'ssv2': ``ann_file`` is the official JSON list with id and template (or label), ``label_file``
       the official JSON that numbers the templates. Files are ``<id>.webm``.
 
+    In place of each file there may be a folder of the name without suffix, with the video's frames
+    as pictures (see :class:`mmvim.LoadVideo`).
+
     Videos of an official list that are not on disk are skipped with a warning: many Kinetics videos
     are no longer available. In a plain list they are an error on loading.
 
@@ -190,13 +193,15 @@ class VideoDataset(BaseDataset):
         root = Path(self.data_prefix['img_path'])
         if not root.is_dir():
             raise ValueError(f'the folder of the videos {str(root)!r} does not exist')
-        found = {}
+        found, folders = {}, {}
         for folder in (root, *sorted(p for p in root.iterdir() if p.is_dir())):
             for entry in os.scandir(folder):
                 stem, extension = os.path.splitext(entry.name)
                 if extension.lower() in _EXTENSIONS:
                     found.setdefault(stem, entry.path)
-        return found
+                elif entry.is_dir():
+                    folders.setdefault(entry.name, entry.path)
+        return folders | found
 
     def _check_labels(self, data: list[dict], names: list[str] | None) -> None:
         count = self.num_classes

@@ -21,7 +21,7 @@ from mmvim._checks import check_choice, check_flags, check_number, check_numbers
 from mmvim.registry import TRANSFORMS
 
 from .errors import VideoSampleError
-from .reader import VideoReader
+from .frames import check_template, open_video
 from .sampling import at_regular_times, dense_indices, uniform_indices
 
 
@@ -39,7 +39,7 @@ def _naming_options(kind: type, options: dict) -> Iterator[None]:
 
 @TRANSFORMS.register_module()
 class LoadVideo:
-    """Decode the frames of one or several clips of the file ``img_path``.
+    """Read the frames of one or several clips of the file, or folder of frames, ``img_path``.
 
     Adds 'frames' (clips, num_frames, 3, height, width), 'frame_indices', 'total_frames' and
     'ori_shape'. A video with fewer frames than a clip needs repeats some of them (see
@@ -61,6 +61,8 @@ class LoadVideo:
             the file; 'skip' warns, and a training set takes another sample instead (in
             evaluation it is still an error: a result must not hide missing samples).
             Defaults to 'raise'.
+        frame_template (str, optional): Names of the frames where ``img_path`` is a folder, such as
+            ``'img_{:05}.jpg'``. Defaults to None: all pictures in it, by their numbers.
 
     Raises:
         ValueError: If an argument is invalid.
@@ -76,6 +78,7 @@ class LoadVideo:
         min_frames: int = 1,
         num_threads: int = 1,
         on_error: str = 'raise',
+        frame_template: str | None = None,
     ) -> None:
         check_choice('sampling', sampling, ('uniform', 'dense'))
         check_choice('on_error', on_error, ('raise', 'skip'))
@@ -93,6 +96,9 @@ class LoadVideo:
         self.min_frames = min_frames
         self.num_threads = num_threads
         self.on_error = on_error
+        self.frame_template = frame_template
+        if frame_template is not None:
+            check_template(frame_template)
         self._indices(1)  # checks the numbers
 
     def _indices(self, total: int):
@@ -111,7 +117,8 @@ class LoadVideo:
             return None
 
     def _load(self, results: dict) -> dict:
-        with VideoReader(results['img_path'], self.num_threads) as video:
+        path = results['img_path']
+        with open_video(path, self.num_threads, self.frame_template) as video:
             total = len(video)
             if total < self.min_frames:
                 raise VideoSampleError(
