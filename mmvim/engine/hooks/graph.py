@@ -123,6 +123,8 @@ class GraphedForward:
         self._given_up = False
         self._warned: set[str] = set()
         self._pool: Any = None
+        # Of gradients that graphs write, which parameters may share.
+        self.addresses: set[int] = set()
         self._modules: dict[str, nn.Module] = {}
         self._children: list[int] | None = None
         # The forward pass whose backward pass is pending; alive as long as that can happen.
@@ -168,10 +170,14 @@ class GraphedForward:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[stream.device_index]
         try:
             return _Recording(self, leaves, structure, self._pool)
+        except Exception:
+            # A failed capture leaves the generator, and the stream, as they were during it.
+            generator.graphsafe_set_state(generator.clone_state().graphsafe_get_state())
+            raise
         finally:
-            # A failed capture leaves this as it was during the capture.
             torch.cuda.set_stream(stream)
 
     def _keep(self, key: tuple, recording: Any) -> None:
@@ -264,9 +270,19 @@ class _Recording:
         given = iter(self.inputs)
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = tree_unflatten(leaves, structure)
-        run = functools.partial(owner.eager, *args, **kwargs)
         trainable = [p for p in self.module.parameters() if p.requires_grad]
-        targets = [x for x in self.inputs if x.requires_grad] + trainable
+        # Other leaves of the same memory: those that accumulate the gradients of the parameters
+        # themselves belong to other streams, DDP's for one.
+        leaf_of = {
+            p: nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+            for p in self.module.parameters()
+        }
+        targets = [x for x in self.inputs if x.requires_grad] + [leaf_of[p] for p in trainable]
+
+        def run() -> Any:
+            with _exchanged(self.module, leaf_of):
+                return owner.eager(*args, **kwargs)
+
         if not targets:
             raise RuntimeError('nothing in it is trained')
         device = next(self.module.parameters()).device
@@ -295,8 +311,13 @@ class _Recording:
                 )
         # Unused parameters get no gradient, as without graphs.
         self.gradients = {
-            id(x): g for x, g in zip(targets, gradients, strict=True) if g is not None
+            id(x): g
+            for x, g in zip(
+                [x for x in self.inputs if x.requires_grad] + trainable, gradients, strict=True
+            )
+            if g is not None
         }
+        owner.addresses.update(g.data_ptr() for g in self.gradients.values())
         self.parameters = [p for p in trainable if id(p) in self.gradients]
         self.outputs = [x.detach() if isinstance(x, Tensor) else x for x in outputs]
         self.tensors = [x for x in self.outputs if isinstance(x, Tensor)]
@@ -341,6 +362,7 @@ class _Replay(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         for static, given in zip(recording.inputs, tensors[:count], strict=True):
             static.copy_(given)
+        _keep_accumulated(recording.parameters, owner.addresses)
         start = recording.regions.begin()
         recording.forward.replay()
         ctx.recording, ctx.start, ctx.owner, ctx.token = recording, start, owner, _Token()
@@ -364,7 +386,6 @@ class _Replay(torch.autograd.Function):
         wanted = [g for g, learns in zip(gradients, recording.learns, strict=True) if learns]
         for static, given in zip(recording.output_gradients, wanted, strict=True):
             static.copy_(given)
-        _keep_accumulated(recording)
         recording.regions.begin_again(ctx.start)
         recording.backward.replay()
         inputs = [recording.gradients.get(id(x)) for x in recording.inputs]
@@ -385,11 +406,27 @@ def _nothing() -> None:
     return None
 
 
-def _keep_accumulated(recording: _Recording) -> None:
-    """Copy gradients that share memory with the graph, as autograd stored them without copying."""
-    for p in recording.parameters:
-        if p.grad is not None and p.grad.data_ptr() == recording.gradients[id(p)].data_ptr():
+def _keep_accumulated(parameters: list[nn.Parameter], addresses: set[int]) -> None:
+    """Copy gradients that lie where a graph will write: autograd took them as they were.
+
+    Forward passes write there too, since a graph uses its memory again and again.
+    """
+    for p in parameters:
+        if p.grad is not None and p.grad.data_ptr() in addresses:
             p.grad = p.grad.clone()
+
+
+@contextlib.contextmanager
+def _exchanged(module: nn.Module, other: dict[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+    """Put other parameters in the place of those of a module."""
+    own = [(m._parameters, dict(m._parameters)) for m in module.modules()]
+    try:
+        for present, parameters in own:
+            present.update({k: other[p] for k, p in parameters.items() if p is not None})
+        yield
+    finally:
+        for present, parameters in own:
+            present.update(parameters)
 
 
 @contextlib.contextmanager
