@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvim.layers import BiMamba, Mamba, MambaVisionMixer, Mlp
 from mmvim.layers.patch_embed import _matrix_product
-from mmvim.ops import DISCRETIZATIONS, intercept_ops
+from mmvim.ops import DISCRETIZATIONS, backend_info, intercept_ops, use_backend
 
 
 def make(dtype=torch.float64, kind=BiMamba, **options):
@@ -37,6 +37,15 @@ def run(mixer, x, autocast=None):
         y = mixer(x)
     y.to(x.dtype).pow(3).sum().backward()
     return y.detach(), x.grad, {name: p.grad for name, p in mixer.named_parameters()}
+
+
+@pytest.fixture
+def compiled():
+    """The op, which is compiled code or nothing, whatever MMVIM_BACKEND says."""
+    if not backend_info()['loaded']:
+        pytest.skip('no compiled library')
+    with use_backend('compiled'):
+        yield
 
 
 def op_arguments(mixer, x, interval=16, recompute=True):
@@ -123,6 +132,7 @@ def test_without_a_gradient_equals_step_by_step(options, autocast):
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.usefixtures('compiled')
 @pytest.mark.parametrize('kind', KINDS)
 def test_tracers_see_the_modules(kind, monkeypatch):
     mixer, x = make(kind=kind).eval(), torch.randn(2, 9, 12, dtype=torch.float64)
@@ -175,6 +185,7 @@ def test_frozen_parameters_have_no_gradient():
     assert torch.isfinite(dx).all()
 
 
+@pytest.mark.usefixtures('compiled')
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_frozen_mixer_keeps_nothing(kind):
     mixer, x = make(kind=kind), torch.randn(1, 40, 12, dtype=torch.float64)
@@ -203,6 +214,7 @@ def kept_bytes(mixer, x):
     return sum(kept.values())
 
 
+@pytest.mark.usefixtures('compiled')
 @pytest.mark.parametrize(('kind', 'share'), [(BiMamba, 0.5), (Mamba, 0.6), (MambaVisionMixer, 0.7)])
 def test_recomputation_keeps_less(kind, share):
     x = torch.randn(2, 256, 64)
@@ -255,6 +267,7 @@ def test_compiles_in_one_graph():
         torch.testing.assert_close(parameter.grad, grads[name])
 
 
+@pytest.mark.usefixtures('compiled')
 @pytest.mark.parametrize('kind', [BiMamba, MambaVisionMixer, Mlp])
 def test_a_compiler_meets_the_fused_function_where_there_is_a_gradient(kind):
     targets = []
@@ -269,6 +282,7 @@ def test_a_compiler_meets_the_fused_function_where_there_is_a_gradient(kind):
     assert any(wanted in target for target in targets)
 
 
+@pytest.mark.usefixtures('compiled')
 @pytest.mark.parametrize(('dtype', 'recompute'), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize('options', OPTIONS)
 def test_opcheck(options, dtype, recompute):
@@ -279,6 +293,7 @@ def test_opcheck(options, dtype, recompute):
     )
 
 
+@pytest.mark.usefixtures('compiled')
 @pytest.mark.parametrize('recompute', [True, False])
 @pytest.mark.parametrize('given', [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('options', OPTIONS)
@@ -340,6 +355,7 @@ def test_activation_checkpointing(use_reentrant):
         torch.testing.assert_close(parameter.grad, grads[name], rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures('compiled')
 def test_second_derivatives_are_refused():
     mixer, x = make(), torch.randn(1, 5, 12, dtype=torch.float64, requires_grad=True)
     (dx,) = torch.autograd.grad(mixer(x).sum(), x, create_graph=True)
@@ -383,6 +399,7 @@ def test_changed_parameters_count_at_once(kind):
                     torch.testing.assert_close(y, mixer(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures('compiled')
 @pytest.mark.parametrize(
     ('position', 'wrong', 'message'),
     [
@@ -401,6 +418,7 @@ def test_wrong_arguments(position, wrong, message):
         torch.ops.mmvim.mixer(*arguments)
 
 
+@pytest.mark.usefixtures('compiled')
 @pytest.mark.parametrize('index', [i for i in range(18) if i not in (1, 3)])
 def test_wrong_parameters(index):
     x, parameters, *rest = op_arguments(make(torch.float32), torch.zeros(1, 2, 12))
