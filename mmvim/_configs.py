@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.config import Config
+
+_LIBRARIES = ('mmpretrain', 'mmdet', 'mmseg')
+
 
 def type_name(component: Any) -> str:
     """Name of a component's class, without its scope.
@@ -19,6 +23,48 @@ def type_name(component: Any) -> str:
         return ''
     name = kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))
     return name.rpartition('.')[2]
+
+
+def type_scope(component: Any) -> str:
+    """Package of a component's class.
+
+    Args:
+        component: As in :func:`type_name`.
+
+    Returns:
+        For example ``'mmdet'``, which is the prefix of a string and the package of a class; an
+        empty string for a name without a prefix.
+    """
+    kind = component.get('type') if isinstance(component, Mapping) else component
+    if kind is None:
+        return ''
+    if isinstance(kind, str):
+        return kind.rpartition('.')[0].partition('.')[0]
+    return str(getattr(kind, '__module__', '')).partition('.')[0]
+
+
+def is_mmengine(component: Any, *names: str) -> bool:
+    """Whether a component is one of mmengine's, of one of these names.
+
+    A name without a prefix counts as mmengine's.
+    """
+    return type_name(component) in names and type_scope(component) in ('', 'mmengine')
+
+
+def settle_scope(cfg: Config) -> None:
+    """Set a config's missing ``default_scope`` to the task library of its model.
+
+    mmengine's pure-Python configs do without one.
+    """
+    model = cfg.get('model')
+    if cfg.get('default_scope') is not None or not isinstance(model, Mapping):
+        return
+    kind = model.get('type')
+    ancestors = kind.__mro__ if isinstance(kind, type) else [kind]
+    for scope in map(type_scope, ancestors):
+        if scope in _LIBRARIES:
+            cfg.default_scope = scope
+            return
 
 
 def innermost_dataset(loader: Mapping | None) -> Mapping:

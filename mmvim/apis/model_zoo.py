@@ -21,6 +21,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from mmvim.compat import mmengine_configs
+from mmvim.utils.configs import settle_scope
 
 INDEX = 'model-index.yml'
 #: default_scope of a config: its tasks, in the words of the metafiles.
@@ -119,12 +120,15 @@ def load_config(model: str | Path | Config) -> Config:
         ValueError: There is no model of this name.
     """
     if isinstance(model, Config):
-        return model.copy()
-    if str(model).endswith('.py'):
+        cfg = model.copy()
+    elif str(model).endswith('.py'):
         if not Path(model).is_file():
             raise FileNotFoundError(f'the config file {str(model)!r} does not exist')
-        return Config.fromfile(model)
-    return Config.fromfile(model_info(str(model)).config)
+        cfg = Config.fromfile(model)
+    else:
+        cfg = Config.fromfile(model_info(str(model)).config)
+    settle_scope(cfg)
+    return cfg
 
 
 def build_model(cfg: Config) -> nn.Module:

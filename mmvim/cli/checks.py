@@ -28,6 +28,7 @@ from mmvim._arguments import misfits, parameters
 from mmvim.compat import require
 from mmvim.engine.tasks import TASKS
 from mmvim.errors import UserError, did_you_mean
+from mmvim.utils.configs import type_name, type_scope
 
 from .config_keys import RUNNER_KEYS, walk_dicts
 from .diagnosis import unknown_argument, unknown_type
@@ -113,6 +114,8 @@ def _check_types(component: Any, given: Any, path: str, none: bool = False) -> N
     """Check values against reliable declarations, before they are used."""
     if not isinstance(given, dict):
         return
+    # A class stands for its name, as in pure-Python configs.
+    given = {key: value for key, value in given.items() if not isinstance(value, type)}
     wrong = misfits(component, given, none=none)
     if wrong:
         raise UserError(f'{path}: {", ".join(wrong)}')
@@ -225,11 +228,11 @@ def _check_libraries(cfg: Config) -> None:
     if cfg.get('default_scope') in TASKS:
         needed[cfg.default_scope] = f'default_scope = {cfg.default_scope!r}'
     for path, node in walk_dicts(cfg):
-        kind = node.get('type')
-        scope = kind.split('.')[0] if isinstance(kind, str) and '.' in kind else None
+        scope = type_scope(node)
         if scope in TASKS:
-            needed.setdefault(scope, f'{path}.type = {kind!r}')
+            needed.setdefault(scope, f'{path}.type = {node["type"]!r}')
         elif scope and scope.isidentifier() and importlib.util.find_spec(scope) is None:
+            kind = node['type']
             raise UserError(f'{path}.type is {kind!r}, but there is no package {scope!r} installed')
     for scope, reason in needed.items():
         try:
@@ -264,7 +267,8 @@ def check_pretrained(cfg: Config) -> None:
         UserError: A local file does not exist or is empty.
     """
     for path, node in walk_dicts(cfg.model, 'model'):
-        if node.get('type') == 'Pretrained' and isinstance(node.get('checkpoint'), str):
+        # mmengine's class is called PretrainedInit.
+        if type_name(node).startswith('Pretrained') and isinstance(node.get('checkpoint'), str):
             check_checkpoint(node['checkpoint'], f'{path}.checkpoint')
 
 

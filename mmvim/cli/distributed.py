@@ -14,6 +14,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
 from mmvim.errors import UserError
+from mmvim.utils.configs import type_name
 
 # Each launcher's variables: rank, number of processes, rank on the machine.
 _ENVIRONMENT = {
@@ -70,7 +71,7 @@ def prepare(cfg: Config, launcher: str, notes: list[str]) -> None:
     cfg.env_cfg = environment
     wrapper = cfg.get('model_wrapper_cfg') or ConfigDict()
     wrapper.setdefault('type', 'MMDistributedDataParallel')
-    if wrapper['type'] == 'MMDistributedDataParallel':
+    if type_name(wrapper) == 'MMDistributedDataParallel':
         wrapper.setdefault('broadcast_buffers', False)
         wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
         wrapper['device_ids'] = None
@@ -110,11 +111,11 @@ def _fit_strategy(cfg: Config) -> None:
     if not isinstance(strategy, dict):
         return
     wrapper = strategy.get('model_wrapper') or ConfigDict()
-    if strategy.get('type') == 'DDPStrategy':
+    if type_name(strategy) == 'DDPStrategy':
         wrapper.setdefault('type', 'MMDistributedDataParallel')
         wrapper.setdefault('broadcast_buffers', False)
         wrapper['device_ids'] = None
-    elif strategy.get('type') == 'FSDPStrategy':
+    elif type_name(strategy) == 'FSDPStrategy':
         wrapper.setdefault('type', 'MMFullyShardedDataParallel')
         # A number would mean a GPU.
         wrapper['device_id'] = torch.device('cpu')
@@ -139,7 +140,7 @@ def _set_rendezvous(launcher: str, settings: dict) -> None:
 def _replace_sync_bn(node: object) -> int:
     """Return how many norm configs were changed."""
     if isinstance(node, dict):
-        found = int(node.get('type') == 'SyncBN')
+        found = int(type_name(node) in ('SyncBN', 'SyncBatchNorm'))
         if found:
             node['type'] = 'BN'
         return found + sum(_replace_sync_bn(value) for value in node.values())

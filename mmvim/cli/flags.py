@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.registry import HOOKS, MODELS
 
+from mmvim.engine.hooks import CheckpointHook
+from mmvim.engine.optim import ExponentialMovingAverage
 from mmvim.engine.tasks import TASKS, apply_tta, task_of
 from mmvim.errors import UserError
+from mmvim.utils.configs import is_mmengine, settle_scope, type_name
 
 from . import checks
+from .config_keys import walk_dicts
 
 _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 
@@ -29,6 +34,7 @@ def load_config(args: argparse.Namespace) -> Config:
         raise UserError(
             f'the config file {args.config!r} cannot be read{line}: {type(error).__name__}: {error}'
         ) from error
+    settle_scope(cfg)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -156,9 +162,8 @@ def _check_amp_dtype(dtype: str) -> None:
 
 def _use_amp(cfg: Config, dtype: str | None) -> None:
     wrapper = cfg.get('optim_wrapper')
-    kind = wrapper.get('type', 'OptimWrapper') if isinstance(wrapper, dict) else None
-    name = kind if isinstance(kind, str) else getattr(kind, '__name__', str(kind))
-    if name not in ('OptimWrapper', 'AmpOptimWrapper'):
+    name = type_name(wrapper or {}) or 'OptimWrapper'
+    if not isinstance(wrapper, dict) or name not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(
             '--amp works with optim_wrapper.type OptimWrapper or AmpOptimWrapper, not '
             f"{name}; wrappers such as DeepSpeed's have precision settings of their own"
@@ -178,7 +183,7 @@ def fit_to_cpu(cfg: Config, notes: list[str]) -> None:
         if isinstance(cfg.get(key), dict) and cfg[key].get('pin_memory'):
             cfg[key]['pin_memory'] = False
     wrapper = cfg.get('optim_wrapper')
-    if isinstance(wrapper, dict) and wrapper.get('type') == 'AmpOptimWrapper':
+    if isinstance(wrapper, dict) and is_mmengine(wrapper, 'AmpOptimWrapper'):
         wrapper['type'] = 'mmvim.CPUAmpOptimWrapper'
         for name in ('loss_scale', 'dtype', 'use_fsdp'):
             wrapper.pop(name, None)
@@ -193,14 +198,14 @@ _IMPLEMENTATIONS = ('fused', 'foreach', 'capturable', 'differentiable')
 def use_fast_training(cfg: Config) -> None:
     """Make a training run lose no time between its kernels, with unchanged results."""
     hooks = cfg.get('custom_hooks') or ()
-    fast = [{'type': 'mmvim.ParameterGroupsHook'}, {'type': 'mmvim.RunAheadHook'}]
-    present = [hook.get('type') for hook in hooks if isinstance(hook, dict)]
-    cfg.custom_hooks = [*hooks, *(hook for hook in fast if hook['type'] not in present)]
+    present = [type_name(hook) for hook in hooks]
+    missing = [name for name in ('ParameterGroupsHook', 'RunAheadHook') if name not in present]
+    cfg.custom_hooks = [*hooks, *({'type': f'mmvim.{name}'} for name in missing)]
     wrapper = cfg.get('optim_wrapper')
     optimizer = wrapper.get('optimizer') if isinstance(wrapper, dict) else None
     if get_device() != 'cuda' or not isinstance(optimizer, dict) or cfg.get('strategy'):
         return
-    kind = str(optimizer.get('type')).rpartition('.')[2]
+    kind = type_name(optimizer)
     if kind == 'Lamb':
         optimizer['type'] = 'mmvim.Lamb'
     elif kind in _FUSED and not any(name in optimizer for name in _IMPLEMENTATIONS):
@@ -215,8 +220,23 @@ def use_resumable_loops(cfg: Config) -> None:
     names = {True: 'EpochBasedTrainLoop', False: 'IterBasedTrainLoop'}
     if 'type' not in loop and isinstance(loop.get('by_epoch'), bool):
         loop['type'] = f'mmvim.{names[loop.pop("by_epoch")]}'
-    elif loop.get('type') in names.values():
-        loop['type'] = f'mmvim.{loop["type"]}'
+    elif is_mmengine(loop, *names.values()):
+        loop['type'] = f'mmvim.{type_name(loop)}'
+
+
+def use_own_classes(cfg: Config) -> None:
+    """Replace mmengine's classes, where a config gives the class itself, by those that extend them.
+
+    Where it gives their names, the registries hold this package's.
+    """
+    own = {'CheckpointHook': CheckpointHook, 'ExponentialMovingAverage': ExponentialMovingAverage}
+    for _, node in walk_dicts(cfg):
+        for key in ('type', 'ema_type'):
+            kind = node.get(key)
+            if isinstance(kind, type) and is_mmengine(kind, *own):
+                node[key] = own[type_name(kind)]
+    for name, registry in (('CheckpointHook', HOOKS), ('ExponentialMovingAverage', MODELS)):
+        registry.register_module(name=name, module=own[name], force=True)
 
 
 def use_backbone_hooks(cfg: Config) -> None:

@@ -15,18 +15,16 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODELS, RUNNERS
+from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmvim.checkpoints.loading import checked_loading
 from mmvim.engine.hooks import (
-    CheckpointHook,
     DataCheckHook,
     Terminated,
     TerminationHook,
     WeightsHook,
 )
-from mmvim.engine.optim import ExponentialMovingAverage
 from mmvim.engine.tasks import task_of
 
 from . import checks, diagnosis, distributed, flags, resuming, samples
@@ -145,9 +143,7 @@ def _build_runner(
     flags.use_backbone_hooks(cfg)
     samples.install()
     diagnosis.install()
-    HOOKS.register_module(name='CheckpointHook', module=CheckpointHook, force=True)
-    name = ExponentialMovingAverage.__name__
-    MODELS.register_module(name=name, module=ExponentialMovingAverage, force=True)
+    flags.use_own_classes(cfg)
     runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     if not args.no_checks:
         runner.register_hook(DataCheckHook(loops))

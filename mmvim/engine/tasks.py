@@ -9,6 +9,7 @@ from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
 from mmvim.errors import UserError
+from mmvim.utils.configs import innermost_dataset, type_name
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ def _dump_detection(cfg: Config, path: str) -> None:
 
 def _dump_segmentation(cfg: Config, path: str) -> None:
     for metric in metrics_of(cfg):
-        if str(metric.get('type', '')).rpartition('.')[2] == 'IoUMetric':
+        if type_name(metric) == 'IoUMetric':
             metric['output_dir'] = path
             return
     raise UserError(
         '--out writes label maps through an IoUMetric, and test_evaluator has none: '
-        f'{[metric.get("type") for metric in metrics_of(cfg)]}'
+        f'{[type_name(metric) for metric in metrics_of(cfg)]}'
     )
 
 
@@ -220,16 +221,14 @@ def apply_tta(cfg: Config, task: Task) -> None:
     Raises:
         UserError: There is no pipeline, or it does not end as the library's pipelines do.
     """
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
+    dataset = innermost_dataset(cfg.test_dataloader)
     model = cfg.get('tta_model') or ConfigDict(task.tta_model)
     dataset['pipeline'] = cfg.get('tta_pipeline') or _flip_pipeline(dataset.get('pipeline'), task)
     cfg.model = ConfigDict(deepcopy(dict(model)), module=cfg.model)
 
 
 def _flip_pipeline(pipeline: list[dict] | None, task: Task) -> list[dict]:
-    names = [str(step.get('type')).rpartition('.')[2] for step in pipeline or []]
+    names = [type_name(step) for step in pipeline or []]
     if task.tta_from not in names:
         raise UserError(
             f'--tta without tta_pipeline in the config needs {task.tta_from} in the test '

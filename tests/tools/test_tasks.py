@@ -5,11 +5,17 @@ from pathlib import Path
 
 import mmengine
 import numpy as np
+import pure_python
 import pytest
 import task_configs
+from mmengine.hooks import EMAHook
 from PIL import Image
 
+from mmvim.apis.inferencers import make_inferencer
 from mmvim.cli.launcher import main_test, main_train
+from mmvim.engine import loops
+from mmvim.engine.hooks import CheckpointHook
+from mmvim.engine.optim import ExponentialMovingAverage
 
 CHECKPOINT = 'work_dirs/config/iter_1.pth'
 
@@ -139,3 +145,51 @@ def test_segmentation(task, fails):
     line = fails(main_train, 'config.py')
     assert "cannot load annotation '" in line
     assert "maps/1.png' (LoadAnnotations)" in line
+
+
+@pytest.mark.parametrize('task', ['mmpretrain', 'mmdet', 'mmseg'], indirect=True)
+def test_pure_python_config(task, fails):
+    """Types are classes and there is no default_scope; all works as with names."""
+    with open('config.py', 'a') as file:
+        file.write("custom_hooks = [dict(type='EMAHook', ema_type='ExponentialMovingAverage')]\n")
+    pure_python.write(Path('config.py'), Path('pure.py'))
+    text = Path('pure.py').read_text()
+    assert "'type': '" not in text.replace("'type': 'nms'", '')
+    assert 'default_scope' not in text
+    runner = main_train(['pure.py', '--amp', '--cfg-options', 'train_cfg.max_iters=2'])
+    assert runner.cfg.default_scope == Path.cwd().name
+    assert isinstance(runner.train_loop, loops.IterBasedTrainLoop)
+    kinds = [type(hook) for hook in runner.hooks]
+    assert kinds.count(CheckpointHook) == 1
+    assert {'ParameterGroupsHook', 'RunAheadHook'} <= {kind.__name__ for kind in kinds}
+    ema = next(hook for hook in runner.hooks if isinstance(hook, EMAHook))
+    assert isinstance(ema.ema_model, ExponentialMovingAverage)
+    assert type(runner.optim_wrapper).__name__ == 'CPUAmpOptimWrapper'
+    resumed = main_train(['pure.py', '--resume', '--cfg-options', 'train_cfg.max_iters=3'])
+    assert resumed.iter == 3
+    checkpoint = 'work_dirs/pure/iter_3.pth'
+    out = {'mmseg': 'maps'}.get(Path.cwd().name, 'p.pkl')
+    plain = main_test(['pure.py', checkpoint, '--out', out, '--show-dir', 'shown'])
+    assert plain
+    assert Path(out).exists()
+    assert len(painted('shown')) == 4
+    assert main_test(['pure.py', checkpoint, '--tta'])
+    inferencer = make_inferencer('pure.py', checkpoint, 'cpu')
+    image = next((task / 'images').glob('*.png'))
+    assert list(inferencer.predict(str(image)))
+    assert list(inferencer.class_names) == ['a', 'b']
+
+
+@pytest.mark.parametrize('task', ['mmseg'], indirect=True)
+def test_types_with_a_prefix(task):
+    text = Path('config.py').read_text()
+    for name in ('IterBasedTrainLoop', 'CheckpointHook'):
+        text = text.replace(f"'{name}'", f"'mmengine.{name}'")
+    for name in ('IoUMetric', 'LoadAnnotations', 'PackSegInputs', 'EncoderDecoder'):
+        text = text.replace(f"'{name}'", f"'mmseg.{name}'")
+    Path('config.py').write_text(text)
+    runner = main_train(['config.py'])
+    assert isinstance(runner.train_loop, loops.IterBasedTrainLoop)
+    assert [type(hook) for hook in runner.hooks].count(CheckpointHook) == 1
+    assert 'mIoU' in main_test(['config.py', CHECKPOINT, '--tta', '--out', 'maps'])
+    assert len(list(Path('maps').iterdir())) == 4

@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 import mmvim  # noqa: F401
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
+from mmvim.utils.configs import settle_scope
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,9 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     with reported_errors() as context:
         cfg = Config.fromfile(args.config)
+        settle_scope(cfg)
         cfg.merge_from_dict(args.cfg_options or {})
         context.cfg = cfg
-        init_default_scope(cfg.get('default_scope', 'mmengine'))
+        init_default_scope(cfg.get('default_scope') or 'mmengine')
         key = f'{args.split}_dataloader'
         if not cfg.get(key):
             raise UserError(f'{args.config} has no {key}')

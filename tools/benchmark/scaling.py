@@ -40,6 +40,7 @@ from mmvim.cli.config_keys import walk_dicts
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
+from mmvim.utils.configs import settle_scope, type_name
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / 'configs' / 'vim' / 'vim-tiny_8xb128_in1k.py'
@@ -69,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     print(head, flush=True)
     with reported_errors() as context, tempfile.TemporaryDirectory() as folder:
         cfg = Config.fromfile(args.config)
+        settle_scope(cfg)
         context.cfg = cfg
         options = argparse.Namespace(cfg_options=args.cfg_options, no_pin_memory=False)
         flags.apply_options(cfg, options)
@@ -145,7 +147,7 @@ def synthetic(
         raise UserError(f'{args.config} is not the config of a classifier, detector or segmentor')
     for _, node in walk_dicts(cfg.model):
         weights = node.get('init_cfg')
-        if isinstance(weights, dict) and weights.get('type') == 'Pretrained':
+        if isinstance(weights, dict) and type_name(weights).startswith('Pretrained'):
             node['init_cfg'] = None
     backbone = cfg.model.backbone
     frames = backbone.get('num_frames')

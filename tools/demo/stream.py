@@ -18,17 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmvim.apis.model_zoo import load_config
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.datasets.video import VideoReader
 from mmvim.datasets.video.reader import require_av
 from mmvim.errors import UserError
 from mmvim.models import GraphedStream
+from mmvim.utils.configs import type_name
 
 # Arguments of VideoMamba that its streaming form does not take.
 NOT_STREAMED = ('out_type', 'out_indices', 'out_norm', 'keep_temporal', 'pool')
@@ -94,10 +95,10 @@ def read_camera(index: int) -> Iterator[np.ndarray]:
 
 def build(args: argparse.Namespace) -> nn.Module:
     """Build the classifier of the config with a streaming backbone."""
-    cfg = Config.fromfile(args.config)
+    cfg = load_config(args.config)
     init_default_scope(cfg.get('default_scope', 'mmpretrain'))
     backbone = cfg.model.backbone
-    kind = backbone.type.rpartition('.')[2]
+    kind = type_name(backbone)
     if kind == 'VideoMamba' and backbone.get('num_frames'):
         mode = args.mode or 'lookahead'
         if backbone.get('pool', 'cls') != 'avg':

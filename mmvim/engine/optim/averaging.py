@@ -1,6 +1,9 @@
 """Averages of weights with few kernels per step."""
 
+from typing import Any
+
 import torch
+from mmengine.model import BaseTTAModel
 from mmengine.model import ExponentialMovingAverage as MMEngineExponentialMovingAverage
 from torch import nn
 
@@ -14,7 +17,15 @@ class ExponentialMovingAverage(MMEngineExponentialMovingAverage):
     Numbers, arguments and state are mmengine's. The launcher uses it wherever a config says
     ``ExponentialMovingAverage``, the default of ``EMAHook``. An average on a device other than the
     model's is updated tensor by tensor.
+
+    An average of a model that is wrapped for test-time augmentation reads the state of one that is
+    not.
     """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        if isinstance(model, BaseTTAModel):
+            self.register_load_state_dict_pre_hook(_wrap_keys)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -39,3 +50,9 @@ class ExponentialMovingAverage(MMEngineExponentialMovingAverage):
             if buffers:
                 torch._foreach_copy_(buffers, list(model.buffers()))
         self.steps += 1
+
+
+def _wrap_keys(average: nn.Module, state: dict, prefix: str, *_: Any) -> None:
+    for key in list(state):
+        if key.startswith('module.') and not key.startswith('module.module.'):
+            state[f'module.{key}'] = state.pop(key)
