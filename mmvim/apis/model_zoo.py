@@ -20,8 +20,8 @@ from mmengine.fileio import load
 from mmengine.logging import print_log
 from torch import nn
 
+from mmvim._configs import settle_scope
 from mmvim.compat import mmengine_configs
-from mmvim.utils.configs import settle_scope
 
 INDEX = 'model-index.yml'
 #: default_scope of a config: its tasks, in the words of the metafiles.

@@ -25,10 +25,11 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch.utils.data import DataLoader
 
 from mmvim._arguments import misfits, parameters
+from mmvim._configs import type_name, type_scope
 from mmvim.compat import require
+from mmvim.engine.class_names import check_names
 from mmvim.engine.tasks import TASKS
 from mmvim.errors import UserError, did_you_mean
-from mmvim.utils.configs import type_name, type_scope
 
 from .config_keys import RUNNER_KEYS, walk_dicts
 from .diagnosis import unknown_argument, unknown_type
@@ -293,6 +294,9 @@ def _check_dataloader(loader: dict | None, key: str, paths: bool) -> None:
         _check_names(f'{key}.collate_fn', kind, collate, function)
     _check_names(key, 'DataLoader', loader, DataLoader, 'num_batch_per_epoch')
     for path, dataset in _leaf_datasets(loader['dataset'], f'{key}.dataset') if paths else ():
+        classes = (dataset.get('metainfo') or {}).get('classes')
+        if not isinstance(classes, str) or not os.path.isfile(classes):
+            check_names(classes, f'{path}.metainfo.classes')
         _check_dataset(dataset, path)
 
 

@@ -57,13 +57,15 @@ def make_demo_inferencer(args: argparse.Namespace, cfg: Config) -> Any:
         UserError: ``--weights zoo`` for a model without weights.
     """
     from mmvim.apis.inferencers import make_inferencer
+    from mmvim.apis.inferencers.common import name_classes
 
     inferencer = make_inferencer(cfg, weights_of(args.model, args.weights), args.device)
     if hasattr(inferencer, 'score_threshold'):
         inferencer.score_threshold = args.score_threshold
     if args.classes:
-        names = Path(args.classes).read_text().splitlines()
-        inferencer.model.dataset_meta['classes'] = names
+        names = Path(args.classes).read_text(encoding='utf-8').split('\n')
+        names = [name.strip() for name in names if name.strip()]
+        name_classes(inferencer.model, names)
         inferencer.classes = names  # where mmpretrain's inferencer looks for them
     return inferencer
 

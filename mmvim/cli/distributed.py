@@ -13,8 +13,8 @@ import torch.distributed.nn.functional
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 
+from mmvim._configs import type_name
 from mmvim.errors import UserError
-from mmvim.utils.configs import type_name
 
 # Each launcher's variables: rank, number of processes, rank on the machine.
 _ENVIRONMENT = {

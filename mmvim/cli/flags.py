@@ -10,11 +10,11 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import HOOKS, MODELS
 
+from mmvim._configs import is_mmengine, settle_scope, type_name
 from mmvim.engine.hooks import CheckpointHook
 from mmvim.engine.optim import ExponentialMovingAverage
 from mmvim.engine.tasks import TASKS, apply_tta, task_of
 from mmvim.errors import UserError
-from mmvim.utils.configs import is_mmengine, settle_scope, type_name
 
 from . import checks
 from .config_keys import walk_dicts

@@ -19,6 +19,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmvim.checkpoints.loading import checked_loading
+from mmvim.engine import class_names
 from mmvim.engine.hooks import (
     DataCheckHook,
     Terminated,
@@ -143,6 +144,8 @@ def _build_runner(
     flags.use_backbone_hooks(cfg)
     samples.install()
     diagnosis.install()
+    if not args.no_checks:
+        class_names.install()
     flags.use_own_classes(cfg)
     runner = RUNNERS.build(cfg) if cfg.get('runner_type') else Runner.from_cfg(cfg)
     if not args.no_checks:

@@ -8,8 +8,8 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
+from mmvim._configs import innermost_dataset, type_name
 from mmvim.errors import UserError
-from mmvim.utils.configs import innermost_dataset, type_name
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 import mmvim  # noqa: F401
+from mmvim._configs import settle_scope
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.errors import UserError
-from mmvim.utils.configs import settle_scope
 
 
 def main(argv: list[str] | None = None) -> int:

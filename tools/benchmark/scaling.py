@@ -35,12 +35,12 @@ from csv_rows import open_rows
 from mmengine.config import Config
 from models import describe, positive
 
+from mmvim._configs import settle_scope, type_name
 from mmvim.cli import flags
 from mmvim.cli.config_keys import walk_dicts
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
-from mmvim.utils.configs import settle_scope, type_name
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / 'configs' / 'vim' / 'vim-tiny_8xb128_in1k.py'

@@ -23,13 +23,13 @@ from mmengine.runner import load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmvim._configs import type_name
 from mmvim.apis.model_zoo import load_config
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.datasets.video import VideoReader
 from mmvim.datasets.video.reader import require_av
 from mmvim.errors import UserError
 from mmvim.models import GraphedStream
-from mmvim.utils.configs import type_name
 
 # Arguments of VideoMamba that its streaming form does not take.
 NOT_STREAMED = ('out_type', 'out_indices', 'out_norm', 'keep_temporal', 'pool')

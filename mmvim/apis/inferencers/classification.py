@@ -9,7 +9,7 @@ from mmengine.device import get_device
 from mmpretrain.apis import ImageClassificationInferencer
 
 from ..model_zoo import load_config
-from .common import TOP, LibraryInference, Result, make_model, ranked
+from .common import TOP, LibraryInference, Result, make_model, name_classes, ranked
 
 
 class ClassificationInferencer(LibraryInference, ImageClassificationInferencer):
@@ -33,7 +33,7 @@ class ClassificationInferencer(LibraryInference, ImageClassificationInferencer):
     ) -> None:
         built = make_model(model, load_config(model), weights)
         if classes is not None:
-            built.dataset_meta['classes'] = classes
+            name_classes(built, classes)
         # mmpretrain uses None for class names that are mere numbers.
         super().__init__(
             built, device=device or get_device(), classes=built.dataset_meta.get('classes')

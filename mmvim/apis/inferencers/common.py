@@ -17,6 +17,8 @@ from torch import nn
 
 from mmvim._configs import innermost_dataset
 from mmvim.checkpoints.loading import load_weights
+from mmvim.engine.class_names import listed
+from mmvim.engine.tasks import TASKS
 from mmvim.errors import CheckpointError, SampleError
 
 from ..model_zoo import build_model, model_info
@@ -102,6 +104,12 @@ def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
         )
     model.has_random_weights = not weights
     model.dataset_meta = class_names(cfg, meta)
+    model.class_counts = _class_counts(model, cfg)
+    names = model.dataset_meta.get('classes')
+    if names and any(count != len(names) for count in model.class_counts.values()):
+        # Names of other classes than the model's: numbers mislead nobody.
+        for key in _META:
+            model.dataset_meta.pop(key, None)
     model.cfg = model._config = cfg
     return model.eval()
 
@@ -110,6 +118,30 @@ def class_names(cfg: Config, meta: Mapping[str, Any]) -> dict[str, Any]:
     """Classes and palette: of a checkpoint's ``dataset_meta`` or, where it is silent, a config."""
     known = {k.lower(): v for k, v in meta.items() if v and k.lower() in _META}
     return {**_config_meta(cfg), **known}
+
+
+def name_classes(model: nn.Module, names: Sequence[str]) -> None:
+    """Give the classes of a model their names.
+
+    Args:
+        model: A model of :func:`make_model`.
+        names: One for each class.
+
+    Raises:
+        ValueError: There are more or fewer names than classes.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    for key, count in model.class_counts.items():
+        if count != len(names):
+            raise ValueError(
+                f'classes must be as many names as {key}, {count}, not {len(names)} {listed(names)}'
+            )
+    model.dataset_meta['classes'] = names
+
+
+def _class_counts(model: nn.Module, cfg: Config) -> dict[str, int]:
+    task = TASKS.get(cfg.get('default_scope'))
+    return task.class_outputs(model) if task else {}
 
 
 def _config_meta(cfg: Config) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mmvim.datasets.video import open_video
 
 from ..model_zoo import load_config
 from ..videos import find_videos
-from .common import TOP, Inference, Result, make_model, ranked
+from .common import TOP, Inference, Result, make_model, name_classes, ranked
 from .pipeline import transforms_of
 from .text import enlarge, write_lines
 
@@ -59,7 +59,7 @@ class VideoInferencer(Inference):
         self.device = torch.device(device or get_device())
         self.model = make_model(model, cfg, weights).to(self.device)
         if classes is not None:
-            self.model.dataset_meta['classes'] = classes
+            name_classes(self.model, classes)
         self.frame_template = transforms_of(cfg)[0].get('frame_template')
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
             self.pipeline = Compose(transforms_of(cfg))

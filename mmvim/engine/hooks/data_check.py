@@ -1,5 +1,6 @@
 """Consistency of the data with the model's classes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,6 +9,14 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from mmvim.engine.class_names import (
+    categories_of,
+    check_categories,
+    check_names,
+    difference,
+    displacement,
+    listed,
+)
 from mmvim.engine.tasks import TASKS
 from mmvim.errors import UserError
 from mmvim.registry import HOOKS
@@ -17,9 +26,11 @@ from mmvim.registry import HOOKS
 class DataCheckHook(Hook):
     """Stop a run whose data set is empty or does not match the classes of the model's heads.
 
-    Before the run, the number of classes of the data set is compared with that of the heads. In the
-    first pass over the training data, each label is compared with the number of classes before the
-    model sees it: on a GPU a label that is too large would otherwise fail an assertion in a kernel.
+    Before the run, names and numbers of classes are compared: those of the data sets of all loops,
+    their annotation files and folders, heads, data preprocessor, metrics and, in a test, the
+    checkpoint. In the first pass over the training data, each label is compared with the number of
+    classes before the model sees it: on a GPU a label that is too large would otherwise fail an
+    assertion in a kernel.
     Only the task libraries of :data:`mmvim.engine.tasks.TASKS` are known; others are left alone.
 
     Args:
@@ -35,39 +46,110 @@ class DataCheckHook(Hook):
         self._task = None
 
     def before_run(self, runner) -> None:
-        """Compare class counts.
+        """Compare classes of data, model and metrics.
 
         Raises:
-            UserError: A data set is empty, or its number of classes differs from a head's.
+            UserError: A data set is empty, or two of them do not agree on the classes.
         """
         scope = runner.default_scope
         self._task = TASKS.get(scope.scope_name if isinstance(scope, DefaultScope) else scope)
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
         if self._task is not None:
-            model = runner.model
-            while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-                model = model.module
             self._outputs = self._task.class_outputs(model)
+            _check_model(model, self._outputs, self._ignored_label(runner))
+        first = None
         for loop in self.loops:
-            if getattr(runner, f'_{loop}_loop') is not None:
-                self._check_dataset(getattr(runner, f'{loop}_dataloader').dataset, loop)
+            if getattr(runner, f'_{loop}_loop') is None:
+                continue
+            dataset = getattr(runner, f'{loop}_dataloader').dataset
+            where = f'{loop}_dataloader.dataset ({type(dataset).__name__})'
+            self._check_dataset(dataset, where)
+            classes = _classes(dataset)
+            if classes and first and (unlike := difference(first[1], classes)):
+                raise UserError(f'{first[0]} and {where} have different classes: {unlike}')
+            first = first or (classes and (where, classes))
+            evaluator = getattr(getattr(runner, f'{loop}_loop'), 'evaluator', None)
+            for metric in getattr(evaluator, 'metrics', ()) if self._task else ():
+                name = f'{loop}_evaluator ({type(metric).__name__})'
+                self._check_metric(metric, name, dataset, where, runner)
 
-    def _check_dataset(self, dataset: Any, loop: str) -> None:
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        """Compare the classes that a checkpoint was trained on with those of the data.
+
+        Raises:
+            UserError: A class has another number.
+        """
+        loop = self.loops[0]
+        if loop == 'train' and not getattr(runner, '_resume', False):
+            return
+        meta = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+        trained = meta.get('classes') or meta.get('CLASSES')
+        classes = _classes(getattr(runner, f'{loop}_dataloader').dataset)
+        if not classes or not isinstance(trained, (list, tuple)):
+            return
+        moved = displacement(trained, classes)
+        if moved:
+            raise UserError(
+                f'the checkpoint was trained on {listed(trained)}, and {loop}_dataloader.dataset '
+                f'has {listed(classes)}: {moved}'
+            )
+
+    def _check_dataset(self, dataset: Any, where: str) -> None:
         if hasattr(dataset, '__len__') and len(dataset) == 0:
             raise UserError(
-                f'{loop}_dataloader.dataset ({type(dataset).__name__}) is empty: no sample was '
-                'found, or filter_cfg removed all of them'
+                f'{where} is empty: no sample was found, or filter_cfg removed all of them'
             )
         classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
-        if classes is None or isinstance(classes, str):
+        check_names(classes, f'{where}: metainfo.classes')
+        if classes is None:
             return
+        for part in _parts(dataset):
+            folders = list(getattr(part, 'folder_to_idx', None) or ())
+            moved = displacement(classes, folders)
+            if moved:
+                raise UserError(
+                    f'{where} has the classes {listed(classes)} and the folders {listed(folders)}, '
+                    f'which number the classes: {moved}'
+                )
         for name, count in self._outputs.items():
             if count != len(classes):
-                listed = ', '.join(map(str, classes[:5])) + (', …' if len(classes) > 5 else '')
                 raise UserError(
-                    f'{name} is {count}, but {loop}_dataloader.dataset '
-                    f'({type(dataset).__name__}) has {len(classes)} classes ({listed}); '
-                    'both must agree (--no-checks turns this check off)'
+                    f'{name} is {count}, but {where} has {len(classes)} classes '
+                    f'{listed(classes)}; both must agree'
                 )
+
+    def _check_metric(self, metric: Any, name: str, dataset: Any, where: str, runner: Any) -> None:
+        _check_counts(metric, name, self._outputs)
+        ignored = getattr(metric, 'ignore_index', None)
+        label = self._ignored_label(runner)
+        if isinstance(ignored, int) and label is not None and ignored != label:
+            raise UserError(
+                f'{name} has ignore_index={ignored}, but model.decode_head.ignore_index is {label}'
+            )
+        coco = getattr(metric, '_coco_api', None)
+        if coco is None or not hasattr(coco, 'imgs'):
+            return
+        categories, file = categories_of(coco)
+        classes = _classes(dataset)
+        if classes and categories:
+            check_categories(classes, categories, file)
+        theirs = {number: image.get('file_name', '') for number, image in coco.imgs.items()}
+        ours = dict(map(_image, _samples(dataset)))
+        strange = next(
+            (n for n, path in ours.items() if not path.endswith(theirs.get(n, '?'))), None
+        )
+        if strange is not None:
+            raise UserError(
+                f'{name} and {where} read different annotation files: {file} has image {strange} '
+                f'as {theirs.get(strange)!r}, the data set as {ours[strange]!r}'
+            )
+        if ours and len(ours) < len(theirs):
+            runner.logger.warning(
+                f'{where} has {len(ours)} of the {len(theirs)} images of {file}, with which {name} '
+                'compares: all objects of the others count as missed'
+            )
 
     def before_train(self, runner) -> None:
         """Count the samples of the first pass."""
@@ -121,3 +203,58 @@ class DataCheckHook(Hook):
         head = getattr(model, 'decode_head', None)
         head = head[-1] if isinstance(head, nn.ModuleList) else head
         return getattr(head, 'ignore_index', None)
+
+
+def _classes(dataset: Any) -> list[str] | None:
+    """Names of the classes of a data set, if it has any."""
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    return None if classes is None or isinstance(classes, str) else list(classes)
+
+
+def _parts(dataset: Any) -> Iterator[Any]:
+    """The data sets inside wrappers, or the data set itself."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    for part in inner:
+        if part is None:
+            yield dataset
+        else:
+            yield from _parts(part)
+
+
+def _samples(dataset: Any) -> Iterator[dict]:
+    for part in _parts(dataset):
+        if hasattr(part, 'get_data_info'):
+            for i in range(len(part)):
+                yield part.get_data_info(i)
+
+
+def _image(sample: dict) -> tuple[Any, str]:
+    return sample.get('img_id'), str(sample.get('img_path', ''))
+
+
+def _check_model(model: nn.Module, outputs: dict[str, int], ignored: int | None) -> None:
+    """Compare a data preprocessor and a classifier's own accuracy with the heads."""
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    _check_counts(preprocessor, 'model.data_preprocessor', outputs)
+    padding = getattr(preprocessor, 'seg_pad_val', None)
+    if outputs and ignored is not None and padding is not None and padding != ignored:
+        raise UserError(
+            f'model.data_preprocessor.seg_pad_val is {padding}, but model.decode_head.ignore_index '
+            f'is {ignored}: padding would be trained as a class'
+        )
+    head = getattr(model, 'head', None)
+    if getattr(head, 'cal_acc', False):
+        _check_counts(head, 'model.head', outputs)
+
+
+def _check_counts(component: Any, name: str, outputs: dict[str, int]) -> None:
+    """Compare the numbers of classes and the ranks of a component with the heads."""
+    count, ranks = getattr(component, 'num_classes', None), getattr(component, 'topk', None)
+    for key, classes in outputs.items():
+        if isinstance(count, int) and count > 0 and count != classes:
+            raise UserError(f'{name}.num_classes is {count}, but {key} is {classes}')
+        if isinstance(ranks, (list, tuple)) and ranks and max(ranks) > classes:
+            raise UserError(
+                f'{name} has topk={tuple(ranks)}, but {key} is {classes}: no rank can be above the '
+                'number of classes'
+            )

@@ -1,0 +1,113 @@
+"""Comparison of class names: whatever has names or numbers of classes must agree on them."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
+
+from mmvim.compat._import_hook import when_imported
+from mmvim.errors import UserError, did_you_mean
+
+
+def listed(names: Iterable[Any], most: int = 5) -> str:
+    """The first names, for messages."""
+    names = list(map(str, names))
+    return f'({", ".join(names[:most])}{", …" if len(names) > most else ""})'
+
+
+def difference(names: Sequence[str], others: Sequence[str]) -> str | None:
+    """What distinguishes two lists of class names, or None if they are the same."""
+    for i, (name, other) in enumerate(zip(names, others, strict=False)):
+        if name != other:
+            return f'class {i} is {name!r} and {other!r}'
+    if len(names) != len(others):
+        return f'there are {len(names)} and {len(others)} classes'
+    return None
+
+
+def displacement(names: Sequence[str], others: Sequence[str]) -> str | None:
+    """A name that two lists have at different places, in words, or None.
+
+    Lists that name the same classes differently, such as synsets and words, have none.
+    """
+    places = {name: i for i, name in enumerate(others)}
+    for i, name in enumerate(names):
+        if places.get(name, i) != i:
+            return f'{name!r} is class {i} and class {places[name]}'
+    return None
+
+
+def check_names(names: Any, where: str) -> None:
+    """Refuse a string in place of a list of names, such as ``('uav')``.
+
+    Raises:
+        UserError: ``names`` is a string.
+    """
+    if isinstance(names, str):
+        raise UserError(
+            f'{where} must be a list or tuple of names, not the string {names!r}: one class is '
+            f'({names!r},), with a comma'
+        )
+
+
+def check_categories(names: Sequence[str], categories: Sequence[str], file: str) -> None:
+    """Check that classes are categories of a COCO-style file, in the file's order.
+
+    mmdet numbers the classes in the order of the file and leaves out names that the file lacks, so
+    that any difference gives boxes the name of another class.
+
+    Raises:
+        UserError: They are not.
+    """
+    check_names(names, 'metainfo.classes')
+    chosen = [name for name in categories if name in set(names)]
+    # A file without any category is reported as what it is, an empty one.
+    if not categories or chosen == list(names):
+        return
+    found = f'the categories of {file} {listed(categories)}'
+    if not chosen:
+        raise UserError(
+            f"none of {found} is among the data set's classes {listed(names)}: give them as "
+            'metainfo=dict(classes=(…)) of the data set'
+        )
+    missing = [name for name in names if name not in categories]
+    if missing:
+        hint = did_you_mean(missing[0], categories)
+        raise UserError(f'the class {missing[0]!r} of metainfo.classes is none of {found}{hint}')
+    raise UserError(
+        f'metainfo.classes {listed(names)} is in another order than {found}, which numbers the '
+        f'classes: {difference(names, chosen)}'
+    )
+
+
+def install() -> None:
+    """Make mmdet compare the names when it looks for a data set's classes in a file."""
+    when_imported('mmdet.datasets.api_wrappers.coco_api', _compare)
+
+
+def _compare(module: ModuleType) -> None:
+    if hasattr(module.COCO.get_cat_ids, '__wrapped__'):
+        return
+    start, original = module.COCO.__init__, module.COCO.get_cat_ids
+
+    @functools.wraps(start)
+    def __init__(self: Any, annotation_file: Any = None) -> None:
+        self.read_from = annotation_file
+        start(self, annotation_file)
+
+    @functools.wraps(original)
+    def get_cat_ids(
+        self: Any, cat_names: Any = (), sup_names: Any = (), cat_ids: Any = ()
+    ) -> list[int]:
+        if len(cat_names):
+            check_categories(cat_names, *categories_of(self))
+        return original(self, cat_names, sup_names, cat_ids)
+
+    module.COCO.__init__, module.COCO.get_cat_ids = __init__, get_cat_ids
+
+
+def categories_of(coco: Any) -> tuple[list[str], str]:
+    """Names of the categories of a COCO object, and its file in words."""
+    names = [category['name'] for category in coco.dataset.get('categories', ())]
+    file = getattr(coco, 'read_from', None)
+    return names, repr(file) if file else 'the annotation file'

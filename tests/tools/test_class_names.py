@@ -1,0 +1,158 @@
+"""Class names that do not agree: one line before anything is trained or tested."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import task_configs
+
+from mmvim.apis.inferencers import make_inferencer
+from mmvim.cli.launcher import main_test, main_train
+from mmvim.engine.class_names import difference, displacement
+
+
+@pytest.fixture
+def data(toy, request, monkeypatch):
+    pytest.importorskip(request.param)
+    work = toy / request.param
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return task_configs.write(work, request.param)
+
+
+def test_lists():
+    assert difference('abc', 'abc') is None
+    assert difference('abc', 'abd') == "class 2 is 'c' and 'd'"
+    assert difference('abc', 'ab') == 'there are 3 and 2 classes'
+    assert displacement('abc', 'abd') is None
+    assert displacement(['n1', 'n2'], ['tench', 'goldfish']) is None
+    assert displacement('abc', 'acd') == "'c' is class 2 and class 1"
+
+
+def detector(metainfo):
+    """Write a config of other classes."""
+    text = Path('config.py').read_text()
+    old = "metainfo=dict(classes=('a', 'b'))"
+    assert text.count(old) == 1
+    Path('other.py').write_text(text.replace(old, metainfo))
+    return 'other.py'
+
+
+@pytest.mark.parametrize('data', ['mmdet'], indirect=True)
+@pytest.mark.parametrize(
+    ('metainfo', 'message'),
+    [
+        ("metainfo=dict(classes=('a'))", "not the string 'a': one class is ('a',), with a comma"),
+        ("metainfo=dict(classes=('b', 'a'))", "is in another order than the categories of '"),
+        ("metainfo=dict(classes=('a', 'bb'))", "the class 'bb' of metainfo.classes is none of"),
+        ("metainfo=dict(classes=('a', 'b', 'c'))", "the class 'c' of metainfo.classes is none of"),
+        ('metainfo=dict()', "none of the categories of '"),
+    ],
+)
+def test_annotation_file(data, fails, metainfo, message):
+    line = fails(main_train, detector(metainfo))
+    assert message in line
+    assert 'no-checks' not in line
+    if metainfo == 'metainfo=dict()':
+        assert "(a, b) is among the data set's classes (person, bicycle" in line
+
+
+@pytest.mark.parametrize('data', ['mmdet'], indirect=True)
+def test_a_part_of_the_categories_in_their_order(data):
+    one = ['--cfg-options', 'model.bbox_head.num_classes=1']
+    assert main_train([detector("metainfo=dict(classes=('b', ))"), *one]).iter == 1
+
+
+@pytest.mark.parametrize('data', ['mmdet'], indirect=True)
+def test_evaluator_reads_another_file(data, fails, capsys):
+    coco = json.loads((data / 'train.json').read_text())
+
+    def evaluated_on(images, categories=coco['categories']):
+        kept = {image['id'] for image in images}
+        boxes = [box for box in coco['annotations'] if box['image_id'] in kept]
+        content = {'images': images, 'annotations': boxes, 'categories': categories}
+        (data / 'other.json').write_text(json.dumps(content))
+        return ['config.py', '--cfg-options', f'val_evaluator.ann_file={data}/other.json']
+
+    images = coco['images']
+    renamed = [{**image, 'file_name': f'x{image["file_name"]}'} for image in images]
+    for strange in (images[1:], renamed, [{**image, 'id': image['id'] + 7} for image in images]):
+        line = fails(main_train, *evaluated_on(strange))
+        assert 'val_evaluator (CocoMetric) and val_dataloader.dataset (CocoDataset) read' in line
+    line = fails(main_train, *evaluated_on(images, coco['categories'][::-1]))
+    assert 'is in another order than' in line
+    more = [*images, {**images[0], 'id': 99, 'file_name': 'more.png'}]
+    main_train(evaluated_on(more))
+    assert 'has 4 of the 5 images' in ''.join(capsys.readouterr())
+
+
+@pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
+def test_folders(data, fails):
+    for split, folders in (('train', 'abc'), ('val', 'acd')):
+        for i, folder in enumerate(folders):
+            (data / split / folder).mkdir(parents=True)
+            shutil.copy(data / 'images' / f'{i}.png', data / split / folder / f'{i}.png')
+    text = Path('config.py').read_text()
+    text = text.replace("ann_file='train.txt', data_prefix='images',", "data_prefix='train',")
+    text = text.replace("metainfo=dict(classes=('a', 'b')),", 'CLASSES')
+    text = text.replace('num_classes=2', 'num_classes=3')
+    Path('other.py').write_text(text.replace('CLASSES', ''))
+    # The config's three loaders share their data set.
+    assert main_train(['other.py']).iter == 1
+    Path('third.py').write_text(
+        "_base_ = 'other.py'\nval_dataloader = dict(dataset=dict(data_prefix='val'))\n"
+    )
+    line = fails(main_train, 'third.py')
+    assert "have different classes: class 1 is 'b' and 'c'" in line
+    Path('other.py').write_text(text.replace('CLASSES', "metainfo=dict(classes=('c', 'a', 'b')),"))
+    line = fails(main_train, 'other.py')
+    assert "'c' is class 0 and class 2" in line
+    named = text.replace('CLASSES', "metainfo=dict(classes=('cat', 'dog', 'bird')),")
+    Path('other.py').write_text(named)
+    assert main_train(['other.py']).iter == 1
+
+
+@pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
+def test_counts_of_a_classifier(data, fails):
+    def line(option):
+        return fails(main_train, 'config.py', '--cfg-options', option)
+
+    found = line('model.data_preprocessor.num_classes=1000')
+    assert 'model.data_preprocessor.num_classes is 1000, but model.head.num_classes is 2' in found
+    assert 'val_evaluator (Accuracy) has topk=(1, 5)' in line('val_evaluator.topk=(1,5)')
+    several = "[dict(type='SingleLabelMetric',num_classes=3)]"
+    assert 'val_evaluator (SingleLabelMetric).num_classes is 3' in line(f'val_evaluator={several}')
+    assert 'model.head has topk=(1, 5)' in fails(
+        main_train, 'config.py', '--cfg-options', 'model.head.cal_acc=True', 'model.head.topk=(1,5)'
+    )
+
+
+@pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
+def test_names_of_a_checkpoint_and_of_demos(data, fails):
+    main_train(['config.py'])
+    checkpoint = 'work_dirs/config/iter_1.pth'
+    text = Path('config.py').read_text()
+    Path('other.py').write_text(text.replace("classes=('a', 'b')", "classes=('b', 'a')"))
+    line = fails(main_test, 'other.py', checkpoint)
+    assert "trained on (a, b), and test_dataloader.dataset has (b, a): 'a' is class 0" in line
+    Path('other.py').write_text(text.replace("classes=('a', 'b')", "classes=('Anna', 'Bert')"))
+    assert main_test(['other.py', checkpoint])
+
+    with pytest.raises(ValueError, match=r'as many names as model.head.num_classes, 2, not 1'):
+        make_inferencer('config.py', checkpoint).__class__('config.py', checkpoint, classes=['a'])
+    Path('other.py').write_text(text.replace('num_classes=2', 'num_classes=3'))
+    inferencer = make_inferencer('other.py')
+    best = next(inferencer.predict(str(data / 'images' / '0.png'))).prediction['classes'][0]
+    assert best['class'] == str(best['label'])
+
+
+@pytest.mark.parametrize('data', ['mmseg'], indirect=True)
+def test_ignored_label(data, fails):
+    def line(option):
+        return fails(main_train, 'config.py', '--cfg-options', option)
+
+    found = line('val_evaluator.ignore_index=0')
+    assert 'has ignore_index=0, but model.decode_head.ignore_index is 255' in found
+    found = line('model.data_preprocessor.seg_pad_val=0')
+    assert 'seg_pad_val is 0, but model.decode_head.ignore_index is 255' in found
