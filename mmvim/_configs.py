@@ -1,6 +1,6 @@
 """Reading of configs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config
@@ -84,3 +84,16 @@ def innermost_dataset(loader: Mapping | None) -> Mapping:
         if not isinstance(inner, Mapping):
             return dataset
         dataset = inner
+
+
+def leaf_datasets(node: Any, path: str) -> Iterator[tuple[str, dict]]:
+    """Yield the datasets inside wrappers such as RepeatDataset and ConcatDataset."""
+    if not isinstance(node, dict):
+        return
+    inner = [(f'{path}.dataset', node['dataset'])] if 'dataset' in node else []
+    if isinstance(node.get('datasets'), list | tuple):
+        inner += [(f'{path}.datasets.{i}', item) for i, item in enumerate(node['datasets'])]
+    if not inner:
+        yield path, node
+    for inner_path, item in inner:
+        yield from leaf_datasets(item, inner_path)

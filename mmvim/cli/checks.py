@@ -4,7 +4,6 @@ import importlib.util
 import inspect
 import os
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config
@@ -25,7 +24,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch.utils.data import DataLoader
 
 from mmvim._arguments import misfits, parameters
-from mmvim._configs import type_name, type_scope
+from mmvim._configs import leaf_datasets, type_name, type_scope
 from mmvim.compat import require
 from mmvim.engine.class_names import check_names
 from mmvim.engine.tasks import TASKS
@@ -293,7 +292,7 @@ def _check_dataloader(loader: dict | None, key: str, paths: bool) -> None:
         function = _found(kind, FUNCTIONS, f'{key}.collate_fn')
         _check_names(f'{key}.collate_fn', kind, collate, function)
     _check_names(key, 'DataLoader', loader, DataLoader, 'num_batch_per_epoch')
-    for path, dataset in _leaf_datasets(loader['dataset'], f'{key}.dataset') if paths else ():
+    for path, dataset in leaf_datasets(loader['dataset'], f'{key}.dataset') if paths else ():
         classes = (dataset.get('metainfo') or {}).get('classes')
         if not isinstance(classes, str) or not os.path.isfile(classes):
             check_names(classes, f'{path}.metainfo.classes')
@@ -306,19 +305,6 @@ def _check_names(path: str, name: str, given: dict, component: Any, *more: str) 
     for argument in given:
         if argument not in ('type', '_scope_', *allowed):
             raise UserError(unknown_argument(path, name, argument, allowed))
-
-
-def _leaf_datasets(node: Any, path: str) -> Iterator[tuple[str, dict]]:
-    """Yield the datasets inside wrappers such as RepeatDataset and ConcatDataset."""
-    if not isinstance(node, dict):
-        return
-    inner = [(f'{path}.dataset', node['dataset'])] if 'dataset' in node else []
-    if isinstance(node.get('datasets'), list | tuple):
-        inner += [(f'{path}.datasets.{i}', item) for i, item in enumerate(node['datasets'])]
-    if not inner:
-        yield path, node
-    for inner_path, item in inner:
-        yield from _leaf_datasets(item, inner_path)
 
 
 def _check_dataset(dataset: dict, path: str) -> None:

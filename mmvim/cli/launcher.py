@@ -5,9 +5,10 @@ config determines a run; the differences between task libraries are in :mod:`mmv
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
-from functools import wraps
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from typing import Any
 
 import mmengine
@@ -26,6 +27,7 @@ from mmvim.engine.hooks import (
     TerminationHook,
     WeightsHook,
 )
+from mmvim.engine.label_maps import image_root, name_below
 from mmvim.engine.tasks import task_of
 
 from . import checks, diagnosis, distributed, flags, resuming, samples
@@ -121,6 +123,7 @@ def main_test(argv: Sequence[str] | None = None) -> dict[str, float]:
         if args.ema or args.no_ema:
             runner.register_hook(WeightsHook(args.ema))
         if args.show or args.show_dir:
+            _name_pictures(runner, image_root(cfg))
             _paint_every(runner, args.interval)
         with checked_loading(runner, complete=True):
             metrics = runner.test()
@@ -155,6 +158,26 @@ def _build_runner(
         runner.logger.info(note)
         console.note(note)
     return runner
+
+
+def _name_pictures(runner: Any, root: str) -> None:
+    """Keep pictures of equal names in different folders apart, which hooks name by their files."""
+    for method in ('add_datasample', 'visualize_cls'):
+        paint = getattr(runner.visualizer, method, None)
+        if paint is not None:
+            setattr(runner.visualizer, method, wraps(paint)(partial(_paint_below, root, paint)))
+
+
+def _paint_below(root: str, paint: Callable, *args: Any, **kwargs: Any) -> None:
+    path = (kwargs.get('data_sample') or {}).get('img_path')
+    if isinstance(path, str):
+        base, below = os.path.basename(path), name_below(root, path)
+        if args and isinstance(args[0], str):
+            args = (args[0].replace(base, below.replace(os.sep, '_')), *args[1:])
+        if kwargs.get('out_file'):
+            folder, name = os.path.split(kwargs['out_file'])
+            kwargs['out_file'] = os.path.join(folder, name.replace(base, below))
+    paint(*args, **kwargs)
 
 
 def _paint_every(runner: Any, interval: int) -> None:

@@ -1,10 +1,13 @@
 """Errors that name the file when an image or an annotation cannot be loaded."""
 
 import functools
+import os
 import traceback
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+from mmengine import fileio
 from mmengine.dataset import Compose
 
 from mmvim.compat._import_hook import when_imported
@@ -41,7 +44,7 @@ def install() -> None:
 
 
 def _check_sizes(loading: ModuleType) -> None:
-    """Make a label map whose size differs from its image an error, not a shifted label."""
+    """Make mmseg read deep label maps, and refuse colours and maps of another size."""
     original = loading.LoadAnnotations.transform
     if hasattr(original, '__wrapped__'):
         return
@@ -50,6 +53,11 @@ def _check_sizes(loading: ModuleType) -> None:
     def transform(self: Any, results: dict) -> dict:
         results = original(self, results)
         labels, size = results.get('gt_seg_map'), results.get('ori_shape')
+        if labels is not None and labels.ndim != 2:
+            raise ValueError(
+                f'the label map has the shape {labels.shape}: it is a picture in colours, and not '
+                'the number of a class for each pixel'
+            )
         if labels is not None and size is not None and labels.shape[:2] != tuple(size[:2]):
             raise ValueError(
                 f'the label map has {labels.shape[0]} x {labels.shape[1]} pixels and its image '
@@ -58,6 +66,43 @@ def _check_sizes(loading: ModuleType) -> None:
         return results
 
     loading.LoadAnnotations.transform = transform
+    load = loading.LoadAnnotations._load_seg_map
+
+    @functools.wraps(load)
+    def _load_seg_map(self: Any, results: dict) -> None:
+        content = _deep(results['seg_map_path'], self.backend_args)
+        if content is None:
+            return load(self, results)
+        backend = self.imdecode_backend
+        labels = loading.mmcv.imfrombytes(content, flag='unchanged', backend=backend).squeeze()
+        if labels.max(initial=0) < 256:
+            return load(self, results)
+        if results.get('reduce_zero_label') or labels.max() > 65535:
+            raise ValueError(
+                f'the label map has the label {labels.max()}; 255 is the most with '
+                'reduce_zero_label, and 65535 without'
+            )
+        mapped = labels.astype(np.uint16)
+        for old, new in (results.get('label_map') or {}).items():
+            mapped[labels == old] = new
+        results['gt_seg_map'] = mapped
+        results['seg_fields'].append('gt_seg_map')
+
+    loading.LoadAnnotations._load_seg_map = _load_seg_map
+
+
+def _deep(path: str, backend_args: dict | None) -> bytes | None:
+    """Content of a file that may be more than 8 bits deep, which mmseg reads modulo 256."""
+    name = str(path).lower()
+    if name.endswith('.png') and os.path.isfile(path):
+        with open(path, 'rb') as file:
+            header = file.read(25)
+        # The depth of a PNG is the first byte after its width and height.
+        if len(header) < 25 or header[24] <= 8:
+            return None
+    elif not name.endswith(('.png', '.tif', '.tiff')):
+        return None
+    return fileio.get(path, backend_args=backend_args)
 
 
 def _describe(error: Exception, data: Any) -> str | None:

@@ -9,6 +9,7 @@ from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
 from mmvim._configs import innermost_dataset, type_name
+from mmvim.engine.label_maps import image_root
 from mmvim.errors import UserError
 
 
@@ -68,14 +69,11 @@ def _dump_detection(cfg: Config, path: str) -> None:
 
 
 def _dump_segmentation(cfg: Config, path: str) -> None:
-    for metric in metrics_of(cfg):
-        if type_name(metric) == 'IoUMetric':
-            metric['output_dir'] = path
-            return
-    raise UserError(
-        '--out writes label maps through an IoUMetric, and test_evaluator has none: '
-        f'{[type_name(metric) for metric in metrics_of(cfg)]}'
-    )
+    root, dataset = image_root(cfg), innermost_dataset(cfg.get('test_dataloader'))
+    if not any('Annotations' in str(step) for step in dataset.get('pipeline') or ()):
+        # Without annotations there is nothing to measure.
+        cfg.test_evaluator = []
+    metrics_of(cfg).append({'type': 'mmvim.LabelMapDump', 'directory': path, 'root': root})
 
 
 def _paint_classification(hook: dict, cfg: Config, show_dir: str | None) -> None:

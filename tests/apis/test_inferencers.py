@@ -43,7 +43,8 @@ def test_predict(task, photos, root, tmp_path):
     torch.manual_seed(0)
     weights = tmp_path / 'x.pth'
     model = build_model(cfg)
-    meta = {'dataset_meta': {'classes': tuple('abcdefghijk')}}
+    names = tuple('abcdefghijk' if task == 'seg' else 'abcdefghij')
+    meta = {'dataset_meta': {'classes': names}}
     torch.save({'state_dict': model.state_dict(), 'meta': meta}, weights)
     inferencer = make_inferencer(cfg, weights, 'cpu')
     if task == 'det':

@@ -8,7 +8,8 @@ import numpy as np
 import pure_python
 import pytest
 import task_configs
-from mmengine.hooks import EMAHook
+import torch
+from mmengine.hooks import EMAHook, LoggerHook
 from PIL import Image
 
 from mmvim.apis.inferencers import make_inferencer
@@ -193,3 +194,86 @@ def test_types_with_a_prefix(task):
     assert [type(hook) for hook in runner.hooks].count(CheckpointHook) == 1
     assert 'mIoU' in main_test(['config.py', CHECKPOINT, '--tta', '--out', 'maps'])
     assert len(list(Path('maps').iterdir())) == 4
+
+
+def nest(task, scope):
+    """Move the images (and maps) into two folders that share file names."""
+    for kind in ('images', 'maps'):
+        for i in range(4):
+            target = task / kind / 'ab'[i // 2] / f'{i % 2}.png'
+            target.parent.mkdir(exist_ok=True)
+            (task / kind / f'{i}.png').rename(target)
+    if scope == 'mmdet':
+        coco = json.loads((task / 'train.json').read_text())
+        for i, image in enumerate(coco['images']):
+            image['file_name'] = f'{"ab"[i // 2]}/{i % 2}.png'
+        (task / 'train.json').write_text(json.dumps(coco))
+    if scope == 'mmpretrain':
+        (task / 'train.txt').write_text('a/0.png 0\na/1.png 1\nb/0.png 0\nb/1.png 1')
+
+
+@pytest.mark.parametrize('task', ['mmpretrain', 'mmdet', 'mmseg'], indirect=True)
+def test_equal_names_in_different_folders(task):
+    scope = Path.cwd().name
+    nest(task, scope)
+    out = [] if scope != 'mmseg' else ['--out', 'maps']
+    main_test(['config.py', CHECKPOINT, '--show-dir', 'shown', *out])
+    assert len(painted('shown')) == 4
+    if out:
+        names = {str(path.relative_to('maps')) for path in Path('maps').rglob('*.png')}
+        assert names == {'a/0.png', 'a/1.png', 'b/0.png', 'b/1.png'}
+
+
+@pytest.mark.parametrize('task', ['mmseg'], indirect=True)
+def test_label_maps(task, fails):
+    text = Path('config.py').read_text()
+    # Label maps written without annotations.
+    bare = text.replace("dict(type='LoadAnnotations'),", '')
+    Path('bare.py').write_text(bare)
+    main_test(['bare.py', CHECKPOINT, '--out', 'bare'])
+    assert len(list(Path('bare').iterdir())) == 4
+
+    # More classes than 8 bits hold, in and out.
+    many = text.replace('num_classes=2', 'num_classes=300, ignore_index=-100')
+    many = many.replace("classes=('a', 'b'), palette=[[0, 0, 0], [255, 0, 0]]", 'classes=NAMES')
+    many = many.replace("type='IoUMetric'", "type='IoUMetric', ignore_index=-100")
+    many = many.replace('seg_pad_val=255', 'seg_pad_val=-100').replace('NAMES', 'list("x" * 300)')
+    many = many.replace('list("x" * 300)', str([f'c{i}' for i in range(300)]))
+    Path('many.py').write_text(many)
+    wide = np.full((32, 32), 290, np.uint16)
+    wide[0, 0] = 255
+    for path in (task / 'maps').glob('*.png'):
+        Image.fromarray(wide).save(path)
+    seen = []
+
+    def labels(self, runner, batch_idx, data_batch=None):
+        seen.extend(
+            sample.gt_sem_seg.data.unique().tolist() for sample in data_batch['data_samples']
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoggerHook, 'before_train_iter', labels)
+        main_train(['many.py'])
+    assert seen == [[255, 290]] * 4
+    state = torch.load('work_dirs/many/iter_1.pth', weights_only=False)
+    state['state_dict']['decode_head.conv_seg.bias'][290] = 1e6
+    torch.save(state, 'biased.pth')
+    main_test(['many.py', 'biased.pth', '--out', 'wide'])
+    assert set(np.unique(np.asarray(Image.open('wide/0.png')))) == {290}
+    line = fails(
+        main_train, 'many.py', '--cfg-options', 'model.decode_head.ignore_index=255',
+        'model.data_preprocessor.seg_pad_val=255',
+    )  # fmt: skip
+    assert 'ignore_index, 255, is the label of a class' in line
+    assert 'label 290 of' in fails(main_train, 'config.py', '--cfg-options', 'resume=False')
+    reduced = ['train_dataloader.dataset.reduce_zero_label=True']
+    assert 'has the label 290; 255 is' in fails(main_train, 'config.py', '--cfg-options', *reduced)
+
+    for i, path in enumerate(sorted((task / 'maps').glob('*.png'))):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[:8] = 255 * (i % 2)
+        Image.fromarray(mask).save(path)
+    line = fails(main_train, 'config.py')
+    assert 'hold [0, 255] only' in line
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(task / 'maps' / '1.png')
+    assert 'a picture in colours' in fails(main_train, 'config.py')

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -152,8 +153,15 @@ class DataCheckHook(Hook):
             )
 
     def before_train(self, runner) -> None:
-        """Count the samples of the first pass."""
+        """Look at some label maps, and count the samples of the first pass.
+
+        Raises:
+            UserError: The label maps hold class 0 and the ignored label alone.
+        """
         dataset = runner.train_dataloader.dataset
+        ignored = self._ignored_label(runner)
+        if self._outputs and ignored is not None and min(self._outputs.values()) > 1:
+            _check_maps(dataset, ignored)
         if self._outputs and hasattr(dataset, '__len__'):
             self._unseen = len(dataset)
 
@@ -228,6 +236,29 @@ def _samples(dataset: Any) -> Iterator[dict]:
                 yield part.get_data_info(i)
 
 
+def _check_maps(dataset: Any, ignored: int, count: int = 16) -> None:
+    """Refuse masks of 0 and 255, in which training would see the background alone."""
+    values: set[int] = set()
+    for part in _parts(dataset):
+        steps = getattr(getattr(part, 'pipeline', None), 'transforms', ())
+        loader = next((step for step in steps if type(step).__name__ == 'LoadAnnotations'), None)
+        if loader is None:
+            return
+        for i in range(0, len(part), max(1, len(part) // count)):
+            try:
+                labels = loader(part.get_data_info(i))['gt_seg_map']
+            except Exception:  # training says which file cannot be read
+                return
+            values.update(np.unique(labels).tolist())
+    if ignored in values and values <= {0, ignored}:
+        raise UserError(
+            f'the label maps of train_dataloader.dataset hold {sorted(values)} only (of some that '
+            f'were looked at), and {ignored} is ignored: training would see no class but 0. Label '
+            'maps hold the numbers of the classes, 0 and 1 for two (reduce_zero_label=True takes '
+            'away the 0)'
+        )
+
+
 def _image(sample: dict) -> tuple[Any, str]:
     return sample.get('img_id'), str(sample.get('img_path', ''))
 
@@ -236,6 +267,12 @@ def _check_model(model: nn.Module, outputs: dict[str, int], ignored: int | None)
     """Compare a data preprocessor and a classifier's own accuracy with the heads."""
     preprocessor = getattr(model, 'data_preprocessor', None)
     _check_counts(preprocessor, 'model.data_preprocessor', outputs)
+    for key, count in outputs.items():
+        if ignored is not None and 0 < ignored < count:
+            raise UserError(
+                f'{key} is {count}, so that model.decode_head.ignore_index, {ignored}, is the '
+                'label of a class, which would be ignored; -100 is none'
+            )
     padding = getattr(preprocessor, 'seg_pad_val', None)
     if outputs and ignored is not None and padding is not None and padding != ignored:
         raise UserError(
