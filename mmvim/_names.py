@@ -15,6 +15,7 @@ from types import MappingProxyType
 # Models that need only mmengine.
 MODELS = {
     'MambaVision': 'mmvim.models.backbones.mambavision',
+    'VMamba': 'mmvim.models.backbones.vmamba',
     'VideoMamba': 'mmvim.models.backbones.videomamba',
     'Vim': 'mmvim.models.backbones.vim',
     'VisionMamba': 'mmvim.models.backbones.vim',

@@ -20,6 +20,7 @@ TOKENS = {'type': 'mmvim.VideoMamba', **IMAGES, 'num_frames': 1, 'out_type': 'ra
 CLASSIFIER = {'backbone': TOKENS, 'head': HEAD}
 ARGUMENTS = {
     'MambaVision': {'arch': 'tiny'},
+    'VMamba': {'arch': 'tiny'},
     'VideoMamba': VIDEOS,
     'Vim': IMAGES,
     'VisionMamba': IMAGES,

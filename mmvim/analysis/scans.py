@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmvim.layers import SS2D
 from mmvim.layers.mamba import MixerBase
 from mmvim.ops import ROUTES, intercept_ops
 from mmvim.ops._library import compute_dtype
@@ -149,7 +150,7 @@ def _recorded(model: nn.Module, scans: list[Scan]) -> Iterator[None]:
             )
         )
         for name, mixer in model.named_modules():
-            if isinstance(mixer, MixerBase):
+            if isinstance(mixer, (MixerBase, SS2D)):
                 hook = functools.partial(enter, name)
                 stack.callback(mixer.register_forward_pre_hook(hook).remove)
         yield

@@ -17,11 +17,13 @@ from .position import (
     split_tokens,
     token_positions,
 )
+from .ss2d import SS2D
 from .stack import MambaBlock, MambaStack, drop_path_rates
 from .tubelet_embed import TubeletEmbed, resize_temporal_pos_embed
 
 __all__ = [
     'CLS_TOKEN_PLACES',
+    'SS2D',
     'Attention',
     'BiMamba',
     'CausalConv1d',

@@ -25,7 +25,7 @@ from mmvim.apis import build_model
 from mmvim.apis.model_zoo import load_config
 from mmvim.layers import BiMamba, Mamba, MambaVisionMixer
 from mmvim.layers.mambavision import window_partition
-from mmvim.models import MambaVision, VideoMamba, Vim
+from mmvim.models import MambaVision, VideoMamba, Vim, VMamba
 from mmvim.models.backbones.base import TokenLayout
 
 pytest.importorskip('matplotlib')
@@ -157,6 +157,26 @@ def test_layout_of_vim(place):
     read = layout.to_rows(matrices)
     tokens = layout.class_tokens or range(length)
     torch.testing.assert_close(read, torch.stack([matrices[:, t] for t in tokens]).mean(0))
+
+
+@pytest.mark.parametrize('version', ['v1', 'v2'])
+def test_layout_of_vmamba(version):
+    arch = dict(embed_dims=8, depths=(1, 2), d_state=2, patchembed_version=version)
+    model = VMamba(arch, out_indices=(0, 1), out_type='featmap').eval()
+    images = torch.rand(2, 3, 26, 44)
+    maps = model(images)
+    scans = record_scans(model, images)
+    names = ['layers.0.blocks.0.op', 'layers.1.blocks.0.op', 'layers.1.blocks.1.op']
+    assert [s.layer for s in scans] == [name for name in names for _ in ops.ROUTES]
+    assert [s.direction for s in scans] == 3 * list(ops.ROUTES)
+    for scan in scans:
+        stage = int(scan.layer.split('.')[1])
+        layout = model.token_layout(images.shape, scan.layer)
+        assert layout.size == tuple(maps[stage].shape[2:])
+        assert layout.to_map(scan.delta.mean(-1)).shape == (2, *layout.size)
+        assert sorted(scan.order) == list(range(scan.u.shape[1]))
+    with pytest.raises(ValueError, match=r"'patch_embed' is in no stage"):
+        model.token_layout(images.shape, 'patch_embed')
 
 
 def test_layout_of_clips_and_windows():

@@ -19,7 +19,7 @@ from mmvim.export.formats import (
     quantize,
 )
 from mmvim.export.operations import UnsupportedExport, portable_ops
-from mmvim.models import MambaVision, VideoMamba, Vim
+from mmvim.models import MambaVision, VideoMamba, Vim, VMamba
 
 SMALL = dict(embed_dims=16, depth=1, d_state=4)
 FAMILIES = {
@@ -28,6 +28,7 @@ FAMILIES = {
         lambda: MambaVision(dict(depths=(1, 1, 1, 1), embed_dims=8, stem_dims=8, num_heads=(2, 2))),
         (1, 3, 64, 64),
     ),
+    'vmamba': (lambda: VMamba(dict(depths=(1, 1), embed_dims=8, d_state=2)), (1, 3, 64, 64)),
     'videomamba': (lambda: VideoMamba(SMALL, img_size=64, num_frames=4), (1, 3, 4, 64, 64)),
 }
 
@@ -189,7 +190,7 @@ def test_onnx(family, tmp_path):
     assert not model.functions
     assert str(Path(__file__).parents[2]).encode() not in (tmp_path / 'm.onnx').read_bytes()
     scans = [node for node in model.graph.node if node.op_type == 'Scan']
-    assert len(scans) == {'vim': 2, 'videomamba': 2, 'mambavision': 2}[family]
+    assert len(scans) == {'vim': 2, 'videomamba': 2, 'mambavision': 2, 'vmamba': 8}[family]
     assert json.loads({p.key: p.value for p in model.metadata_props}[METADATA]) == {'mean': [1.0]}
 
 

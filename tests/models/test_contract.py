@@ -46,6 +46,15 @@ HYBRID = {
     'window_sizes': (3, 2), 'mlp_ratio': 4, 'drop_path_rate': 0.0, 'layer_scale': 1.0,
     'd_conv': 3, 'expand': 1,
 }  # fmt: skip
+SCANS_2D = {
+    'depths': (1, 2, 2, 3), 'embed_dims': 8, 'ssm_ratio': 1.0, 'd_state': 2, 'dt_rank': 1,
+    'd_conv': 3, 'conv_bias': False, 'mlp_ratio': 2.0, 'forward_type': 'v05_noz',
+    'patchembed_version': 'v2', 'downsample_version': 'v3', 'drop_path_rate': 0.0,
+}  # fmt: skip
+VANILLA = {
+    **SCANS_2D, 'ssm_ratio': 2.0, 'conv_bias': True, 'mlp_ratio': 0.0, 'forward_type': 'v0',
+    'patchembed_version': 'v1', 'downsample_version': 'v1',
+}  # fmt: skip
 SMALL = {'arch': PLAIN, 'img_size': 16, 'patch_size': 4}
 TOKENS = ('patch_embed', 'cls_token', 'pos_embed', 'drop_after_pos')
 VIDEO = (*TOKENS, 'temporal_pos_embedding')
@@ -69,6 +78,14 @@ ROWS = {
         'MambaVision', {'arch': HYBRID, 'layer_scale_conv': 1.0}, (3, 64, 64),
         (1, 2, 2, 3), ('patch_embed',), 'levels', MAPS,
         lambda side, stage: -(-side // 2 ** (stage + 2)),
+    ),
+    'vmamba': Row(
+        'VMamba', {'arch': SCANS_2D}, (3, 64, 64), (1, 2, 2, 3), ('patch_embed',), maps=MAPS,
+        side=lambda side, stage: -(-side // 2 ** (stage + 2)),
+    ),
+    'vmamba-vanilla': Row(
+        'VMamba', {'arch': VANILLA}, (3, 64, 64), (1, 2, 2, 3), ('patch_embed',), maps=MAPS,
+        side=lambda side, stage: -(-(side // 4) // 2**stage),
     ),
 }  # fmt: skip
 MAPPED = [name for name, row in ROWS.items() if row.maps]
@@ -250,7 +267,9 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(row):
     calls = []
     for block in blocks_of(model, row):
         # Streaming models call the parts of a block.
-        mixers = [m for n, m in block.named_modules() if n in ('mixer.in_proj', 'conv1')]
+        mixers = [
+            m for n, m in block.named_modules() if n in ('mixer.in_proj', 'op.in_proj', 'conv1')
+        ]
         (mixers or [block.mixer])[0].register_forward_pre_hook(lambda *_: calls.append(1))
     for each in (plain, model):
         loss_of(each(inputs(row))).backward()
