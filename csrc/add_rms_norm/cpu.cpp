@@ -7,7 +7,7 @@
 #include "cpu_kernels.h"
 
 namespace mmvim {
-namespace cpu {
+namespace norm {
 namespace {
 
 // (..., d) as (1, rows, d).
@@ -28,16 +28,11 @@ Output lines_output(const Tensor& t, int64_t rows) {
   return o;
 }
 
-void check_either(const Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type) {
-  const auto compute = compute_type(type);
-  check(t, name, sizes, t.scalar_type() == compute ? compute : type);
-}
-
 void check_x(const Tensor& x, const char* name) {
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) > 0, name,
-              " must have a last dimension that is not empty, got shape ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.size(-1) > 0, name,
+                    " must have a last dimension that is not empty, got shape ", x.sizes());
   dtype_of(x.scalar_type(), name);
-  check(x, name, x.sizes(), x.scalar_type());
+  check(x, name, x.sizes(), x.scalar_type(), at::kCPU);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptTensor& residual,
@@ -45,8 +40,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptTensor& res
                                            bool residual_in_fp32) {
   check_x(x, "x");
   const auto type = x.scalar_type(), compute = compute_type(type);
-  if (residual.has_value()) check_either(*residual, "residual", x.sizes(), type);
-  check_either(weight, "weight", {x.size(-1)}, type);
+  if (residual.has_value()) check_either(*residual, "residual", x.sizes(), type, at::kCPU);
+  check_either(weight, "weight", {x.size(-1)}, type, at::kCPU);
   const Lines lines(x);
   const OptTensor other = residual.has_value() ? OptTensor(Lines(*residual).tensor) : OptTensor();
   const Tensor w = weight.to(compute).contiguous();
@@ -77,14 +72,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
   check_x(residual_out, "residual_out");
   const auto compute = compute_type(x_dtype);
   const at::IntArrayRef sizes = residual_out.sizes();
-  check_either(residual_out, "residual_out", sizes, x_dtype);
-  check(grad_out, "grad_out", sizes, x_dtype);
-  check(grad_residual_out, "grad_residual_out", sizes, residual_out.scalar_type());
-  check_either(weight, "weight", {sizes.back()}, x_dtype);
-  check(rstd, "rstd", sizes.slice(0, sizes.size() - 1), compute);
+  check_either(residual_out, "residual_out", sizes, x_dtype, at::kCPU);
+  check(grad_out, "grad_out", sizes, x_dtype, at::kCPU);
+  check(grad_residual_out, "grad_residual_out", sizes, residual_out.scalar_type(), at::kCPU);
+  check_either(weight, "weight", {sizes.back()}, x_dtype, at::kCPU);
+  check(rstd, "rstd", sizes.slice(0, sizes.size() - 1), compute, at::kCPU);
   dtype_of(residual_dtype, "residual");
-  TORCH_CHECK(residual_dtype == x_dtype || residual_dtype == compute, "residual_dtype must be ",
-              x_dtype, " or ", compute, ", got ", residual_dtype);
+  TORCH_CHECK_VALUE(residual_dtype == x_dtype || residual_dtype == compute,
+                    "residual_dtype must be ", x_dtype, " or ", compute, ", got ", residual_dtype);
   const Lines grad(grad_out), r(residual_out);
   const OptTensor grad_r =
       grad_residual_out.has_value() ? OptTensor(Lines(*grad_residual_out).tensor) : OptTensor();
@@ -113,5 +108,5 @@ TORCH_LIBRARY_IMPL(mmvim, CPU, m) {
   m.impl("add_rms_norm_backward", backward);
 }
 
-}  // namespace cpu
+}  // namespace norm
 }  // namespace mmvim

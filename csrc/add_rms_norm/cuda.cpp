@@ -13,9 +13,6 @@ namespace mmvim {
 namespace norm {
 namespace {
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
 // Four columns at a time are read as one word.
 Tensor aligned(const Tensor& t) {
   Tensor c = t.contiguous();
@@ -23,54 +20,32 @@ Tensor aligned(const Tensor& t) {
 }
 
 DType float_or(DType own, at::ScalarType type, const char* name, at::ScalarType own_type) {
-  TORCH_CHECK(type == at::kFloat || type == own_type, name, " must be float32 or ", own_type,
-              ", got ", type);
+  TORCH_CHECK_TYPE(type == at::kFloat || type == own_type, name, " must be float32 or ", own_type,
+                   ", got ", type);
   return type == at::kFloat ? DType::kFloat : own;
 }
 
-template <class Arguments>
-void launch(DType dtype, const Arguments& p) {
-  auto* stream = c10::cuda::getCurrentCUDAStream().stream();
-  int error = 0;
-  if constexpr (std::is_same_v<Arguments, Forward>) {
-    switch (dtype) {
-      case DType::kBFloat16:
-        error = launch_forward<DType::kBFloat16>(p, stream);
-        break;
-      case DType::kHalf:
-        error = launch_forward<DType::kHalf>(p, stream);
-        break;
-      default:
-        error = launch_forward<DType::kFloat>(p, stream);
-    }
-    check_launch(error, "add_rms_norm");
-  } else {
-    switch (dtype) {
-      case DType::kBFloat16:
-        error = launch_backward<DType::kBFloat16>(p, stream);
-        break;
-      case DType::kHalf:
-        error = launch_backward<DType::kHalf>(p, stream);
-        break;
-      default:
-        error = launch_backward<DType::kFloat>(p, stream);
-    }
-    check_launch(error, "add_rms_norm_backward");
-  }
+auto* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+void launch(DType dtype, const Forward& p) {
+  const auto run = [&](auto type) { return launch_forward<type.value>(p, current_stream()); };
+  check_launch(by_dtype(dtype, run), "add_rms_norm");
+}
+void launch(DType dtype, const Backward& p) {
+  const auto run = [&](auto type) { return launch_backward<type.value>(p, current_stream()); };
+  check_launch(by_dtype(dtype, run), "add_rms_norm_backward");
 }
 
 Tensor checked_weight(const Tensor& weight, const Tensor& x) {
-  TORCH_CHECK(weight.dim() == 1 && weight.size(0) == x.size(-1) && weight.device() == x.device(),
-              "weight must be (", x.size(-1), ") on ", x.device(), ", got ", weight.sizes(), " on ",
-              weight.device());
+  check_either(weight, "weight", {x.size(-1)}, x.scalar_type(), x.device());
   return aligned(weight.to(at::kFloat));
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptTensor& residual_in,
                                            const Tensor& weight_in, double eps,
                                            bool residual_in_fp32) {
-  TORCH_CHECK(x_in.dim() >= 1 && x_in.is_cuda(), "x must be (..., d) on a CUDA device, got ",
-              x_in.sizes(), " on ", x_in.device());
+  TORCH_CHECK_VALUE(x_in.dim() >= 1 && x_in.is_cuda(), "x must be (..., d) on a CUDA device, got ",
+                    x_in.sizes(), " on ", x_in.device());
   const c10::cuda::CUDAGuard guard(x_in.device());
   const DType dtype = dtype_of(x_in, "x");
   const Tensor x = aligned(x_in), weight = checked_weight(weight_in, x);
@@ -78,9 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptTensor& 
   Forward p;
   at::ScalarType residual_type = x.scalar_type();
   if (residual_in.has_value()) {
-    TORCH_CHECK(residual_in->sizes() == x.sizes() && residual_in->device() == x.device(),
-                "residual must be ", x.sizes(), " on ", x.device(), ", got ", residual_in->sizes(),
-                " on ", residual_in->device());
+    check_either(*residual_in, "residual", x.sizes(), x.scalar_type(), x.device());
     residual = aligned(*residual_in);
     residual_type = residual.scalar_type();
     p.residual = residual.const_data_ptr();
@@ -109,27 +82,18 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
                                             const Tensor& rstd_in, bool has_residual,
                                             at::ScalarType x_type, at::ScalarType residual_type) {
   const c10::cuda::CUDAGuard guard(residual_out_in.device());
-  TORCH_CHECK(residual_out_in.is_cuda() && grad_out.sizes() == residual_out_in.sizes() &&
-                  grad_out.scalar_type() == x_type && grad_out.device() == residual_out_in.device(),
-              "grad_out must be ", residual_out_in.sizes(), " ", x_type, " on ",
-              residual_out_in.device(), ", got ", grad_out.sizes(), " ", grad_out.scalar_type(),
-              " on ", grad_out.device());
+  check(grad_out, "grad_out", residual_out_in.sizes(), x_type, residual_out_in.device());
   const DType dtype = dtype_of(grad_out, "grad_out");
   const Tensor grad = aligned(grad_out), residual_out = aligned(residual_out_in),
                weight = checked_weight(weight_in, residual_out),
                rstd = rstd_in.to(at::kFloat).contiguous();
-  TORCH_CHECK(rstd.numel() * residual_out.size(-1) == residual_out.numel() &&
-                  rstd.device() == grad.device(),
-              "rstd must be ", residual_out.sizes().slice(0, residual_out.dim() - 1), ", got ",
-              rstd.sizes());
+  check(rstd, "rstd", residual_out.sizes().slice(0, residual_out.dim() - 1), at::kFloat,
+        grad.device());
   Backward p;
   Tensor grad_residual;
   if (grad_residual_out.has_value()) {
-    TORCH_CHECK(grad_residual_out->sizes() == residual_out.sizes() &&
-                    grad_residual_out->scalar_type() == residual_out.scalar_type() &&
-                    grad_residual_out->device() == residual_out.device(),
-                "grad_residual_out must be like residual_out, got ", grad_residual_out->sizes(),
-                " ", grad_residual_out->scalar_type());
+    check(*grad_residual_out, "grad_residual_out", residual_out.sizes(), residual_out.scalar_type(),
+          residual_out.device());
     grad_residual = aligned(*grad_residual_out);
     p.grad_residual = grad_residual.const_data_ptr();
   }

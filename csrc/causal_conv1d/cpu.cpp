@@ -8,7 +8,7 @@
 #include "cpu_kernels.h"
 
 namespace mmvim {
-namespace cpu {
+namespace conv {
 namespace {
 
 // Weight and bias of one filter in the computing type.
@@ -17,10 +17,10 @@ struct Filter {
   OptTensor bias;
 
   Filter(const Tensor& w, const OptTensor& b, const Tensor& x) {
-    TORCH_CHECK(x.dim() == 3, "x must be (b, l, d), got shape ", x.sizes());
+    TORCH_CHECK_VALUE(x.dim() == 3, "x must be (b, l, d), got shape ", x.sizes());
     const int64_t d = x.size(2);
-    TORCH_CHECK(w.dim() == 2 && w.size(1) >= 2 && w.size(1) <= 4,
-                "weight must be (d, w) with w from 2 to 4, got shape ", w.sizes());
+    TORCH_CHECK_VALUE(w.dim() == 2 && w.size(1) >= 2 && w.size(1) <= 4,
+                      "weight must be (d, w) with w from 2 to 4, got shape ", w.sizes());
     weight = converted(w, "weight", {d, w.size(1)}, x);
     if (b.has_value()) bias = converted(*b, "bias", {d}, x);
   }
@@ -37,15 +37,14 @@ struct Filter {
  private:
   static Tensor converted(const Tensor& t, const char* name, at::IntArrayRef sizes,
                           const Tensor& x) {
-    const auto type = x.scalar_type(), compute = compute_type(type);
-    check(t, name, sizes, t.scalar_type() == compute ? compute : type);
-    return t.to(compute).contiguous();
+    check_either(t, name, sizes, x.scalar_type(), at::kCPU);
+    return t.to(compute_type(x.scalar_type())).contiguous();
   }
 };
 
 ConvInput input(const Tensor& x, int64_t width, bool silu) {
   dtype_of(x.scalar_type(), "x");
-  check(x, "x", x.sizes(), x.scalar_type());
+  check(x, "x", x.sizes(), x.scalar_type(), at::kCPU);
   ConvInput in;
   in.batch = x.size(0);
   in.length = x.size(1);
@@ -57,9 +56,9 @@ ConvInput input(const Tensor& x, int64_t width, bool silu) {
 }
 
 void set_mode(ConvInput& in, const Filter& filter, std::string_view mode, bool has_state) {
-  TORCH_CHECK(mode == "causal" || mode == "reverse" || mode == "same",
-              "mode must be 'causal', 'reverse' or 'same', got '", mode, "'");
-  TORCH_CHECK(mode != "same" || !has_state, "mode 'same' has no state");
+  TORCH_CHECK_VALUE(mode == "causal" || mode == "reverse" || mode == "same",
+                    "mode must be 'causal', 'reverse' or 'same', got '", mode, "'");
+  TORCH_CHECK_VALUE(mode != "same" || !has_state, "mode 'same' has no state");
   const int64_t left = mode == "causal" ? in.width - 1 : mode == "same" ? (in.width - 1) / 2 : 0;
   in.filter[0] = filter.arguments(left, mode == "reverse");
 }
@@ -69,8 +68,7 @@ ConvState state(const OptTensor& t, OptTensor& keep, const char* name, const Ten
                 int64_t width) {
   ConvState s;
   if (!t.has_value()) return s;
-  const auto type = x.scalar_type(), compute = compute_type(type);
-  check(*t, name, {x.size(0), x.size(2), width - 1}, t->scalar_type() == compute ? compute : type);
+  check_either(*t, name, {x.size(0), x.size(2), width - 1}, x.scalar_type(), at::kCPU);
   keep = t->contiguous();
   s.data = const_cast<void*>(keep->const_data_ptr());
   s.dtype = dtype_of(keep->scalar_type(), name);
@@ -134,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   ConvBackwardArgs a;
   a.in = input(x, width, silu);
   set_mode(a.in, filter, mode, initial_state.has_value() || grad_last_state.has_value());
-  check(grad_out, "grad_out", x.sizes(), x.scalar_type());
+  check(grad_out, "grad_out", x.sizes(), x.scalar_type(), at::kCPU);
   OptTensor keep_state, keep_grad;
   a.in.initial = state(initial_state, keep_state, "initial_state", x, width);
   a.grad_last = state(grad_last_state, keep_grad, "grad_last_state", x, width);
@@ -148,9 +146,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 }
 
 void set_both(ConvInput& in, const Filter& f, const Filter& b) {
-  TORCH_CHECK(f.weight.size(1) == b.weight.size(1),
-              "weight_f and weight_b must have the same width, got ", f.weight.size(1), " and ",
-              b.weight.size(1));
+  TORCH_CHECK_VALUE(f.weight.size(1) == b.weight.size(1),
+                    "weight_f and weight_b must have the same width, got ", f.weight.size(1),
+                    " and ", b.weight.size(1));
   in.filters = 2;
   in.filter[0] = f.arguments(in.width - 1, false);
   in.filter[1] = b.arguments(0, true);
@@ -180,8 +178,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
     const Tensor& grad_f, const Tensor& grad_b, const Tensor& x, const Tensor& weight_f,
     const OptTensor& bias_f, const Tensor& weight_b, const OptTensor& bias_b, bool silu) {
   const Filter f(weight_f, bias_f, x), b(weight_b, bias_b, x);
-  check(grad_f, "grad_f", x.sizes(), x.scalar_type());
-  check(grad_b, "grad_b", x.sizes(), x.scalar_type());
+  check(grad_f, "grad_f", x.sizes(), x.scalar_type(), at::kCPU);
+  check(grad_b, "grad_b", x.sizes(), x.scalar_type(), at::kCPU);
   ConvBackwardArgs a;
   a.in = input(x, weight_f.size(1), silu);
   set_both(a.in, f, b);
@@ -212,5 +210,5 @@ TORCH_LIBRARY_IMPL(mmvim, CPU, m) {
   m.impl("bidirectional_conv1d_backward", both_backward);
 }
 
-}  // namespace cpu
+}  // namespace conv
 }  // namespace mmvim

@@ -16,9 +16,6 @@ namespace mmvim {
 namespace conv {
 namespace {
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
 // Parameters as the kernels want them; the copies live as long as this object.
 struct Parameters {
   Tensor weight, bias;
@@ -26,15 +23,14 @@ struct Parameters {
 
   Parameters(const Tensor& w, const OptTensor& b, const Tensor& x, int left, bool reverse) {
     const int64_t d = x.size(2);
-    TORCH_CHECK(w.dim() == 2 && w.size(0) == d && w.size(1) >= 2 && w.size(1) <= 4,
-                "weight must be (", d, ", 2..4), got ", w.sizes());
-    TORCH_CHECK(w.device() == x.device(), "weight must be on ", x.device(), ", got ", w.device());
+    TORCH_CHECK_VALUE(w.dim() == 2 && w.size(1) >= 2 && w.size(1) <= 4,
+                      "weight must be (d, w) with w from 2 to 4, got shape ", w.sizes());
+    check_either(w, "weight", {d, w.size(1)}, x.scalar_type(), x.device());
     weight = w.to(at::kFloat).contiguous();
     taps.weight = weight.const_data_ptr<float>();
     taps.aligned = reinterpret_cast<uintptr_t>(taps.weight) % 16 == 0;
     if (b.has_value()) {
-      TORCH_CHECK(b->dim() == 1 && b->size(0) == d && b->device() == x.device(), "bias must be (",
-                  d, ") on ", x.device(), ", got ", b->sizes(), " on ", b->device());
+      check_either(*b, "bias", {d}, x.scalar_type(), x.device());
       bias = b->to(at::kFloat).contiguous();
       taps.bias = bias.const_data_ptr<float>();
     }
@@ -46,8 +42,8 @@ struct Parameters {
 Parameters parameters(const Tensor& weight, const OptTensor& bias, const Tensor& x,
                       std::string_view mode) {
   const int width = weight.dim() == 2 ? static_cast<int>(weight.size(1)) : 0;
-  TORCH_CHECK(mode == "causal" || mode == "reverse" || mode == "same",
-              "mode must be 'causal', 'reverse' or 'same', got '", mode, "'");
+  TORCH_CHECK_VALUE(mode == "causal" || mode == "reverse" || mode == "same",
+                    "mode must be 'causal', 'reverse' or 'same', got '", mode, "'");
   const int left = mode == "causal" ? width - 1 : mode == "same" ? (width - 1) / 2 : 0;
   return Parameters(weight, bias, x, left, mode == "reverse");
 }
@@ -69,63 +65,34 @@ Input input(const Tensor& x, int64_t width, bool silu) {
 State state(const OptTensor& s, Tensor& keep, const Tensor& x, int64_t width, const char* name) {
   State result;
   if (!s.has_value()) return result;
-  TORCH_CHECK(s->dim() == 3 && s->size(0) == x.size(0) && s->size(1) == x.size(2) &&
-                  s->size(2) == width - 1,
-              name, " must be (", x.size(0), ", ", x.size(2), ", ", width - 1, "), got ",
-              s->sizes());
-  TORCH_CHECK(s->device() == x.device() &&
-                  (s->scalar_type() == x.scalar_type() || s->scalar_type() == at::kFloat),
-              name, " must be ", x.scalar_type(), " or float32 on ", x.device(), ", got ",
-              s->scalar_type(), " on ", s->device());
+  check_either(*s, name, {x.size(0), x.size(2), width - 1}, x.scalar_type(), x.device());
   keep = s->contiguous();
   result.data = keep.const_data_ptr();
   result.is_float = keep.scalar_type() == at::kFloat;
   return result;
 }
 
-template <class Arguments>
-void launch(DType dtype, const Arguments& p) {
-  auto* stream = c10::cuda::getCurrentCUDAStream().stream();
-  int error = 0;
-  if constexpr (std::is_same_v<Arguments, Forward>) {
-    switch (dtype) {
-      case DType::kBFloat16:
-        error = launch_forward<DType::kBFloat16>(p, stream);
-        break;
-      case DType::kHalf:
-        error = launch_forward<DType::kHalf>(p, stream);
-        break;
-      default:
-        error = launch_forward<DType::kFloat>(p, stream);
-    }
-    check_launch(error, p.both ? "bidirectional_conv1d" : "causal_conv1d");
-  } else {
-    switch (dtype) {
-      case DType::kBFloat16:
-        error = launch_backward<DType::kBFloat16>(p, stream);
-        break;
-      case DType::kHalf:
-        error = launch_backward<DType::kHalf>(p, stream);
-        break;
-      default:
-        error = launch_backward<DType::kFloat>(p, stream);
-    }
-    check_launch(error, p.both ? "bidirectional_conv1d_backward" : "causal_conv1d_backward");
-  }
+auto* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+void launch(DType dtype, const Forward& p) {
+  const auto run = [&](auto type) { return launch_forward<type.value>(p, current_stream()); };
+  check_launch(by_dtype(dtype, run), p.both ? "bidirectional_conv1d" : "causal_conv1d");
+}
+void launch(DType dtype, const Backward& p) {
+  const auto run = [&](auto type) { return launch_backward<type.value>(p, current_stream()); };
+  check_launch(by_dtype(dtype, run),
+               p.both ? "bidirectional_conv1d_backward" : "causal_conv1d_backward");
 }
 
 void check_input(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 3 && x.is_cuda(), "x must be (b, l, d) on a CUDA device, got ", x.sizes(),
-              " on ", x.device());
-  TORCH_CHECK(x.size(1) <= kMaxLength, "x may have at most ", kMaxLength, " steps, got ",
-              x.size(1));
+  TORCH_CHECK_VALUE(x.dim() == 3 && x.is_cuda(), "x must be (b, l, d) on a CUDA device, got ",
+                    x.sizes(), " on ", x.device());
+  TORCH_CHECK_VALUE(x.size(1) <= kMaxLength, "x may have at most ", kMaxLength, " steps, got ",
+                    x.size(1));
 }
 
 Tensor gradient_of(const Tensor& grad, const Tensor& x, const char* name) {
-  TORCH_CHECK(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type() &&
-                  grad.device() == x.device(),
-              name, " must be like x, got ", grad.sizes(), " ", grad.scalar_type(), " on ",
-              grad.device());
+  check(grad, name, x.sizes(), x.scalar_type(), x.device());
   return with_unit_stride(grad);
 }
 
@@ -167,8 +134,8 @@ void both_forward_into(const Tensor& x_in, const Tensor& weight_f, const OptTens
   const Tensor x = with_unit_stride(x_in);
   const Parameters first = parameters(weight_f, bias_f, x, "causal");
   const Parameters second = parameters(weight_b, bias_b, x, "reverse");
-  TORCH_CHECK(weight_f.size(1) == weight_b.size(1), "weight_b must be as wide as weight_f (",
-              weight_f.size(1), "), got ", weight_b.size(1));
+  TORCH_CHECK_VALUE(weight_f.size(1) == weight_b.size(1), "weight_b must be as wide as weight_f (",
+                    weight_f.size(1), "), got ", weight_b.size(1));
   Forward p;
   p.in = input(x, weight_f.size(1), silu);
   p.both = true;
@@ -261,8 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
   const Parameters first = parameters(weight_f, bias_f, x, "causal");
   const Parameters second = parameters(weight_b, bias_b, x, "reverse");
   const int64_t width = weight_f.size(1);
-  TORCH_CHECK(width == weight_b.size(1), "weight_b must be as wide as weight_f (", width, "), got ",
-              weight_b.size(1));
+  TORCH_CHECK_VALUE(width == weight_b.size(1), "weight_b must be as wide as weight_f (", width,
+                    "), got ", weight_b.size(1));
   Backward p;
   p.in = input(x, width, silu);
   p.both = true;

@@ -1,4 +1,4 @@
-// What the CUDA glue files share: checks, element types, launch errors.
+// What the CUDA glue files share: element types, launch errors, the alignment of rows.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -6,21 +6,29 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
-#include "dtype.h"
+#include <type_traits>
+
+#include "glue.h"
 
 namespace mmvim {
 
-inline DType dtype_of(const at::Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kHalf;
+inline DType dtype_of(const Tensor& t, const char* name) {
+  const DType type = dtype_of(t.scalar_type(), name);
+  TORCH_CHECK_TYPE(type != DType::kDouble, name,
+                   " must be float32, bfloat16 or float16 for the CUDA kernels, got float64");
+  return type;
+}
+
+// Makes the dtype a template parameter: `f` gets an integral constant.
+template <class F>
+int by_dtype(DType type, F&& f) {
+  switch (type) {
+    case DType::kBFloat16:
+      return f(std::integral_constant<DType, DType::kBFloat16>());
+    case DType::kHalf:
+      return f(std::integral_constant<DType, DType::kHalf>());
     default:
-      TORCH_CHECK(false, name, " must be float32, bfloat16 or float16 for the CUDA kernels, got ",
-                  t.scalar_type());
+      return f(std::integral_constant<DType, DType::kFloat>());
   }
 }
 
@@ -37,13 +45,13 @@ inline int multiprocessor_count() {
 }
 
 // The tensor itself if neighbouring channels are neighbours in memory, else a copy.
-inline at::Tensor with_unit_stride(const at::Tensor& t) {
+inline Tensor with_unit_stride(const Tensor& t) {
   return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous();
 }
 
 // Whether each row of the last dimension starts at a multiple of 16 bytes and holds whole 16-byte
 // words.
-inline bool rows_are_aligned(const at::Tensor& t) {
+inline bool rows_are_aligned(const Tensor& t) {
   const int64_t size = t.element_size();
   bool aligned =
       reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.size(-1) * size % 16 == 0;

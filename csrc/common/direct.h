@@ -2,20 +2,16 @@
 // kind of device. The glue of a device fills its table when the library is loaded.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
 #include <string_view>
 #include <tuple>
+
+#include "glue.h"
 
 namespace mmvim {
 
 struct Segments;
 
 namespace direct {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // Where the gradients of one direction are to be written; contiguous.
 struct ScanPlaces {

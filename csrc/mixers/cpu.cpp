@@ -7,6 +7,7 @@
 #include "parameters.h"
 
 namespace mmvim {
+namespace mixers {
 namespace {
 
 const bool known = [] {
@@ -23,8 +24,9 @@ const bool known = [] {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mmvim, CPU, m) {
-  m.impl("mixer", mixers::forward);
-  m.impl("mixer_backward", mixers::backward);
+  m.impl("mixer", forward);
+  m.impl("mixer_backward", backward);
 }
 
+}  // namespace mixers
 }  // namespace mmvim

@@ -7,6 +7,7 @@
 #include "parameters.h"
 
 namespace mmvim {
+namespace mixers {
 namespace {
 
 void gate(const at::Tensor& z, const at::Tensor& y, const at::Tensor& out) {
@@ -35,8 +36,9 @@ const bool known = [] {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mmvim, CUDA, m) {
-  m.impl("mixer", mixers::forward);
-  m.impl("mixer_backward", mixers::backward);
+  m.impl("mixer", forward);
+  m.impl("mixer_backward", backward);
 }
 
+}  // namespace mixers
 }  // namespace mmvim

@@ -24,6 +24,7 @@
 #include "mixer.h"
 
 #include "../common/direct.h"
+#include "../common/glue.h"
 #include "../common/scratch.h"
 #include "parameters.h"
 
@@ -32,8 +33,6 @@ namespace mixers {
 namespace {
 
 using at::IntArrayRef;
-using at::Tensor;
-using direct::OptTensor;
 
 // Order of the parameters; those from kTaps on once for each direction.
 enum Index : int {
@@ -75,25 +74,6 @@ struct Options {
   int projections() const { return kind == "v2" ? 2 : 1; }
   std::string_view conv_mode() const { return is_half() ? "same" : reverse ? "reverse" : "causal"; }
 };
-
-at::ScalarType wide_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-DType dtype_of(at::ScalarType type, const char* name) {
-  switch (type) {
-    case at::kFloat:
-      return DType::kFloat;
-    case at::kDouble:
-      return DType::kDouble;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kHalf;
-    default:
-      TORCH_CHECK_TYPE(false, name, " must be float32, float64, bfloat16 or float16, got ", type);
-  }
-}
 
 // A view without a way through the dispatcher.
 Tensor view(const Tensor& base, int64_t offset, IntArrayRef sizes, IntArrayRef strides) {
@@ -218,7 +198,7 @@ class Prepared {
   Sizes size;
 
   Prepared(const Tensor& x, const Parameters& given, const Options& options)
-      : type_(x.scalar_type()), wide_(wide_type(type_)), options_(options) {
+      : type_(x.scalar_type()), wide_(compute_type(type_)), options_(options) {
     dtype_of(type_, "x");
     TORCH_CHECK_VALUE(x.dim() == 3, "x must be (batch, length, channels), got ", x.sizes());
     TORCH_CHECK_VALUE(options.kind == "one" || options.kind == "v1" || options.kind == "v2" ||
@@ -569,7 +549,7 @@ namespace {
 class Gradients {
  public:
   Gradients(const Mixer& m, int64_t needed)
-      : m_(m), needed_(needed), conversions_(wide_type(m.x.scalar_type())), all_(1 + kCount) {}
+      : m_(m), needed_(needed), conversions_(compute_type(m.x.scalar_type())), all_(1 + kCount) {}
 
   bool needs(int i) const { return (needed_ >> (1 + i) & 1) != 0; }
   bool needs_x() const { return (needed_ & 1) != 0; }
@@ -628,7 +608,7 @@ class Gradients {
   std::vector<Tensor> all_;
 
   Tensor make(int i) {
-    const auto type = m_.p.types[i], wide = wide_type(m_.x.scalar_type());
+    const auto type = m_.p.types[i], wide = compute_type(m_.x.scalar_type());
     const bool fits = (wide == at::kDouble) == (type == at::kDouble);
     return all_[1 + i] = fresh(m_.p.sizes(i), fits ? type : wide, m_.x);
   }

@@ -11,21 +11,12 @@
 #include "cpu_kernels.h"
 
 namespace mmvim {
-namespace cpu {
+namespace scan {
 namespace {
 
 constexpr int64_t kMaxStates = 256;
 // Distance of the checkpoints that a backward pass makes for itself if none were saved.
 constexpr int64_t kOwnInterval = 64;
-
-Discretization method_of(std::string_view name) {
-  std::string known;
-  for (const Method& m : kMethods) {
-    if (name == m.name) return static_cast<Discretization>(&m - kMethods);
-    known += std::string(known.empty() ? "" : ", ") + m.name;
-  }
-  TORCH_CHECK(false, "discretization must be one of ", known, "; got '", name, "'");
-}
 
 // One direction's inputs, checked, and alive as long as the kernels run.
 struct Inputs {
@@ -37,24 +28,24 @@ struct Inputs {
   Inputs(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_,
          const Tensor& C_, const OptTensor& D_, const OptTensor& delta_bias_)
       : u(u_), delta(delta_), B(B_), C(C_), A(A_) {
-    TORCH_CHECK(u.dim() == 3, "u must be (b, l, d), got shape ", u.sizes());
+    TORCH_CHECK_VALUE(u.dim() == 3, "u must be (b, l, d), got shape ", u.sizes());
     type = u.scalar_type();
     dtype_of(type, "u");
     compute = compute_type(type);
     const int64_t b = u.size(0), l = u.size(1), d = u.size(2);
-    check(u, "u", u.sizes(), type);
-    check(delta, "delta", u.sizes(), type);
-    TORCH_CHECK(A.dim() == 2 && A.size(1) <= kMaxStates, "A must be (d, n) with n <= ", kMaxStates,
-                ", got shape ", A.sizes());
+    check(u, "u", u.sizes(), type, at::kCPU);
+    check(delta, "delta", u.sizes(), type, at::kCPU);
+    TORCH_CHECK_VALUE(A.dim() == 2 && A.size(1) <= kMaxStates,
+                      "A must be (d, n) with n <= ", kMaxStates, ", got shape ", A.sizes());
     const int64_t n = A.size(1);
-    check(A, "A", {d, n}, compute);
-    TORCH_CHECK(B.dim() == 4 && B.size(2) > 0 && d % B.size(2) == 0,
-                "B must be (b, l, g, n) with g a divisor of ", d, ", got shape ", B.sizes());
+    check(A, "A", {d, n}, compute, at::kCPU);
+    TORCH_CHECK_VALUE(B.dim() == 4 && B.size(2) > 0 && d % B.size(2) == 0,
+                      "B must be (b, l, g, n) with g a divisor of ", d, ", got shape ", B.sizes());
     const int64_t g = B.size(2);
-    check(B, "B", {b, l, g, n}, type);
-    check(C, "C", {b, l, g, n}, type);
-    check(D_, "D", {d}, compute);
-    check(delta_bias_, "delta_bias", {d}, compute);
+    check(B, "B", {b, l, g, n}, type, at::kCPU);
+    check(C, "C", {b, l, g, n}, type, at::kCPU);
+    check(D_, "D", {d}, compute, at::kCPU);
+    check(delta_bias_, "delta_bias", {d}, compute, at::kCPU);
     A = A.contiguous();
     D = contiguous(D_);
     delta_bias = contiguous(delta_bias_);
@@ -99,7 +90,7 @@ struct Inputs {
 };
 
 std::vector<int64_t> checkpoint_sizes(const ScanShape& s, int64_t interval) {
-  TORCH_CHECK(interval >= 0, "checkpoint_interval must not be negative, got ", interval);
+  TORCH_CHECK_VALUE(interval >= 0, "checkpoint_interval must not be negative, got ", interval);
   if (interval == 0) return {0};
   const int64_t count = (s.length + interval - 1) / interval - 1;
   return {s.batch, count < 0 ? 0 : count, s.channels, s.states};
@@ -116,7 +107,7 @@ struct InitialState {
   InitialState(const OptTensor& given, const ScanShape& s, at::ScalarType compute) {
     if (!given.has_value()) return;
     parts = s.state_parts() == 2 && given->dim() == 3 && given->size(2) == 2 * s.states ? 2 : 1;
-    check(*given, "initial_state", state_sizes(s, parts), compute);
+    check(*given, "initial_state", state_sizes(s, parts), compute, at::kCPU);
     state = given->contiguous();
   }
 };
@@ -128,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
                                            std::string_view discretization, bool reverse,
                                            bool return_last_state, int64_t checkpoint_interval) {
   const Inputs in(u, delta, A, B, C, D, delta_bias);
-  check(z, "z", u.sizes(), in.type);
+  check(z, "z", u.sizes(), in.type, at::kCPU);
   ScanForwardArgs a;
   a.shape = in.shape(discretization, delta_softplus);
   const InitialState initial(initial_state, a.shape, in.compute);
@@ -179,7 +170,7 @@ struct Gradients {
 // The checkpoints that were saved, or new ones.
 void find_checkpoints(ScanBackwardArgs& a, const Tensor& saved, int64_t interval, Tensor& keep,
                       const Inputs& in) {
-  check(saved, "checkpoints", checkpoint_sizes(a.shape, interval), in.compute);
+  check(saved, "checkpoints", checkpoint_sizes(a.shape, interval), in.compute, at::kCPU);
   if (interval > 0) {
     keep = saved.contiguous();
   } else {
@@ -205,13 +196,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     bool delta_softplus, std::string_view discretization, bool reverse,
     int64_t checkpoint_interval) {
   const Inputs in(u, delta, A, B, C, D, delta_bias);
-  check(z, "z", u.sizes(), in.type);
-  check(grad_out, "grad_out", u.sizes(), in.type);
+  check(z, "z", u.sizes(), in.type, at::kCPU);
+  check(grad_out, "grad_out", u.sizes(), in.type, at::kCPU);
   ScanBackwardArgs a;
   a.shape = in.shape(discretization, delta_softplus);
   const InitialState initial(initial_state, a.shape, in.compute);
-  check(grad_last_state, "grad_last_state", state_sizes(a.shape, a.shape.state_parts()),
-        in.compute);
+  check(grad_last_state, "grad_last_state", state_sizes(a.shape, a.shape.state_parts()), in.compute,
+        at::kCPU);
   const OptTensor grad_last = contiguous(grad_last_state);
   a.inputs = in.arguments(reverse);
   a.initial_state = data(initial.state);
@@ -231,9 +222,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }
 
 void check_pair(const Inputs& f, const Inputs& b) {
-  TORCH_CHECK(b.u.sizes() == f.u.sizes() && b.type == f.type && b.A.sizes() == f.A.sizes(),
-              "both directions must have the same shapes and dtypes, got u ", f.u.sizes(), " ",
-              f.type, " and ", b.u.sizes(), " ", b.type, ", A ", f.A.sizes(), " and ", b.A.sizes());
+  TORCH_CHECK_VALUE(b.u.sizes() == f.u.sizes() && b.type == f.type && b.A.sizes() == f.A.sizes(),
+                    "both directions must have the same shapes and dtypes, got u ", f.u.sizes(),
+                    " ", f.type, " and ", b.u.sizes(), " ", b.type, ", A ", f.A.sizes(), " and ",
+                    b.A.sizes());
 }
 
 ScanForwardArgs pair_arguments(const Inputs& f, const Inputs& b, std::string_view discretization,
@@ -256,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
     bool delta_softplus, std::string_view discretization, int64_t checkpoint_interval) {
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
-  check(z, "z", u_f.sizes(), f.type);
+  check(z, "z", u_f.sizes(), f.type, at::kCPU);
   ScanForwardArgs a = pair_arguments(f, b, discretization, delta_softplus);
   a.z = view(z);
   a.scale = scale;
@@ -289,8 +281,8 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
                             const direct::ScanPlaces* places) {
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
-  check(z, "z", u_f.sizes(), f.type);
-  check(grad_out, "grad_out", u_f.sizes(), f.type);
+  check(z, "z", u_f.sizes(), f.type, at::kCPU);
+  check(grad_out, "grad_out", u_f.sizes(), f.type, at::kCPU);
   Tensor dz = empty_like(z, f.compute);
   Tensor saved[2] = {checkpoints_f, checkpoints_b};
   int64_t interval = checkpoint_interval;
@@ -298,8 +290,8 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
     Tensor sum = pregate;
     if (interval == 0) {
       // Nothing was kept: run forward again, for the ungated sum and the checkpoints.
-      check(pregate, "pregate", {0}, f.type);
-      for (const Tensor& t : saved) check(t, "checkpoints", {0}, f.compute);
+      check(pregate, "pregate", {0}, f.type, at::kCPU);
+      for (const Tensor& t : saved) check(t, "checkpoints", {0}, f.compute, at::kCPU);
       interval = kOwnInterval;
       ScanForwardArgs again = pair_arguments(f, b, discretization, delta_softplus);
       again.checkpoint_interval = interval;
@@ -311,7 +303,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
       }
       MMVIM_PER_ISA(scan_forward)(again, f.is_double());
     } else {
-      check(pregate, "pregate", u_f.sizes(), f.type);
+      check(pregate, "pregate", u_f.sizes(), f.type, at::kCPU);
     }
     GateBackwardArgs gate;
     gate.batch = u_f.size(0);
@@ -377,5 +369,5 @@ TORCH_LIBRARY_IMPL(mmvim, CPU, m) {
   m.impl("bidirectional_scan_backward", bidirectional_backward);
 }
 
-}  // namespace cpu
+}  // namespace scan
 }  // namespace mmvim

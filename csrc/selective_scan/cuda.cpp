@@ -20,32 +20,7 @@ namespace mmvim {
 namespace scan {
 namespace {
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
 constexpr int64_t kMaxTotalStates = 256;
-
-Discretization method_of(std::string_view name) {
-  std::string known;
-  for (const Method& m : kMethods) {
-    if (name == m.name) return static_cast<Discretization>(&m - kMethods);
-    known += std::string(known.empty() ? "" : ", ") + m.name;
-  }
-  TORCH_CHECK_VALUE(false, "discretization must be one of ", known, "; got '", name, "'");
-}
-
-void check(const Tensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type,
-           const Tensor& like) {
-  TORCH_CHECK_VALUE(t.device() == like.device() && t.layout() == at::kStrided, name,
-                    " must be a strided tensor on ", like.device(), ", got ", t.layout(), " on ",
-                    t.device());
-  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", sizes, ", got ", t.sizes());
-  TORCH_CHECK_TYPE(t.scalar_type() == type, name, " must be ", type, ", got ", t.scalar_type());
-}
-void check(const OptTensor& t, const char* name, at::IntArrayRef sizes, at::ScalarType type,
-           const Tensor& like) {
-  if (t.has_value()) check(*t, name, sizes, type, like);
-}
 
 // With neighbours in the last dimension, and steps of time within 32 bits.
 Tensor with_rows(const Tensor& t) {
@@ -53,9 +28,6 @@ Tensor with_rows(const Tensor& t) {
   return step < INT32_MIN || step > INT32_MAX ? t.contiguous() : with_unit_stride(t);
 }
 
-OptTensor contiguous(const OptTensor& t) {
-  return t.has_value() ? OptTensor(t->contiguous()) : OptTensor();
-}
 const float* floats(const OptTensor& t) {
   return t.has_value() ? t->const_data_ptr<float>() : nullptr;
 }
@@ -108,12 +80,12 @@ struct Inputs {
     TORCH_CHECK_VALUE(B_.dim() == 4 && B_.size(2) > 0 && d % B_.size(2) == 0,
                       "B must be (b, l, g, n) with g a divisor of ", d, ", got shape ", B_.sizes());
     const int64_t g = B_.size(2);
-    check(delta_, "delta", u_.sizes(), type, u_);
-    check(A_, "A", {d, n}, at::kFloat, u_);
-    check(B_, "B", {b, l, g, n}, type, u_);
-    check(C_, "C", {b, l, g, n}, type, u_);
-    check(D_, "D", {d}, at::kFloat, u_);
-    check(delta_bias_, "delta_bias", {d}, at::kFloat, u_);
+    check(delta_, "delta", u_.sizes(), type, u_.device());
+    check(A_, "A", {d, n}, at::kFloat, u_.device());
+    check(B_, "B", {b, l, g, n}, type, u_.device());
+    check(C_, "C", {b, l, g, n}, type, u_.device());
+    check(D_, "D", {d}, at::kFloat, u_.device());
+    check(delta_bias_, "delta_bias", {d}, at::kFloat, u_.device());
     u = with_rows(u_);
     delta = with_rows(delta_);
     A = A_.contiguous();
@@ -193,24 +165,19 @@ struct Launcher {
   CUstream_st* stream = c10::cuda::getCurrentCUDAStream().stream();
 
   void operator()(const Plan& plan, const Forward& p) const {
-    check_launch(dtype == DType::kFloat ? launch_forward<DType::kFloat>(method, plan, p, stream)
-                 : dtype == DType::kHalf
-                     ? launch_forward<DType::kHalf>(method, plan, p, stream)
-                     : launch_forward<DType::kBFloat16>(method, plan, p, stream),
-                 op);
+    run([&](auto type) { return launch_forward<type.value>(method, plan, p, stream); });
   }
   void operator()(const Plan& plan, const Backward& p) const {
-    check_launch(dtype == DType::kFloat ? launch_backward<DType::kFloat>(method, plan, p, stream)
-                 : dtype == DType::kHalf
-                     ? launch_backward<DType::kHalf>(method, plan, p, stream)
-                     : launch_backward<DType::kBFloat16>(method, plan, p, stream),
-                 op);
+    run([&](auto type) { return launch_backward<type.value>(method, plan, p, stream); });
   }
   void operator()(const Finish& p) const {
-    check_launch(dtype == DType::kFloat  ? launch_finish<DType::kFloat>(p, stream)
-                 : dtype == DType::kHalf ? launch_finish<DType::kHalf>(p, stream)
-                                         : launch_finish<DType::kBFloat16>(p, stream),
-                 op);
+    run([&](auto type) { return launch_finish<type.value>(p, stream); });
+  }
+
+ private:
+  template <class F>
+  void run(F&& launch) const {
+    check_launch(by_dtype(dtype, launch), op);
   }
 };
 
@@ -330,12 +297,12 @@ OptTensor checked_initial(const OptTensor& state, const Sizes& s, Discretization
   const bool with_drive =
       state_parts(method) == 2 && state->dim() == 3 && state->size(2) == 2 * s.pitch;
   check(*state, "initial_state", {s.batch, s.channels, (with_drive ? 2 : 1) * s.pitch}, at::kFloat,
-        like);
+        like.device());
   return state->contiguous();
 }
 
 OptTensor checked_gate(const OptTensor& z, const Inputs& in) {
-  check(z, "z", in.u.sizes(), in.type, in.u);
+  check(z, "z", in.u.sizes(), in.type, in.u.device());
   return z.has_value() ? OptTensor(with_rows(*z)) : OptTensor();
 }
 
@@ -392,8 +359,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
   const c10::cuda::CUDAGuard guard(u_f.device());
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
-  check(u_b, "u_b", u_f.sizes(), f.type, u_f);
-  check(A_b, "A_b", A_f.sizes(), at::kFloat, u_f);
+  check(u_b, "u_b", u_f.sizes(), f.type, u_f.device());
+  check(A_b, "A_b", A_f.sizes(), at::kFloat, u_f.device());
   const Discretization method = method_of(discretization);
   const Sizes s = sizes_of(f, b.B.size(2), delta_softplus);
   ForwardCall call;
@@ -581,7 +548,7 @@ struct BackwardCall {
 };
 
 Tensor checked_gradient(const Tensor& grad, const Inputs& in) {
-  check(grad, "grad_out", in.u.sizes(), in.type, in.u);
+  check(grad, "grad_out", in.u.sizes(), in.type, in.u.device());
   return with_rows(grad);
 }
 
@@ -595,9 +562,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Inputs in(u, delta, A, B, C, D, delta_bias);
   const Discretization method = method_of(discretization);
   const Sizes s = sizes_of(in, 1, delta_softplus);
-  check(checkpoints, "checkpoints", checkpoint_sizes(s, checkpoint_interval), at::kFloat, u);
+  check(checkpoints, "checkpoints", checkpoint_sizes(s, checkpoint_interval), at::kFloat,
+        u.device());
   check(grad_last_state, "grad_last_state", {s.batch, s.channels, state_parts(method) * s.pitch},
-        at::kFloat, u);
+        at::kFloat, u.device());
   Gradients grads(in);
   BackwardCall call;
   call.in[0] = &in;
@@ -640,8 +608,8 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
   const c10::cuda::CUDAGuard guard(u_f.device());
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
-  check(u_b, "u_b", u_f.sizes(), f.type, u_f);
-  check(A_b, "A_b", A_f.sizes(), at::kFloat, u_f);
+  check(u_b, "u_b", u_f.sizes(), f.type, u_f.device());
+  check(A_b, "A_b", A_f.sizes(), at::kFloat, u_f.device());
   const Discretization method = method_of(discretization);
   const Sizes s = sizes_of(f, b.B.size(2), delta_softplus);
   Gradients grads_f(f, places), grads_b(b, places == nullptr ? nullptr : places + 1);
@@ -659,7 +627,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
   const Tensor* saved[2] = {&checkpoints_f, &checkpoints_b};
   for (int d = 0; d < 2; ++d) {
     check(*saved[d], d == 0 ? "checkpoints_f" : "checkpoints_b",
-          checkpoint_sizes(s, checkpoint_interval), at::kFloat, u_f);
+          checkpoint_sizes(s, checkpoint_interval), at::kFloat, u_f.device());
     call.checkpoints[d] = saved[d]->contiguous();
   }
   const Tensor dz =
@@ -667,7 +635,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
   if (z.has_value()) {
     call.dz = dz;
     if (pregate.dim() == 3) {
-      check(pregate, "pregate", u_f.sizes(), f.type, u_f);
+      check(pregate, "pregate", u_f.sizes(), f.type, u_f.device());
       call.pregate = with_rows(pregate);
     }
   }

@@ -222,12 +222,13 @@ WRONG = {
 @pytest.mark.parametrize('name', WRONG)
 def test_raw_calls_cannot_leave_their_tensors(name):
     change, message = WRONG[name]
+    kind = TypeError if ' must be Float' in message else ValueError
     a = scan_arguments(2, 5, 4, 3)
     good = scan(compiled, a)
     a[name] = change(a[name])
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(kind, match=message):
         compiled.selective_scan(*a.values(), True, 'zoh', False, True, 16)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(kind, match=message):
         compiled.selective_scan_backward(
             good[0], None, *a.values(), good[2], True, 'zoh', False, 16
         )
@@ -238,34 +239,34 @@ def test_raw_calls_check_what_forward_saved():
     tensors = tuple(a.values())
     out, last, checkpoints = compiled.selective_scan(*tensors, True, 'zoh', False, True, 16)
     backward = compiled.selective_scan_backward
-    with pytest.raises(RuntimeError, match='checkpoints must have shape'):
+    with pytest.raises(ValueError, match='checkpoints must have shape'):
         backward(out, None, *tensors, checkpoints, True, 'zoh', False, 8)
-    with pytest.raises(RuntimeError, match='must not be negative'):
+    with pytest.raises(ValueError, match='must not be negative'):
         backward(out, None, *tensors, checkpoints, True, 'zoh', False, -1)
-    with pytest.raises(RuntimeError, match='grad_out must have shape'):
+    with pytest.raises(ValueError, match='grad_out must have shape'):
         backward(out[:, 1:], None, *tensors, checkpoints, True, 'zoh', False, 16)
-    with pytest.raises(RuntimeError, match='grad_last_state must have shape'):
+    with pytest.raises(ValueError, match='grad_last_state must have shape'):
         backward(out, last[..., 1:], *tensors, checkpoints, True, 'zoh', False, 16)
-    with pytest.raises(RuntimeError, match=r'zoh, zoh_exact.*tustin.*euler'):
+    with pytest.raises(ValueError, match=r'zoh, zoh_exact.*tustin.*euler'):
         backward(out, None, *tensors, checkpoints, True, 'euler', False, 16)
 
 
 def test_raw_convolutions_and_norms_are_checked():
     x, weight = torch.ones(2, 5, 4), torch.ones(4, 3)
     conv1d = compiled.causal_conv1d
-    with pytest.raises(RuntimeError, match='weight must have shape'):
+    with pytest.raises(ValueError, match='weight must have shape'):
         conv1d(x, weight[1:], None, None, 'causal', False, False)
-    with pytest.raises(RuntimeError, match='w from 2 to 4'):
+    with pytest.raises(ValueError, match='w from 2 to 4'):
         conv1d(x, torch.ones(4, 5), None, None, 'causal', False, False)
-    with pytest.raises(RuntimeError, match="'backwards'"):
+    with pytest.raises(ValueError, match="'backwards'"):
         conv1d(x, weight, None, None, 'backwards', False, False)
-    with pytest.raises(RuntimeError, match='has no state'):
+    with pytest.raises(ValueError, match='has no state'):
         conv1d(x, weight, None, None, 'same', False, True)
-    with pytest.raises(RuntimeError, match='initial_state must have shape'):
+    with pytest.raises(ValueError, match='initial_state must have shape'):
         conv1d(x, weight, None, torch.ones(2, 4, 3), 'causal', False, False)
-    with pytest.raises(RuntimeError, match='same width'):
+    with pytest.raises(ValueError, match='same width'):
         compiled.bidirectional_conv1d(x, weight, None, torch.ones(4, 2), None, False)
-    with pytest.raises(RuntimeError, match='residual must have shape'):
+    with pytest.raises(ValueError, match='residual must have shape'):
         compiled.add_rms_norm(x, x[:, 1:], torch.ones(4), 1e-5, True)
-    with pytest.raises(RuntimeError, match='weight must have shape'):
+    with pytest.raises(ValueError, match='weight must have shape'):
         compiled.add_rms_norm(x, None, torch.ones(5), 1e-5, True)
