@@ -94,6 +94,7 @@ def export_model(
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     tolerance: float = TOLERANCE,
+    opset: int | None = None,
 ) -> ExportReport:
     """Export a model on the CPU in float32, and compare the file's outputs with the model's.
 
@@ -109,6 +110,7 @@ def export_model(
         metadata: Stored in the file (onnx, torchscript, program). Defaults to None.
         overwrite: Whether ``out`` may exist. Defaults to False.
         tolerance: Largest difference, relative to outputs above 1. Defaults to 1e-4.
+        opset: Version of the ONNX operators, 18 or later. Defaults to None: PyTorch's choice.
 
     Raises:
         ValueError: An argument is invalid.
@@ -122,6 +124,8 @@ def export_model(
         raise ValueError(f'dynamic must be one of {DYNAMIC}, got {dynamic!r}')
     if format == 'aoti' and dynamic != 'none':
         raise ValueError("format 'aoti' is compiled for one shape: dynamic must be 'none'")
+    if opset is not None and (format != 'onnx' or not isinstance(opset, int) or opset < 18):
+        raise ValueError(f"opset={opset!r} must be an integer from 18 on, for format 'onnx' only")
     if len(input_shape) not in (4, 5) or any(side < 1 for side in input_shape):
         raise ValueError(
             'input_shape must be (batch, channels, [frames,] height, width), '
@@ -140,7 +144,8 @@ def export_model(
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            _WRITERS[format](module, example, dynamic, dict(metadata or {}), temporary)
+            chosen = {'opset': opset} if format == 'onnx' else {}
+            _WRITERS[format](module, example, dynamic, dict(metadata or {}), temporary, **chosen)
         seconds = time.perf_counter() - start
         differences = compare(module, open_exported(temporary), shapes)
         worst = max(differences.values())
@@ -233,18 +238,30 @@ def _without_size_checks(program: torch.export.ExportedProgram) -> None:
 
 
 def _write_onnx(
-    module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
+    module: nn.Module,
+    example: Tensor,
+    dynamic: str,
+    metadata: dict,
+    path: Path,
+    opset: int | None = None,
 ) -> None:
     _require('onnxscript', 'the ONNX exporter')
     _require('onnxruntime', 'checking the exported ONNX file')
     quick = onnx_scan.is_available()
     program = _exported_program(module, example, dynamic, 'onnx' if quick else 'graph')
-    options = {'custom_translation_table': onnx_scan.translations()} if quick else {}
+    options: dict[str, Any] = {}
+    if quick:
+        options['custom_translation_table'] = onnx_scan.translations()
+    if opset is not None:
+        options['opset_version'] = opset
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         exported = torch.onnx.export(
             program, (example,), dynamo=True, input_names=['images'], verbose=False, **options
         )
     model = exported.model_proto
+    written = next(entry.version for entry in model.opset_import if not entry.domain)
+    if opset not in (None, written):
+        raise ExportError(f'PyTorch exports this model in opset {written} and not in {opset}')
     del model.metadata_props[:]
     _strip(model.graph)
     model.metadata_props.add(key=METADATA, value=json.dumps(metadata))

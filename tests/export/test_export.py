@@ -219,6 +219,17 @@ def test_scan_in_onnx(method, reverse, tmp_path):
     assert 'Loop' not in nodes
 
 
+@pytest.mark.parametrize('opset', [18, 20, 22])
+def test_opset(opset, tmp_path):
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    out = tmp_path / 'm.onnx'
+    report = export_model(Vim(SMALL, img_size=32), out, 'onnx', (1, 3, 32, 32), opset=opset)
+    assert max(report.differences.values()) < 1e-4
+    assert {entry.domain: entry.version for entry in onnx.load(out).opset_import}[''] == opset
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('family', FAMILIES)
 def test_onnx_of_any_size(family, tmp_path):
@@ -298,6 +309,9 @@ def test_bad_requests_leave_nothing_behind(tmp_path):
         export_model(model, out, 'aoti', shape)
     with pytest.raises(ValueError, match='input_shape must be'):
         export_model(model, out, 'onnx', (3, 32, 32))
+    for format, opset in (('onnx', 11), ('onnx', 'new'), ('torchscript', 18)):
+        with pytest.raises(ValueError, match=r'opset=.* must be an integer from 18'):
+            export_model(model, out, format, shape, opset=opset)
     with pytest.raises(FileNotFoundError, match='does not exist'):
         export_model(model, tmp_path / 'no' / 'm.ts', 'torchscript', shape)
     with pytest.raises(ExportError, match='differs from the model'):

@@ -53,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--dynamic', choices=DYNAMIC, help="what may vary (default: batch; 'none' for aoti)"
     )
+    parser.add_argument('--opset', type=int, help='version of the ONNX operators, 18 or later')
     parser.add_argument('--int8', type=Path, metavar='FILE', help='also an ONNX file in int8')
     parser.add_argument('--overwrite', action='store_true')
     parser.add_argument(
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         dynamic=args.dynamic or ('none' if kind == 'aoti' else 'batch'),
         metadata={'shape': list(shape), **describe(cfg, model)},
         overwrite=args.overwrite,
+        opset=args.opset,
     )
     size = os.path.getsize(report.path) / 2**20
     print(f'{report.path}: {report.format}, {size:.1f} MiB, exported in {report.seconds:.0f} s')
