@@ -1,6 +1,7 @@
 """Common parts of the command lines of ``tools/demo``."""
 
 import argparse
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from mmengine.config import Config, DictAction
 
-from mmvim.errors import UserError
+from mmvim.errors import SampleError, UserError
 
 from .analysis import weights_of
 
@@ -25,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device', help='default: the first accelerator, else the CPU')
     parser.add_argument(
         '--score-threshold', type=float, default=0.3, help='of detections (default: 0.3)'
+    )
+    parser.add_argument(
+        '--skip-failures',
+        action='store_true',
+        help='go on without files that cannot be read, and list them at the end',
     )
     parser.add_argument('--no-progress', action='store_true', help='no progress bar')
     parser.add_argument(
@@ -48,6 +54,39 @@ def check_arguments(args: argparse.Namespace) -> None:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f'--device {args.device!r} cannot be used: {reason}') from error
+
+
+class Failures(dict):
+    """Files that cannot be read: number to error. Without ``--skip-failures`` the first is raised.
+
+    Args:
+        args: The command line.
+        count: Number of files.
+    """
+
+    def __init__(self, args: argparse.Namespace, count: int) -> None:
+        super().__init__()
+        self.skips = args.skip_failures
+        self.count = count
+
+    def __call__(self, number: int, error: SampleError) -> None:
+        """Take note of a file, or raise its error."""
+        if not self.skips:
+            raise SampleError(f'{error}; --skip-failures goes on without it') from error
+        self[number] = error
+
+    def report(self) -> None:
+        """List the files on stderr.
+
+        Raises:
+            UserError: No file could be read.
+        """
+        if self and len(self) == self.count:
+            raise UserError(f'none of the {self.count} files can be read: {self[0]}')
+        for error in self.values():
+            print(f'skipped: {error}', file=sys.stderr)
+        if self:
+            print(f'{len(self)} of {self.count} files were skipped', file=sys.stderr)
 
 
 def make_demo_inferencer(args: argparse.Namespace, cfg: Config) -> Any:

@@ -122,4 +122,7 @@ def _describe(error: Exception, data: Any) -> str | None:
     if path is None:
         return None
     text = ' '.join(f'{type(error).__name__}: {error}'.split())
-    return f'cannot load {kind} {str(path)!r} ({loader}): {text[:300]}'
+    return (
+        f'cannot load {kind} {str(path)!r} ({loader}): {text[:300]}; a training set in '
+        'mmvim.SkipFailures goes on without such files'
+    )

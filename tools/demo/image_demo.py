@@ -54,11 +54,14 @@ def run(args: argparse.Namespace) -> None:
         if args.out_dir:
             out = stack.enter_context(OutputFolder(args.out_dir, names, args.overwrite))
         inferencer = demo.make_demo_inferencer(args, cfg)
-        results = inferencer.predict(images, args.batch_size)
+        failures = demo.Failures(args, len(images))
+        results = inferencer.predict(images, args.batch_size, failures)
+        remaining = (stem for i, stem in enumerate(stems) if i not in failures)
         if not args.no_progress:
             results = track(results, 'Inference', total=len(images))
         predictions = []
-        for stem, result in zip(stems, results, strict=True):
+        for result in results:
+            stem = next(remaining)  # known by now: a file is read before a later one's result
             prediction = result.prediction
             picture = inferencer.draw(result) if args.show or pictures else None
             drawn = {}
@@ -75,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
                 inferencer.visualizer.show(picture)
             predictions.append(prediction)
             print(f'{result.name}: {demo.summary(prediction, inferencer)}')
+        failures.report()
         if out:
             text = json.dumps(predictions, indent=2)
             out.path('predictions.json').write_text(f'{text}\n')

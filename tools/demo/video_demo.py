@@ -21,7 +21,7 @@ from mmvim.apis.outputs import OutputFolder
 from mmvim.apis.videos import VideoWriter, find_videos
 from mmvim.cli import analysis, demo
 from mmvim.datasets.video import FrameFolder, VideoReader, open_video
-from mmvim.errors import UserError
+from mmvim.errors import SampleError, UserError
 
 JSON = 'predictions.json'
 
@@ -98,6 +98,17 @@ def count_frames(video: VideoReader | FrameFolder, args: argparse.Namespace) -> 
     return min(-(-len(video) // args.every), args.max_frames or len(video))
 
 
+def readable(number: int, name: str, template: str | None, failures: demo.Failures) -> bool:
+    """Whether all frames of a video can be read; else its error is taken note of."""
+    try:
+        with open_video(name, frame_template=template) as video:
+            for _ in video:
+                pass
+    except SampleError as error:
+        failures(number, error)
+    return number not in failures
+
+
 def batches(items: Iterator, size: int) -> Iterator[list]:
     """Lists of ``size`` items; the last one may be shorter."""
     while part := list(itertools.islice(items, size)):
@@ -156,6 +167,11 @@ def run(args: argparse.Namespace) -> None:
         progress = stack.enter_context(Progress(transient=True, disable=args.no_progress))
         template = getattr(inferencer, 'frame_template', None)
         is_whole = isinstance(inferencer, VideoInferencer)
+        failures = demo.Failures(args, len(videos))
+        if args.skip_failures:
+            kept = [readable(i, name, template, failures) for i, name in enumerate(videos)]
+            videos, stems = (list(itertools.compress(x, kept)) for x in (videos, stems))
+            failures.report()
         results = inferencer.predict(videos, args.batch_size) if is_whole else None
         predictions = []
         for name, stem in zip(videos, stems, strict=True):

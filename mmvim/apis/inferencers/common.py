@@ -31,6 +31,7 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.
 TOP = 5
 
 _META = ('classes', 'palette')
+OnError = Callable[[int, SampleError], None]
 Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 
 
@@ -176,12 +177,16 @@ def ranked(scores: torch.Tensor, count: int, name: Callable[[int], str]) -> list
 class Inference:
     """Mixin of the inferencers: a :meth:`predict` that works alike for every task."""
 
-    def predict(self, inputs: Images, batch_size: int = 1) -> Iterator[Result]:
+    def predict(
+        self, inputs: Images, batch_size: int = 1, on_error: OnError | None = None
+    ) -> Iterator[Result]:
         """Run the model, one batch at a time, without keeping earlier images.
 
         Args:
             inputs: See :func:`find_images`.
             batch_size: Images at a time. Defaults to 1.
+            on_error: Called with the number and the error of an image that cannot be read, which
+                is then left out. Defaults to None: the error is raised.
 
         Raises:
             SampleError: There are no images, or one cannot be read.
@@ -191,7 +196,13 @@ class Inference:
             raise ValueError(f'batch_size must be at least 1, got {batch_size}')
         batch: list[tuple[str, np.ndarray, dict]] = []
         for i, image in enumerate(find_images(inputs)):
-            picture, data = self.pipeline.read(image)
+            try:
+                picture, data = self.pipeline.read(image)
+            except SampleError as error:
+                if on_error is None:
+                    raise
+                on_error(i, error)
+                continue
             if batch and (len(batch) == batch_size or not self._fits(data, batch[-1][-1])):
                 yield from self._run(batch)
                 batch = []
