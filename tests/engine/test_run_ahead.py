@@ -171,6 +171,25 @@ def test_average_is_mmengines(update_buffers, interval):
         assert torch.equal(value, states[1][key]), key
 
 
+def test_copies_of_an_average_go_on_alone():
+    model = nn.Linear(2, 2)
+    average = engine.ExponentialMovingAverage(model, momentum=0.5)
+    for _ in range(2):
+        average.update_parameters(model)
+    twin = copy.deepcopy(average)
+    with torch.no_grad():
+        model.weight += 1
+    before = average.module.weight.clone()
+    twin.update_parameters(model)
+    assert torch.equal(average.module.weight, before)
+    torch.testing.assert_close(twin.module.weight, before + 0.5)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.weight.fill_(3)
+    average.update_parameters(other)
+    torch.testing.assert_close(average.module.weight, (before + 3) / 2)
+
+
 class Quicker(engine.ExponentialMovingAverage):
     def avg_func(self, averaged_param, source_param, steps):
         averaged_param.fill_(7)

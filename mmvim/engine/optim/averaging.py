@@ -1,5 +1,6 @@
 """Averages of weights with few kernels per step."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -33,23 +34,34 @@ class ExponentialMovingAverage(MMEngineExponentialMovingAverage):
         if self.steps == 0 or type(self).avg_func is not MMEngineExponentialMovingAverage.avg_func:
             super().update_parameters(model)
             return
-        source = model.state_dict() if self.update_buffers else dict(model.named_parameters())
-        pairs = [
-            (average.data, source[name].data)
-            for name, average in self.avg_parameters.items()
-            if average.dtype.is_floating_point
-        ]
-        if any(average.device != new.device for average, new in pairs):
+        averages, sources = self._pairs(model)
+        if any(a.device != b.device for a, b in zip(averages, sources, strict=True)):
             super().update_parameters(model)
             return
-        if pairs and self.steps % self.interval == 0:
-            averages, news = zip(*pairs, strict=True)
-            torch._foreach_lerp_(averages, news, self.momentum)
+        if averages and self.steps % self.interval == 0:
+            torch._foreach_lerp_(averages, sources, self.momentum)
         if not self.update_buffers:
             buffers = list(self.module.buffers())
             if buffers:
                 torch._foreach_copy_(buffers, list(model.buffers()))
         self.steps += 1
+
+    def _pairs(self, model: nn.Module) -> tuple[list, list]:
+        """Return what is averaged, and the tensors of ``model`` that go into it."""
+        # Looking parameters up by name takes longer than averaging them: like an optimizer, this
+        # keeps those that the model has at first. Buffers may be replaced.
+        source, *found = _FOUND.get(self, (lambda: None, [], []))
+        if source() is model and not self.update_buffers:
+            return found[0], found[1]
+        new = model.state_dict() if self.update_buffers else dict(model.named_parameters())
+        names = [name for name, x in self.avg_parameters.items() if x.dtype.is_floating_point]
+        averages, sources = [self.avg_parameters[name] for name in names], [new[n] for n in names]
+        _FOUND[self] = (weakref.ref(model), averages, sources)
+        return averages, sources
+
+
+# Not in the modules themselves, so that copies of an average look for themselves.
+_FOUND: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _wrap_keys(average: nn.Module, state: dict, prefix: str, *_: Any) -> None:
