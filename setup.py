@@ -22,6 +22,8 @@ except ImportError:  # setuptools < 70.1
 
 ROOT = Path(__file__).resolve().parent
 IGNORED = shutil.ignore_patterns('__pycache__', '*.py[cod]', '*.o', '*.so')
+# Name of mmvim/dropin/startup.pth among the installed packages.
+STARTUP = 'mmvim_dropin.pth'
 # Where OpenMMLab's tools look for the files of a package: `_base_ = 'mmvim::vim/...'`, mim.
 MIM = ('configs', 'tools', 'model-index.yml', 'dataset-index.yml')
 
@@ -41,13 +43,21 @@ class BuildPy(build_py):
     def run(self):
         """Copy into a wheel; link into the checkout of an editable installation."""
         super().run()
+        # Python runs this file when it starts, if it lies among the installed packages.
+        startup = ROOT / 'mmvim' / 'dropin' / 'startup.pth'
         if self.editable_mode:
+            self._copy(startup, Path(self._folder_of_packages()) / STARTUP)
             self._link()
             return
+        self._copy(startup, Path(self.build_lib) / STARTUP)
         package = Path(self.build_lib) / 'mmvim'
         for name in MIM:
             self._copy(ROOT / name, package / '.mim' / name)
         self._copy(ROOT / 'csrc', package / 'csrc')
+
+    def _folder_of_packages(self):
+        """What becomes site-packages, in an editable installation."""
+        return self.get_finalized_command('install').install_lib
 
     @staticmethod
     def _copy(source, target):

@@ -37,7 +37,7 @@ def _look_at_each(*inputs: object) -> bool:
 _any_requires_grad = getattr(torch._C, '_any_requires_grad', _look_at_each)
 
 
-def _without_autocast(function: Callable) -> Callable:
+def without_autocast(function: Callable) -> Callable:
     """Run ``function`` with autocast off: it chooses its own precision."""
 
     @functools.wraps(function)
@@ -115,7 +115,7 @@ def define(
         ops = getattr(torch.ops, namespace)
         library.define(schema)
         function = functools.partial(implementation, ops) if composite else implementation
-        library.impl(name, _without_autocast(function), 'CompositeExplicitAutograd')
+        library.impl(name, without_autocast(function), 'CompositeExplicitAutograd')
         qualified = f'{namespace}::{name}'
         torch.library.register_fake(qualified, fake, lib=library)
         if backward is None:

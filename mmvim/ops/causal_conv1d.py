@@ -62,7 +62,7 @@ def causal_conv1d(
         raise ValueError(f'mode must be one of {MODES}, got {mode!r}')
     check.check_flag('return_last_state', return_last_state)
     check.check_activation('x', x, 'b l d')
-    _check_weight(x, weight, bias)
+    check_weight(x, weight, bias)
     if mode == 'same' and (initial_state is not None or return_last_state):
         raise ValueError("mode 'same' has no states: neither initial_state nor return_last_state")
     if initial_state is not None:
@@ -118,8 +118,8 @@ def bidirectional_conv1d(
         weight_f, bias_f, weight_b, bias_b = to_parameter(dtype, weight_f, bias_f, weight_b, bias_b)
     silu = _check_activation(activation)
     check.check_activation('x', x, 'b l d')
-    _check_weight(x, weight_f, bias_f, '_f')
-    _check_weight(x, weight_b, bias_b, '_b')
+    check_weight(x, weight_f, bias_f, '_f')
+    check_weight(x, weight_b, bias_b, '_b')
     check.check_shape('weight_b', weight_b, 'd w', weight_f.shape)
     ops = resolve(backend, 'bidirectional_conv1d', x)
     return ops.bidirectional_conv1d(x, weight_f, bias_f, weight_b, bias_b, silu)
@@ -139,7 +139,8 @@ def check_width(name: str, weight: Tensor) -> None:
         raise ValueError(f'{name} must have a width in {WIDTHS}, got shape {tuple(weight.shape)}')
 
 
-def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = '') -> None:
+def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = '') -> None:
+    """Check the weights and bias of a convolution of x (b, l, d)."""
     d = x.shape[2]
     name = f'weight{suffix}'
     check_width(name, weight)

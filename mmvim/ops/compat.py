@@ -48,33 +48,17 @@ def selective_scan_fn(
         TypeError: For a wrong type or dtype, complex A, B or C among them.
         ValueError: For a wrong shape, device or value.
     """
-    for name, value in (('A', A), ('B', B), ('C', C)):
-        check.check_tensor(name, value)
-        if value.is_complex():
-            raise TypeError(
-                f'{name} must be real, got {value.dtype}: complex states are not supported'
-            )
-    check.check_activation('u', u, 'b d l')
-    check.check_rank('A', A, 'd n')
-    for name, value in (('delta', delta), ('z', z)):
-        if value is not None or name == 'delta':
-            check.check_tensor(name, value)
-            check.check_shape(name, value, 'b d l', u.shape)
     check.check_flag('return_last_state', return_last_state)
-    dtype = u.dtype
-    if B.dim() == 2 or C.dim() == 2:
-        # Constant matrices are parameters; the op takes B and C as activations.
-        wide = compute_dtype(dtype)
-        u, delta, B, C, z = (None if x is None else x.to(wide) for x in (u, delta, B, C, z))
-    per_channel = B.dim() == 2 or C.dim() == 2
+    dtype = u.dtype if isinstance(u, Tensor) else None
+    u, delta, A, B, C, D, z, delta_bias = time_first(u, delta, A, B, C, D, z, delta_bias)
     out = selective_scan(
-        u.transpose(1, 2),
-        delta.transpose(1, 2),
+        u,
+        delta,
         A,
-        _time_first('B', B, u, A, per_channel),
-        _time_first('C', C, u, A, per_channel),
+        B,
+        C,
         D,
-        None if z is None else z.transpose(1, 2),
+        z,
         delta_bias,
         delta_softplus=delta_softplus,
         return_last_state=return_last_state,
@@ -84,7 +68,50 @@ def selective_scan_fn(
     return out.transpose(1, 2).to(dtype)
 
 
-def _time_first(name: str, matrix: Tensor, u: Tensor, A: Tensor, per_channel: bool) -> Tensor:
+def time_first(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Arguments of :func:`selective_scan_fn` as those of :func:`mmvim.ops.selective_scan`."""
+    for name, value in (('A', A), ('B', B), ('C', C)):
+        check.check_tensor(name, value)
+        if value.is_complex():
+            raise TypeError(
+                f'{name} must be real, got {value.dtype}: complex states are not supported. '
+                'Real ones are, such as A = -torch.exp(A_log)'
+            )
+    check.check_activation('u', u, 'b d l')
+    check.check_rank('A', A, 'd n')
+    for name, value in (('delta', delta), ('z', z)):
+        if value is not None or name == 'delta':
+            check.check_tensor(name, value)
+            check.check_shape(name, value, 'b d l', u.shape)
+    if B.dim() == 2 or C.dim() == 2:
+        # Constant matrices are parameters; the op takes B and C as activations.
+        wide = compute_dtype(u.dtype)
+        u, delta, B, C, z = (None if x is None else x.to(wide) for x in (u, delta, B, C, z))
+    per_channel = B.dim() == 2 or C.dim() == 2
+    return (
+        u.transpose(1, 2),
+        delta.transpose(1, 2),
+        A,
+        _matrix_time_first('B', B, u, A, per_channel),
+        _matrix_time_first('C', C, u, A, per_channel),
+        D,
+        None if z is None else z.transpose(1, 2),
+        delta_bias,
+    )
+
+
+def _matrix_time_first(
+    name: str, matrix: Tensor, u: Tensor, A: Tensor, per_channel: bool
+) -> Tensor:
     """(d, n), (b, n, l) or (b, g, n, l) to (b, l, g, n), with a group per channel on request."""
     b, d, length = u.shape
     n = A.shape[-1]
@@ -106,13 +133,14 @@ def _time_first(name: str, matrix: Tensor, u: Tensor, A: Tensor, per_channel: bo
     return matrix.repeat_interleave(d // groups, 2) if per_channel else matrix
 
 
-def _silu(activation: str | None) -> str | None:
+def is_silu(activation: str | None) -> bool:
+    """Whether an activation, by causal_conv1d's name for it, is SiLU; refuse unknown ones."""
     if activation not in (None, 'silu', 'swish'):
         raise ValueError(f"activation must be None, 'silu' or 'swish', got {activation!r}")
-    return None if activation is None else 'silu'
+    return activation is not None
 
 
-def _check_conv_state(name: str, state: Tensor | None, x: Tensor, weight: Tensor) -> None:
+def check_conv_state(name: str, state: Tensor | None, x: Tensor, weight: Tensor) -> None:
     """Refuse unfit initial states, under the caller's name for them."""
     if state is None:
         return
@@ -161,12 +189,12 @@ def causal_conv1d_fn(
         check.check_tensor('final_states_out', final_states_out)
     check.check_activation('x', x, 'b d l')
     check.check_flag('return_final_states', return_final_states)
-    _check_conv_state('initial_states', initial_states, x, weight)
+    check_conv_state('initial_states', initial_states, x, weight)
     out = causal_conv1d(
         x.transpose(1, 2),
         weight,
         bias,
-        activation=_silu(activation),
+        activation='silu' if is_silu(activation) else None,
         initial_state=initial_states,
         return_last_state=return_final_states,
     )
@@ -281,7 +309,7 @@ def causal_conv1d_update(
         x.transpose(1, 2),
         weight,
         bias,
-        activation=_silu(activation),
+        activation='silu' if is_silu(activation) else None,
         initial_state=history if history.dtype == x.dtype else history.to(compute_dtype(x.dtype)),
     )
     with torch.no_grad():

@@ -1,0 +1,188 @@
+"""The causal convolution as causal_conv1d calls it: channels before time, dtypes as given.
+
+Like the package's own kernels, these functions do not look at autocast.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmvim.ops import _validation as check
+from mmvim.ops import compat
+from mmvim.ops._library import compute_dtype, without_autocast
+from mmvim.ops.backend import resolve
+from mmvim.ops.causal_conv1d import check_weight, check_width
+
+_forward = without_autocast(compat.causal_conv1d_fn)
+_update = without_autocast(compat.causal_conv1d_update)
+
+
+def _fitting(x: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    """Parameters of another precision than mmvim's ops take, in that of the arithmetic."""
+    wide = compute_dtype(x.dtype)
+    return [
+        p.to(wide) if isinstance(p, Tensor) and p.is_floating_point() and p.dtype != x.dtype else p
+        for p in parameters
+    ]
+
+
+def _like(x: Tensor, out: Tensor) -> Tensor:
+    """The layout in memory that the package's kernels give their output: that of x."""
+    return out if x.stride(2) != 1 and x.stride(1) == 1 else out.contiguous()
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`mmvim.ops.causal_conv1d_fn` with sequences packed into one row; differentiable.
+
+    Args:
+        x, weight, bias, initial_states, return_final_states, final_states_out, activation: As
+            there.
+        seq_idx: (b, l), integers: steps see only steps of their own number, and those of a
+            negative one, padding, give 0. Neither initial nor final states go with it.
+    """
+    check.check_activation('x', x, 'b d l')
+    weight, bias = _fitting(x, weight, bias)
+    if seq_idx is None:
+        out = _forward(
+            x,
+            weight,
+            bias,
+            None,
+            initial_states,
+            return_final_states,
+            final_states_out,
+            activation,
+        )
+        return (_like(x, out[0]), out[1]) if return_final_states else _like(x, out)
+    for name, given in (
+        ('initial_states', initial_states is not None),
+        ('return_final_states', return_final_states),
+        ('final_states_out', final_states_out is not None),
+    ):
+        if given:
+            raise ValueError(f'{name} does not go with seq_idx: give each sequence a row')
+    check_weight(x.transpose(1, 2), weight, bias)
+    check.check_tensor('seq_idx', seq_idx)
+    check.check_shape('seq_idx', seq_idx, 'b l', (x.shape[0], x.shape[2]))
+    check.check_dtype('seq_idx', seq_idx, torch.int32, torch.int64, why='it counts')
+    check.check_device('seq_idx', seq_idx, 'x', x.device)
+    silu = compat.is_silu(activation)
+    return _like(x, _packed(x, weight, bias, seq_idx, silu))
+
+
+@without_autocast
+def _packed(x, weight, bias, seq_idx, silu):
+    length, reach = x.shape[2], weight.shape[1] - 1
+    wide = compute_dtype(x.dtype)
+    before = F.pad(x.to(wide), (reach, 0))
+    numbers = F.pad(seq_idx, (reach, 0), value=-1).unsqueeze(1)
+    own = numbers[..., reach:]
+    out = x.new_zeros(x.shape, dtype=wide)
+    for k, tap in enumerate(weight.to(wide).unbind(1)):
+        seen = numbers[..., k : k + length] == own
+        out = out + before[..., k : k + length] * tap[:, None] * seen
+    if bias is not None:
+        out = out + bias.to(wide)[:, None]
+    if silu:
+        out = F.silu(out)
+    return (out * (own >= 0)).to(x.dtype)
+
+
+@torch.no_grad()
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    final_states_out: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """The kernels' forward pass; arguments as for :func:`convolve`."""
+    check.check_flag('silu_activation', silu)
+    keep = final_states_out is not None
+    activation = 'silu' if silu else None
+    out = convolve(x, weight, bias, seq_idx, initial_states, keep, final_states_out, activation)
+    return out[0] if keep else out
+
+
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dout: Tensor,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    dfinal_states: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The kernels' backward pass.
+
+    Returns:
+        Gradients of x, weight, bias and initial_states, in the dtype of each, or None.
+    """
+    check.check_flag('silu_activation', silu)
+    check.check_activation('x', x, 'b d l')
+    check.check_tensor('dout', dout)
+    check.check_shape('dout', dout, 'b d l', x.shape)
+    wide_weight, wide_bias = _fitting(x, weight, bias)
+    if seq_idx is not None:
+        inputs = [x, wide_weight, wide_bias]
+        inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
+        with torch.enable_grad():
+            out = convolve(*inputs, seq_idx, initial_states, activation='silu' if silu else None)
+        given = [t for t in inputs if t is not None]
+        dx, dweight, *rest = torch.autograd.grad(out, given, dout.to(out.dtype))
+        dbias, dinitial = rest[0] if rest else None, None
+    else:
+        first = x.transpose(1, 2)
+        check_weight(first, wide_weight, wide_bias)
+        compat.check_conv_state('initial_states', initial_states, x, weight)
+        compat.check_conv_state('dfinal_states', dfinal_states, x, weight)
+        ops = resolve(None, 'causal_conv1d', first)
+        with torch.no_grad():
+            dx, dweight, dbias, dinitial = ops.causal_conv1d_backward(
+                dout.transpose(1, 2).to(x.dtype),
+                dfinal_states,
+                first,
+                wide_weight,
+                wide_bias,
+                initial_states,
+                'causal',
+                silu,
+            )
+        dx = dx.transpose(1, 2)
+    return (
+        _like(x, dx),
+        dweight.to(weight.dtype),
+        None if bias is None else dbias.to(bias.dtype),
+        None if initial_states is None else dinitial,
+    )
+
+
+@torch.no_grad()
+def update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """:func:`mmvim.ops.causal_conv1d_update`, without gradients, as in the package."""
+    check.check_tensor('x', x)
+    check_width('weight', weight)
+    weight, bias = _fitting(x, weight, bias)
+    return _update(
+        x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices
+    ).contiguous()

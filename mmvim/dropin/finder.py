@@ -1,0 +1,265 @@
+"""Import machinery: where the names come from, and when ours stand in.
+
+The modules lie in ``packages/`` under the names by which they are imported, so a folder at the end
+of ``sys.path`` offers each of them where no real one is found; child processes inherit it. A finder
+deals with what a path cannot tell: extensions that do not load, and Triton code that cannot run.
+
+Standard library only: ``MMVIM_DROPIN=1`` loads this file when Python starts.
+"""
+
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+#: The folder with the modules.
+PACKAGES = str(Path(__file__).resolve().parent / 'packages')
+#: Packages in Python, and the extension without which the released ones do not work.
+_EXTENSION_OF = {'causal_conv1d': 'causal_conv1d_cuda', 'mamba_ssm': 'selective_scan_cuda'}
+_EXTENSIONS = (
+    'selective_scan_cuda',
+    'selective_scan_cuda_core',
+    'selective_scan_cuda_oflex',
+    'causal_conv1d_cuda',
+)
+#: The top-level names that can be provided.
+NAMES = (*_EXTENSIONS, *_EXTENSION_OF)
+_TRITON = 'mamba_ssm.ops.triton.'
+VARIABLE = 'MMVIM_DROPIN'
+
+
+class Status(NamedTuple):
+    """Where a name is imported from.
+
+    Attributes:
+        name: The name, such as ``'mamba_ssm'``.
+        state: ``'installed'``, the real package; ``'provided'``, mmvim's; ``'shadowed'``, a file of
+            the user's, outside of the folders for installed packages; ``'missing'``, nothing, as
+            the drop-in is not in place.
+        detail: The file, and why an installed package is not used.
+    """
+
+    name: str
+    state: str
+    detail: str
+
+
+class _Loaded(Loader):
+    """Hands out a module that has been executed already."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+class _Placeholders(Loader):
+    """Makes modules whose names can be imported and raise when they are used."""
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        placeholders = importlib.import_module('mmvim.dropin.placeholders')
+        module.__getattr__ = placeholders.attributes_of(module.__name__)
+
+
+class _Finder(MetaPathFinder):
+    """First on ``sys.meta_path`` while the drop-in is in place."""
+
+    def __init__(self, override: bool) -> None:
+        self.override = override
+        self._probed: dict[str, ModuleType | Exception] = {}
+        self._lock = threading.RLock()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in NAMES:
+            if self.override:
+                return _ours(fullname)
+            spec = _theirs(fullname)
+            if spec is None:
+                return None  # The folder at the end of sys.path has it.
+            error = self.failure(fullname, spec)
+            if error is not None:
+                warnings.warn(
+                    f'{fullname} is installed ({spec.origin}) but fails to load, so mmvim stands '
+                    f'in for it: {type(error).__name__}: {error}',
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                return _ours(fullname)
+            if fullname in self._probed:
+                spec.loader = _Loaded(self._probed[fullname])
+            return spec
+        if not fullname.startswith('mamba_ssm.'):
+            return None
+        ours = _is_ours(sys.modules.get('mamba_ssm'))
+        if not ours and (not fullname.startswith(_TRITON) or _triton_runs()):
+            return None
+        parent = fullname.split('.')[:-1]
+        spec = PathFinder.find_spec(fullname, [os.path.join(PACKAGES, *parent)])
+        return spec or ModuleSpec(fullname, _Placeholders(), is_package=True)
+
+    def failure(self, name: str, spec: ModuleSpec) -> Exception | None:
+        """The reason why an installed package counts as absent."""
+        if name in _EXTENSION_OF:
+            if not _is_installed(spec):
+                return None
+            name = _EXTENSION_OF[name]
+            spec = _theirs(name)
+            if spec is None:
+                return None
+        if not isinstance(spec.loader, importlib.machinery.ExtensionFileLoader):
+            return None
+        with self._lock:
+            if name not in self._probed:
+                self._probed[name] = _load(spec)
+            result = self._probed[name]
+        return result if isinstance(result, Exception) else None
+
+
+def _load(spec: ModuleSpec) -> ModuleType | Exception:
+    """Execute an extension."""
+    importlib.import_module('torch')  # whose libraries it is linked to
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        return error
+    return module
+
+
+def _ours(name: str) -> ModuleSpec | None:
+    return PathFinder.find_spec(name, [PACKAGES])
+
+
+def _theirs(name: str) -> ModuleSpec | None:
+    """Where a name would be imported from without the drop-in."""
+    paths = [entry for entry in sys.path if entry != PACKAGES]
+    for finder in list(sys.meta_path):
+        if isinstance(finder, _Finder) or not hasattr(finder, 'find_spec'):
+            continue
+        spec = finder.find_spec(name, paths if finder is PathFinder else None)
+        # A folder without code that happens to have the name is no package.
+        if spec is not None and spec.loader is not None and spec.origin is not None:
+            return spec
+    return None
+
+
+def _is_installed(spec: ModuleSpec) -> bool:
+    return bool({'site-packages', 'dist-packages'} & set(Path(spec.origin).parts))
+
+
+@functools.cache
+def _triton_runs() -> bool:
+    """Whether code in Triton can run: it needs the package and a GPU."""
+    if importlib.util.find_spec('triton') is None:
+        return False
+    torch = importlib.import_module('torch')
+    return torch.cuda.is_available() or (hasattr(torch, 'xpu') and torch.xpu.is_available())
+
+
+def _active() -> _Finder | None:
+    return next((f for f in sys.meta_path if isinstance(f, _Finder)), None)
+
+
+def _is_ours(module: object) -> bool:
+    if isinstance(getattr(getattr(module, '__spec__', None), 'loader', None), _Placeholders):
+        return True
+    file = getattr(module, '__file__', None)
+    return isinstance(file, str) and file.startswith(PACKAGES + os.sep)
+
+
+def install(override: bool = False) -> None:
+    """Make the names importable where the real packages are missing.
+
+    A second call changes nothing but ``override``. Names that were imported before stay what they
+    are.
+
+    Args:
+        override: Whether mmvim also stands in for packages that are installed, and for packages of
+            these names in the user's own folders.
+
+    Raises:
+        TypeError: ``override`` is neither True nor False.
+        RuntimeError: With ``override``, if a real package has been imported already.
+    """
+    if not isinstance(override, bool):
+        raise TypeError(f'override must be True or False, got {override!r}')
+    if override:
+        early = [n for n in NAMES if n in sys.modules and not _is_ours(sys.modules[n])]
+        if early:
+            raise RuntimeError(
+                f'{", ".join(early)}: imported before mmvim.dropin.install(override=True), which '
+                'therefore comes too late; call it first'
+            )
+    finder = _active()
+    if finder is None:
+        sys.meta_path.insert(0, _Finder(override))
+    else:
+        finder.override = override
+    if PACKAGES not in sys.path:
+        sys.path.append(PACKAGES)
+    importlib.invalidate_caches()
+
+
+def uninstall() -> None:
+    """Undo :func:`install`: the names that mmvim provided can no longer be imported.
+
+    Objects that were imported from them keep working.
+    """
+    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _Finder)]
+    sys.path[:] = [entry for entry in sys.path if entry != PACKAGES]
+    sys.path_importer_cache.pop(PACKAGES, None)
+    for name in [n for n, module in sys.modules.items() if _is_ours(module)]:
+        module = sys.modules.pop(name)
+        parent, _, attribute = name.rpartition('.')
+        owner = sys.modules.get(parent)
+        if owner is not None and vars(owner).get(attribute) is module:
+            delattr(owner, attribute)
+    importlib.invalidate_caches()
+
+
+def status() -> list[Status]:
+    """Say for each name where it comes from; imports none of them but to try extensions."""
+    finder = _active()
+    return [_status(name, finder) for name in NAMES]
+
+
+def _status(name: str, finder: _Finder | None) -> Status:
+    spec = _theirs(name)
+    offered = 'provided' if finder is not None else 'missing'
+    if spec is None:
+        return Status(name, offered, _ours(name).origin if finder is not None else '')
+    if finder is not None and finder.override:
+        return Status(name, 'provided', f'instead of {spec.origin}')
+    error = (finder or _Finder(override=False)).failure(name, spec)
+    if error is not None:
+        return Status(name, offered, f'{spec.origin} fails to load: {error}')
+    state = 'installed' if _is_installed(spec) else 'shadowed'
+    return Status(name, state, spec.origin)
+
+
+def install_from_environment() -> None:
+    """Call :func:`install` if ``MMVIM_DROPIN`` is 1, or ``override``."""
+    value = os.environ.get(VARIABLE, '')
+    if value in ('1', 'override'):
+        install(override=value == 'override')
+    elif value not in ('', '0'):
+        raise ValueError(f'{VARIABLE}={value!r} is unknown; allowed: 0, 1, override')

@@ -1,0 +1,1 @@
+"""Layers of mamba_ssm."""

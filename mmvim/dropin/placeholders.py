@@ -1,0 +1,35 @@
+"""Names that can be imported, inherited from and compared, and that raise when they are used."""
+
+from collections.abc import Callable
+
+
+class _Missing(type):
+    """Class of the placeholders: classes themselves, for code that inherits from them."""
+
+    def __call__(cls, *args: object, **kwargs: object) -> None:
+        raise NotImplementedError(
+            f'{cls.__module__}.{cls.__qualname__} is not among the functions that mmvim.dropin '
+            'provides. It needs the package itself: pip install mamba-ssm causal-conv1d, with a '
+            'CUDA compiler and a GPU'
+        )
+
+    def __getattr__(cls, name: str) -> type:
+        return _placeholder(cls.__module__, f'{cls.__qualname__}.{name}')
+
+
+def _placeholder(module: str, name: str) -> type:
+    if name.rpartition('.')[2].startswith('__'):
+        raise AttributeError(f'module {module!r} has no attribute {name!r}')
+    return _Missing(name, (), {'__module__': module, '__qualname__': name})
+
+
+def attributes_of(module: str) -> Callable[[str], type]:
+    """A ``__getattr__`` for a module: a placeholder for each name that it lacks."""
+    known: dict[str, type] = {}
+
+    def get(name: str) -> type:
+        if name not in known:
+            known[name] = _placeholder(module, name)
+        return known[name]
+
+    return get
