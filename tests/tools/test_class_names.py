@@ -156,3 +156,35 @@ def test_ignored_label(data, fails):
     assert 'has ignore_index=0, but model.decode_head.ignore_index is 255' in found
     found = line('model.data_preprocessor.seg_pad_val=0')
     assert 'seg_pad_val is 0, but model.decode_head.ignore_index is 255' in found
+
+
+@pytest.mark.parametrize('data', ['mmdet'], indirect=True)
+def test_strides(data, fails):
+    """The pyramid's strides are those of the anchors, or nothing is trained."""
+    text = Path('config.py').read_text().replace('strides=[16]', 'strides=[8, 16, 32, 64, 128]')
+    neck = "neck=dict(type='mmvim.SimpleFPN', in_channels=8, out_channels=8, num_outs=5, MORE),"
+    text = text.replace('    bbox_head=dict(\n', f'    {neck}\n    bbox_head=dict(\n')
+    # Enough pixels for five strides to differ.
+    text = text.replace('img_size=32', 'img_size=256').replace('(32, 32)', '(256, 256)')
+    Path('wrong.py').write_text(text.replace('MORE', ''))
+    line = fails(main_train, 'wrong.py')
+    assert 'model.bbox_head (RetinaHead) is made for maps of the strides 8, 16, 32, 64, 128' in line
+    assert 'gets maps of the strides 4, 8, 16, 32, 64' in line
+    Path('right.py').write_text(text.replace('MORE', 'start_level=1'))
+    assert main_train(['right.py']).iter == 1
+    other = Path('right.py').read_text().replace('[8, 16, 32, 64, 128]', '[4, 8, 16, 32, 64]')
+    Path('wrong.py').write_text(other)
+    line = fails(main_test, 'wrong.py', 'work_dirs/right/iter_1.pth')
+    assert 'made for maps of the strides 4, 8, 16, 32, 64, and gets maps of the strides 8' in line
+
+
+@pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
+def test_averages_of_a_short_run(data, capsys, fails):
+    hook = "custom_hooks=[dict(type='EMAHook',momentum={},evaluate_on_origin=True)]"
+    main_train(['config.py', '--cfg-options', hook.format('4e-5')])
+    assert '100% of the averages will still be the weights' in ''.join(capsys.readouterr())
+    main_train(['config.py', '--cfg-options', hook.format('0.98')])
+    assert 'of the averages will' not in ''.join(capsys.readouterr())
+    metric = "val_evaluator=[dict(type='SingleLabelMetric',average=None)]"
+    line = fails(main_train, 'config.py', '--cfg-options', hook.format('0.9'), metric)
+    assert 'cannot record the results of each class' in line

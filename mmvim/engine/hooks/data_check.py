@@ -10,6 +10,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from mmvim._configs import type_name
 from mmvim.engine.class_names import (
     categories_of,
     check_categories,
@@ -158,12 +159,42 @@ class DataCheckHook(Hook):
         Raises:
             UserError: The label maps hold class 0 and the ignored label alone.
         """
+        self._compare_strides(runner)
+        _check_averages(runner)
         dataset = runner.train_dataloader.dataset
         ignored = self._ignored_label(runner)
         if self._outputs and ignored is not None and min(self._outputs.values()) > 1:
             _check_maps(dataset, ignored)
         if self._outputs and hasattr(dataset, '__len__'):
             self._unseen = len(dataset)
+
+    def before_test(self, runner) -> None:
+        """Compare strides with the first batch."""
+        self._compare_strides(runner)
+
+    def _compare_strides(self, runner: Any) -> None:
+        """Compare the maps of the first step with the strides that heads are made for."""
+        if self._task is not TASKS['mmdet']:
+            return
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        preprocessor, sizes = getattr(model, 'data_preprocessor', None), {}
+        if preprocessor is None:
+            return
+
+        def remember(module: nn.Module, args: tuple, output: Any) -> None:
+            inputs = output.get('inputs') if isinstance(output, dict) else None
+            if isinstance(inputs, torch.Tensor):
+                sizes['image'] = tuple(inputs.shape[-2:])
+                first.remove()
+
+        first = preprocessor.register_forward_hook(remember)
+        for name, module in model.named_modules():
+            strides = getattr(getattr(module, 'prior_generator', None), 'strides', None)
+            strides = getattr(module, 'featmap_strides', None) if strides is None else strides
+            if strides:
+                _compare_once(module, f'model.{name}', strides, sizes)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
         """Check the labels of a batch.
@@ -294,4 +325,57 @@ def _check_counts(component: Any, name: str, outputs: dict[str, int]) -> None:
             raise UserError(
                 f'{name} has topk={tuple(ranks)}, but {key} is {classes}: no rank can be above the '
                 'number of classes'
+            )
+
+
+def _compare_once(module: nn.Module, name: str, strides: Any, sizes: dict) -> None:
+    def compare(module: nn.Module, args: tuple) -> None:
+        handle.remove()
+        image, maps = sizes.get('image'), args[0] if args else None
+        if image is None or not isinstance(maps, (list, tuple)):
+            return
+        if not all(isinstance(level, torch.Tensor) and level.dim() == 4 for level in maps):
+            return
+        found = [image[0] / level.shape[-2] for level in maps]
+        wanted = [stride[-1] if isinstance(stride, (list, tuple)) else stride for stride in strides]
+        # Maps of fewer pixels than the stride have one.
+        fits = [
+            abs(level.shape[-2] - image[0] / stride) <= 1 or 2 / 3 < at / stride < 1.5
+            for level, at, stride in zip(maps, found, wanted, strict=False)
+        ]
+        if len(found) != len(wanted) or not all(fits):
+            given = ', '.join(f'{stride:.3g}' for stride in found)
+            raise UserError(
+                f'{name} ({type(module).__name__}) is made for maps of the strides '
+                f'{", ".join(map(str, wanted))}, and gets maps of the strides {given}: change the '
+                'neck (mmvim.SimpleFPN(start_level=1, num_outs=5) gives 8 to 128, start_level=0 '
+                '4 to 64), or the strides of the head'
+            )
+
+    handle = module.register_forward_pre_hook(compare)
+
+
+def _check_averages(runner: Any) -> None:
+    """Say when averages of weights would still be random at the end of the run."""
+    for hook in runner.hooks:
+        average = getattr(hook, 'ema_model', None)
+        momentum = getattr(average, 'momentum', None)
+        if getattr(hook, 'evaluate_on_origin', False):
+            metrics = getattr(getattr(runner.val_loop, 'evaluator', None), 'metrics', ())
+            for metric in metrics:
+                if getattr(metric, 'average', 'macro') is None:
+                    raise UserError(
+                        f'EMAHook with evaluate_on_origin=True cannot record the results of each '
+                        f'class that {type(metric).__name__}(average=None) gives: leave one out'
+                    )
+        if type_name(type(average)) != 'ExponentialMovingAverage' or not momentum:
+            continue
+        updates = runner.max_iters // average.interval
+        left = (1 - momentum) ** updates
+        if left > 0.05:
+            runner.logger.warning(
+                f'EMAHook averages with momentum={momentum:g} over {updates} updates: {left:.0%} '
+                'of the averages will still be the weights from before training, and validation, '
+                f'test and demos use the averages. Give momentum={min(0.5, 10 / updates):.2g}, or '
+                'leave the hook out'
             )
