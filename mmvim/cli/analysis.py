@@ -62,7 +62,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f'{str(args.out)!r} exists; --overwrite replaces it')
     if not args.out.parent.is_dir():
         raise UserError(f'the directory {str(args.out.parent)!r} does not exist')
-    if args.shape and (len(args.shape) > 2 or min(args.shape) < 1):
+    if getattr(args, 'shape', None) and (len(args.shape) > 2 or min(args.shape) < 1):
         raise UserError(f'--shape takes one or two positive sides, not {args.shape}')
     if getattr(args, 'frames', None) is not None and args.frames < 1:
         raise UserError(f'--frames must be at least 1, not {args.frames}')
