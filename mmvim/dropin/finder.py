@@ -12,6 +12,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 import threading
 import warnings
@@ -109,12 +110,17 @@ class _Finder(MetaPathFinder):
             return spec
         if not fullname.startswith('mamba_ssm.'):
             return None
-        ours = _is_ours(sys.modules.get('mamba_ssm'))
-        if not ours and (not fullname.startswith(_TRITON) or _triton_runs()):
-            return None
         parent = fullname.split('.')[:-1]
-        spec = PathFinder.find_spec(fullname, [os.path.join(PACKAGES, *parent)])
-        return spec or ModuleSpec(fullname, _Placeholders(), is_package=True)
+        ours = PathFinder.find_spec(fullname, [os.path.join(PACKAGES, *parent)])
+        if not _is_ours(sys.modules.get('mamba_ssm')):
+            if not fullname.startswith(_TRITON) or _triton_runs():
+                return None
+            theirs = PathFinder.find_spec(fullname, path)
+            if theirs is None:
+                return ours  # which others of ours import
+            if not _imports_triton(theirs):
+                return theirs
+        return ours or ModuleSpec(fullname, _Placeholders(), is_package=True)
 
     def failure(self, name: str, spec: ModuleSpec) -> Exception | None:
         """The reason why an installed package counts as absent."""
@@ -173,6 +179,13 @@ def _triton_runs() -> bool:
         return False
     torch = importlib.import_module('torch')
     return torch.cuda.is_available() or (hasattr(torch, 'xpu') and torch.xpu.is_available())
+
+
+def _imports_triton(spec: ModuleSpec) -> bool:
+    if not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+        return False
+    source = spec.loader.get_source(spec.name)
+    return re.search(r'^\s*(import|from)\s+triton\b', source, re.MULTILINE) is not None
 
 
 def _active() -> _Finder | None:

@@ -221,6 +221,8 @@ FORK = {
 import torch, selective_scan_cuda, causal_conv1d_cuda
 from mamba_ssm.ops.triton.layernorm import RMSNorm, rms_norm_fn
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+from mamba_ssm.ops.triton.plain import OWN
+assert OWN is True
 class Own(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -231,8 +233,9 @@ class Own(torch.nn.Module):
 """,
     'mamba_ssm/ops/__init__.py': '',
     'mamba_ssm/ops/triton/__init__.py': '',
-    'mamba_ssm/ops/triton/layernorm.py': 'import not_there',
-    'mamba_ssm/ops/triton/ssd_combined.py': 'import not_there',
+    'mamba_ssm/ops/triton/layernorm.py': 'import torch\nimport triton\n1 / 0',
+    'mamba_ssm/ops/triton/ssd_combined.py': 'from triton import jit\n1 / 0',
+    'mamba_ssm/ops/triton/plain.py': 'OWN = True  # without Triton',
 }
 
 
@@ -251,7 +254,7 @@ print([n for n in sys.modules if n.startswith('mamba_ssm.ops.triton.')])
     lines = start('-m', 'mmvim.dropin', tmp_path / 'train.py').stdout.splitlines()
     assert lines[0] == f'{tmp_path}/mamba_ssm/__init__.py torch.Size([1, 5, 4])'
     assert eval(lines[1]) == ['provided'] * 5 + ['shadowed']
-    assert lines[2] == '[]'
+    assert lines[2] == "['mamba_ssm.ops.triton.plain']"
 
 
 def test_folder_without_code_is_no_package(tmp_path):

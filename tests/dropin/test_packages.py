@@ -9,8 +9,10 @@ import loops
 import pytest
 import torch
 import torch.nn.functional as F
-from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update, cpp_functions
 from mamba_ssm import Mamba
+from mamba_ssm.models.mixer_seq_simple import _init_weights
+from mamba_ssm.modules.mamba_simple import Block
 from mamba_ssm.ops import selective_scan_interface as interface
 from mamba_ssm.ops.triton import layer_norm, layernorm
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -439,7 +441,7 @@ def test_autocast():
 def test_what_is_missing_can_be_imported_and_raises_when_it_is_used():
     from mamba_ssm import Mamba2
     from mamba_ssm.models.config_mamba import MambaConfig
-    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, _init_weights
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
     from mamba_ssm.modules.mamba2 import Mamba2 as SameName
     from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -455,7 +457,6 @@ def test_what_is_missing_can_be_imported_and_raises_when_it_is_used():
         Model,
         MambaConfig,
         MambaLMHeadModel.from_pretrained,
-        _init_weights,
         rmsnorm_fn,
         mamba_chunk_scan_combined,
         decode,
@@ -465,3 +466,52 @@ def test_what_is_missing_can_be_imported_and_raises_when_it_is_used():
         with pytest.raises(NotImplementedError, match='It needs the package itself: pip install'):
             use()
     assert not isinstance(Mamba(8), Mamba2)
+
+
+@pytest.mark.parametrize('norm', [nn.LayerNorm, layernorm.RMSNorm])
+@pytest.mark.parametrize('fused', [True, False])
+def test_block(norm, fused):
+    block = Block(8, Mamba, norm, fused_add_norm=fused, residual_in_fp32=True)
+    x, residual = draw(2, 5, 8, dtype=torch.float32), draw(2, 5, 8, seed=1, dtype=torch.float32)
+    for before, total in ((None, x), (residual, x + residual)):
+        out, after = block(x, before)
+        torch.testing.assert_close(after, total)
+        torch.testing.assert_close(out, block.mixer(block.norm(total)))
+    states = block.allocate_inference_cache(2, 9)
+    assert [tuple(s.shape) for s in states] == [(2, 16, 4), (2, 16, 16)]
+    with pytest.raises(ValueError, match='norm_cls=Identity'):
+        Block(8, Mamba, nn.Identity, fused_add_norm=True)
+
+
+def test_initialisation_of_a_model():
+    model = nn.Sequential(Mamba(64, bias=True), nn.Embedding(500, 64))
+    step = model[0].dt_proj.bias.clone()
+    model.apply(lambda module: _init_weights(module, n_layer=16))
+    assert not model[0].in_proj.bias.any()
+    torch.testing.assert_close(model[0].dt_proj.bias, step)
+    assert 0.019 < model[1].weight.std() < 0.021
+    bound = 128**-0.5 / 4
+    assert 0.9 * bound < model[0].out_proj.weight.abs().max() <= bound
+
+
+def test_functions_around_the_compiled_ones():
+    x, weight, bias = (t.requires_grad_() for t in (draw(2, 5, 9), draw(5, 4, seed=1), draw(5)))
+    want = loops.conv(x, weight, bias, silu=True)
+    none = (None,) * 3
+    out = cpp_functions.causal_conv1d_fwd_function(x, weight, bias, *none, True)
+    torch.testing.assert_close(out, want.detach())
+    dout = draw(2, 5, 9, seed=2)
+    dx = torch.full_like(x, torch.nan).detach()
+    *grads, initial = cpp_functions.causal_conv1d_bwd_function(
+        x.detach(), weight, bias, dout, *none, dx, False, True
+    )
+    assert initial is None
+    assert grads[0] is dx
+    for grad, true in zip(grads, torch.autograd.grad(want, (x, weight, bias), dout), strict=True):
+        torch.testing.assert_close(grad.detach(), true)
+    state = torch.zeros(2, 5, 4, dtype=torch.float64)
+    columns = [
+        cpp_functions.causal_conv1d_update_function(x[..., t], state, weight, bias, True)
+        for t in range(9)
+    ]
+    torch.testing.assert_close(torch.stack(columns, -1), want.detach())
