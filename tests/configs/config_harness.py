@@ -162,6 +162,8 @@ def cut_depth(model: ConfigDict) -> None:
         zoo = mmvim.MambaVision.arch_zoo[backbone.arch]
         backbone.arch = dict(zoo, depths=(1, 1, 2, 2), mlp_ratio=1)
         cut_width(model)
+    if backbone.type in ('mmvim.VMamba', 'VMamba'):
+        backbone.arch = dict(mmvim.VMamba.arch_zoo[backbone.arch], depths=(1, 1, 1, 1))
     if backbone.type.rpartition('.')[2] in ('Vim', 'VideoMamba'):
         outputs = backbone.get('out_indices', -1)
         outputs = 1 if isinstance(outputs, int) else len(outputs)
