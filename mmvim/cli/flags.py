@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import HOOKS, MODELS
 
-from mmvim._configs import is_mmengine, settle_scope, type_name
+from mmvim._configs import innermost_dataset, is_mmengine, settle_scope, type_name
 from mmvim.engine.hooks import CheckpointHook
 from mmvim.engine.optim import ExponentialMovingAverage
 from mmvim.engine.tasks import TASKS, apply_tta, task_of
@@ -88,6 +88,12 @@ def apply_test_flags(cfg: Config, args: argparse.Namespace) -> None:
     if args.show or args.show_dir:
         task = task_of(cfg, '--show-dir' if args.show_dir else '--show')
         hook = (cfg.get('default_hooks') or {}).get('visualization')
+        steps = innermost_dataset(cfg.get('test_dataloader')).get('pipeline') or ()
+        if any('Video' in type_name(step) for step in steps):
+            raise UserError(
+                '--show and --show-dir draw images, and the test pipeline reads videos: '
+                'tools/demo/video_demo.py draws on those'
+            )
         if not isinstance(hook, dict):
             raise UserError(
                 '--show and --show-dir need a VisualizationHook: default_hooks.visualization of '

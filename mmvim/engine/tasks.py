@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
-from mmvim._configs import innermost_dataset, type_name
+from mmvim._configs import innermost_dataset, leaf_datasets, type_name
 from mmvim.engine.label_maps import image_root
 from mmvim.errors import UserError
 
@@ -219,9 +219,15 @@ def apply_tta(cfg: Config, task: Task) -> None:
     Raises:
         UserError: There is no pipeline, or it does not end as the library's pipelines do.
     """
-    dataset = innermost_dataset(cfg.test_dataloader)
+    if not cfg.get('tta_model') and 'mask_head' in ((cfg.model.get('roi_head') or {}) | cfg.model):
+        raise UserError(
+            '--tta merges boxes, and the model predicts masks too: give a tta_model that merges '
+            'them in the config, or test without --tta'
+        )
     model = cfg.get('tta_model') or ConfigDict(task.tta_model)
-    dataset['pipeline'] = cfg.get('tta_pipeline') or _flip_pipeline(dataset.get('pipeline'), task)
+    for _, dataset in leaf_datasets(cfg.test_dataloader.dataset, ''):
+        given = cfg.get('tta_pipeline')
+        dataset['pipeline'] = given or _flip_pipeline(dataset.get('pipeline'), task)
     cfg.model = ConfigDict(deepcopy(dict(model)), module=cfg.model)
 
 

@@ -188,3 +188,37 @@ def test_averages_of_a_short_run(data, capsys, fails):
     metric = "val_evaluator=[dict(type='SingleLabelMetric',average=None)]"
     line = fails(main_train, 'config.py', '--cfg-options', hook.format('0.9'), metric)
     assert 'cannot record the results of each class' in line
+
+
+@pytest.mark.parametrize('data', ['mmdet'], indirect=True)
+def test_annotations_that_cannot_be_evaluated(data, fails):
+    coco = json.loads((data / 'train.json').read_text())
+    del coco['annotations'][2]['iscrowd']
+    (data / 'train.json').write_text(json.dumps(coco))
+    line = fails(main_train, 'config.py')
+    assert (
+        'val_evaluator (CocoMetric) needs iscrowd of each annotation, and annotation 3 of' in line
+    )
+
+
+@pytest.mark.parametrize('data', ['mmdet', 'mmpretrain'], indirect=True)
+def test_flags_that_do_not_fit(data, fails):
+    Path('x.pth').write_bytes(b'x')
+    mask = ['--cfg-options', "model.roi_head=dict(mask_head=dict(type='FCNMaskHead'))"]
+    if Path.cwd().name == 'mmdet':
+        line = fails(main_test, 'config.py', 'x.pth', '--tta', '--no-checks', *mask)
+        assert '--tta merges boxes, and the model predicts masks too' in line
+    else:
+        text = Path('config.py').read_text()
+        Path('video.py').write_text(text.replace("'LoadImageFromFile'", "'mmvim.LoadVideo'"))
+        line = fails(main_test, 'video.py', 'x.pth', '--show-dir', 'shown')
+        assert 'the test pipeline reads videos: tools/demo/video_demo.py' in line
+
+
+@pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
+def test_tta_of_several_data_sets(data):
+    main_train(['config.py'])
+    text = Path('config.py').read_text()
+    text += "test_dataloader = dict(batch_size=4, dataset=dict(type='ConcatDataset', datasets=["
+    Path('several.py').write_text(f'{text}dataset, dict(**dataset)]), **loop)\n')
+    assert main_test(['several.py', 'work_dirs/config/iter_1.pth', '--tta'])

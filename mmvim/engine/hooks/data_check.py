@@ -134,6 +134,13 @@ class DataCheckHook(Hook):
         if coco is None or not hasattr(coco, 'imgs'):
             return
         categories, file = categories_of(coco)
+        for annotation in coco.dataset.get('annotations', ()):
+            lacking = [key for key in ('area', 'iscrowd') if key not in annotation]
+            if lacking and 'bbox' in annotation:
+                raise UserError(
+                    f'{name} needs {" and ".join(lacking)} of each annotation, and annotation '
+                    f'{annotation.get("id")} of {file} has none (0 for iscrowd is the usual value)'
+                )
         classes = _classes(dataset)
         if classes and categories:
             check_categories(classes, categories, file)
