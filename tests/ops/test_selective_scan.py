@@ -116,7 +116,7 @@ def test_optional_inputs(backend, device, optional):
     compare(tensors, initial_state(tensors) if optional[3] else None, delta_softplus=optional[0])
 
 
-@pytest.mark.parametrize('method', TWO_TAP)
+@pytest.mark.parametrize('method', sorted(TWO_TAP))
 def test_state_without_the_previous_drive(backend, device, method):
     need(backend, 'selective_scan', device, torch.float64)
     tensors = scan_inputs(2, 5, 3, 4, device=device)

@@ -47,6 +47,10 @@ TENSORS = {
         **{f'{k}_b': v for k, v in ONE_WAY.items()},
         'z': 'bld?',
     },
+    'cross_scan': {
+        'x': 'bhld', 'delta': 'bhlkd', 'A': 'kdn', 'B': 'bhlkn', 'C': 'bhlkn', 'D': 'kd?',
+        'delta_bias': 'kd?',
+    },
     'causal_conv1d': {'x': 'bld', 'weight': 'dw', 'bias': 'd?', 'initial_state': 'bdr?'},
     'bidirectional_conv1d': {
         'x': 'bld', 'weight_f': 'dw', 'bias_f': 'd?', 'weight_b': 'dw', 'bias_b': 'd?',
@@ -77,6 +81,11 @@ OPTIONS = {
     'bidirectional_scan': {
         'delta_softplus': (True, False),
         'scale': (1.0, 0.5),
+        'discretization': ops.DISCRETIZATIONS,
+        'backend': (None, 'torch', 'compiled'),
+    },
+    'cross_scan': {
+        'delta_softplus': (True, False),
         'discretization': ops.DISCRETIZATIONS,
         'backend': (None, 'torch', 'compiled'),
     },
@@ -185,7 +194,7 @@ def _laid_out(x: Tensor, layout: str) -> Tensor:
 
 def _tensor(name: str, axes: str, case: dict, generator: torch.Generator, layout: str) -> Tensor:
     sizes = dict(case['sizes'])
-    sizes['r'] = sizes['w'] - 1
+    sizes |= {'r': sizes['w'] - 1, 'h': sizes['g'], 'k': len(ops.ROUTES)}
     if not case['grouped']:
         axes = axes.replace('g', '')
     shape = tuple(sizes[axis] for axis in axes.rstrip('?'))
@@ -299,6 +308,8 @@ def expected(op: str, given: dict[str, Any], options: dict[str, Any]) -> tuple:
     if op == 'bidirectional_scan':
         directions = ([given[f'{k}_{side}'] for k in ONE_WAY] for side in 'fb')
         return (reference.bidirectional_scan(*directions, given['z'], **options),)
+    if op == 'cross_scan':
+        return (reference.cross_scan(**given, **options),)
     if op == 'causal_conv1d':
         return reference.causal_conv1d(**given, **options)[: 1 + states]
     if op == 'bidirectional_conv1d':
