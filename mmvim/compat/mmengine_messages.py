@@ -47,7 +47,9 @@ def _patch(module: ModuleType) -> None:
 
     @functools.wraps(given)
     def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
-        if isinstance(msg, str) and msg.startswith(_MESSAGES):
+        text = str(msg)
+        # Collate functions are mmengine's, in whichever scope a config names them.
+        if text.startswith(_MESSAGES) or 'in the "function" registry tree' in text:
             level = logging.DEBUG
         if logger is not None or level >= logging.INFO:
             given(msg, logger=logger, level=level)

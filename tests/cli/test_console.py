@@ -13,7 +13,15 @@ import task_configs
 ROOT = Path(__file__).parents[2]
 SCREEN = 24
 #: Said by the libraries about themselves, in every run.
-NOISE = ('OneDL', 'faster_coco_eval', 'FileClient', 'HardDiskBackend', 'prefix is not set', 'pin')
+NOISE = (
+    'OneDL',
+    'faster_coco_eval',
+    'FileClient',
+    'HardDiskBackend',
+    'prefix is not set',
+    'pin',
+    'Failed to search registry',
+)
 
 
 def run(script: str, *args: object, **options) -> subprocess.CompletedProcess:
@@ -38,6 +46,8 @@ def test_one_screen(scope, tmp_path):
     task_configs.write(tmp_path, scope)
     config, work = tmp_path / 'config.py', tmp_path / 'work'
     options = ('train_dataloader.pin_memory=True', 'val_dataloader.pin_memory=True')
+    if scope == 'mmpretrain':
+        options += ('train_dataloader.collate_fn.type=default_collate',)
     done = run('train.py', config, '--work-dir', work, '--cfg-options', *options)
     lines = (done.stdout + done.stderr).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith('  config'))
