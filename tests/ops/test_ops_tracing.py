@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from ops_support import cross_scan_inputs, gradients, randn, scan_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmvim import ops
 
@@ -105,53 +106,42 @@ def test_opcheck_on_cuda(namespace, op, case):
     torch.library.opcheck(getattr(getattr(torch.ops, namespace), op).default, case)
 
 
+class BackwardCalls(TorchDispatchMode):
+    """Keeps the calls of backward ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in NAMESPACES and function._opname.endswith('_backward'):
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+def as_tuple(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
 @pytest.mark.parametrize('namespace', NAMESPACES)
 @pytest.mark.parametrize(('op', 'case'), CASES)
 def test_results_are_fresh_and_as_the_fake_kernel_says(namespace, op, case):
     """Also of the backward ops, which opcheck does not see by themselves."""
-    name = getattr(torch.ops, namespace)
-    case = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in case)
-    outputs = getattr(name, op)(*case)
-    if op == 'selective_scan':
-        *inputs, softplus, method, reverse, with_state, interval = case
-        inputs = (
-            torch.ones_like(outputs[0]),
-            torch.ones_like(outputs[1]) if with_state else None,
-            *inputs,
-            outputs[2],
-            softplus,
-            method,
-            reverse,
-            interval,
-        )
-    elif op == 'bidirectional_scan':
-        inputs = (torch.ones_like(outputs[0]), *case[:15], *outputs[1:], *case[15:])
-    elif op == 'cross_scan':
-        inputs = (torch.ones_like(outputs[0]), *case[:8], outputs[1], *case[8:])
-    elif op == 'causal_conv1d':
-        state = torch.ones_like(outputs[1]) if case[-1] else None
-        inputs = (torch.ones_like(outputs[0]), state, *case[:-1])
-    elif op == 'bidirectional_conv1d':
-        inputs = (*map(torch.ones_like, outputs), *case)
-    else:
-        x, residual, weight, *_ = case
-        out, total, rstd = outputs
-        inputs = (
-            torch.ones_like(out),
-            torch.ones_like(total),
-            total,
-            weight,
-            rstd,
-            residual is not None,
-            x.dtype,
-            x.dtype if residual is None else residual.dtype,
-        )
-    ops_and_arguments = ((getattr(name, op), case), (getattr(name, f'{op}_backward'), inputs))
-    for function, arguments in ops_and_arguments:
-        results = function(*arguments)
-        meta = function(*(x.to('meta') if isinstance(x, torch.Tensor) else x for x in arguments))
+    function = getattr(getattr(torch.ops, namespace), op).default
+    case = tuple(
+        x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x
+        for x in case
+    )
+    outputs = [x for x in as_tuple(function(*case)) if x.requires_grad and x.numel()]
+    with BackwardCalls() as mode:
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    assert len(mode.calls) == 1
+    for call, values in ((function, case), *mode.calls):
+        arguments = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in values)
+        results = as_tuple(call(*arguments))
+        meta = call(*(x.to('meta') if isinstance(x, torch.Tensor) else x for x in arguments))
         given = {x.data_ptr() for x in arguments if isinstance(x, torch.Tensor) and x.numel()}
-        for real, fake in zip(results, meta, strict=True):
+        for real, fake in zip(results, as_tuple(meta), strict=True):
             assert real.shape == fake.shape
             assert real.dtype == fake.dtype
             assert real.stride() == fake.stride()
