@@ -256,6 +256,13 @@ def test_layer_depth(row, prefix):
     assert model.get_layer_depth('head.fc.weight', 'backbone.') == (count - 1, count)
 
 
+@every_row
+def test_token_layout(row):
+    last = len(row.depths) - 1
+    layout = create(row).token_layout((2, *row.shape), f'{row.stages}.{last}')
+    assert layout.size == tuple(row.side(n, last) for n in row.shape[-2:])
+
+
 def blocks_of(model, row):
     stages = getattr(model, row.stages)
     return [block for stage in stages for block in getattr(stage, 'blocks', [stage])]
