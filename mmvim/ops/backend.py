@@ -90,11 +90,9 @@ class intercept_ops:
     computes are those of the function; the backward ops are not intercepted.
 
     Args:
-        **functions: For the name of an op (``'selective_scan'``, ``'bidirectional_scan'``,
-            ``'cross_scan'``, ``'causal_conv1d'``, ``'bidirectional_conv1d'``,
-            ``'add_rms_norm'``) a function that is called in its place, with the op and then the
-            op's arguments, all by position and in the order of its schema. It returns what the op
-            returns.
+        **functions: For the name of an op, such as ``'selective_scan'``, a function that is called
+            in its place, with the op and then the op's arguments, all by position and in the order
+            of its schema. It returns what the op returns.
 
     Raises:
         ValueError: If there is no op of a name, or it is a backward op.
