@@ -128,7 +128,7 @@ def test_the_table_is_that_of_python_and_true_of_the_formulas(builder, csrc, tmp
 def test_a_new_method_is_a_row_and_a_rule(builder, csrc, tmp_path):
     with_new_method(csrc)
     methods = table(builder, csrc, tmp_path)
-    assert tuple(methods) == (*DISCRETIZATIONS, 'euler')
+    assert set(methods) == {*DISCRETIZATIONS, 'euler'}
     taps, decays, values = methods['euler']
     delta, z = points()
     assert (taps, decays) == (1, False)
