@@ -8,6 +8,7 @@ traceback of every error.
 import contextlib
 import functools
 import inspect
+import linecache
 import os
 import re
 import sys
@@ -211,11 +212,20 @@ def _line(error: BaseException, cfg: dict | None) -> str | None:
         return _refusal(error, *found, cfg)
     if isinstance(error, SampleError):
         return f'{_title(*found)}: {text}' if found else text
+    if found and isinstance(error, TypeError | ValueError) and _is_refused_by_mmvim(error):
+        return f'{_title(*found)}: {_text(error)}'
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f'{error.strerror}: {str(error.filename)!r}'
     if isinstance(error, ModuleNotFoundError) and (error.name or 'mmvim').split('.')[0] != 'mmvim':
         return f'the package {error.name.split(".")[0]!r} is missing ({text})'
     return _remedy(error)
+
+
+def _is_refused_by_mmvim(error: BaseException) -> bool:
+    """Whether a ``raise`` of mmvim's own made the error, such as one of a layer about its input."""
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    source = linecache.getline(frame.f_code.co_filename, line).strip()
+    return frame.f_globals.get('__name__', '').startswith('mmvim.') and source.startswith('raise')
 
 
 def _refusal(error: BaseException, path: str, part: Part, cfg: dict) -> str:
