@@ -7,7 +7,6 @@ model needs a file and a row here.
 
 import importlib
 import importlib.util
-import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -67,6 +66,8 @@ def lazily(
         raise AttributeError(f'module {package!r} has no attribute {name!r}')
 
     def names() -> list[str]:
+        import pkgutil
+
         known = vars(sys.modules[package])
         submodules = {module.name for module in pkgutil.iter_modules(known['__path__'])}
         return sorted({*known, *own, *(name for name in submodules if not name.startswith('_'))})

@@ -1,6 +1,5 @@
 """Errors that the user can fix."""
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -22,5 +21,7 @@ class CheckpointError(UserError):
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of ``choices``, or an empty string."""
+    import difflib  # milliseconds of `import mmvim`, for errors alone
+
     close = difflib.get_close_matches(word, [str(choice) for choice in choices], n=1, cutoff=0.6)
     return f' (did you mean {close[0]!r}?)' if close else ''

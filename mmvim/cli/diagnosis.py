@@ -31,7 +31,7 @@ from .config_keys import RUNNER_KEYS, walk_dicts
 EXIT_CODE = 2
 #: Errors by which constructors refuse their arguments.
 _REFUSALS = (AssertionError, ImportError, LookupError, NotImplementedError, OSError, TypeError)
-_REFUSALS += (ValueError,)
+_REFUSALS += (RecursionError, ValueError)
 _built: WeakKeyDictionary[Any, 'Part'] = WeakKeyDictionary()
 
 

@@ -12,7 +12,6 @@ Obsolete with: libraries without them.
 """
 
 import functools
-import logging
 import sys
 import warnings
 from types import ModuleType
@@ -41,6 +40,8 @@ def install() -> None:
 
 
 def _patch(module: ModuleType) -> None:
+    import logging
+
     given = module.print_log
     if hasattr(given, '__wrapped__'):
         return
@@ -55,5 +56,5 @@ def _patch(module: ModuleType) -> None:
             given(msg, logger=logger, level=level)
 
     for importer in list(sys.modules.values()):
-        if vars(importer).get('print_log') is given:
+        if getattr(importer, '__dict__', {}).get('print_log') is given:
             importer.print_log = print_log

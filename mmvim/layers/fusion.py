@@ -58,7 +58,8 @@ class Fusable(nn.Module):
             module, (kind, forward) = self._modules.get(name), self._fused_parts[name]
             if type(module) is not kind or kind.forward is not forward:
                 return False
-            if 'forward' in module.__dict__:
+            own = module.__dict__
+            if 'forward' in own or 'weight' in own or 'bias' in own:
                 return False
             if (
                 module._forward_hooks

@@ -221,7 +221,7 @@ class MixerBase(Fusable):
 
     def _direction(self, suffix: str = '') -> tuple[Tensor | None, ...]:
         """Parameters of the direction whose names end so, as the op wants them."""
-        modules, own = self._modules, self._parameters
+        modules = self._modules
         conv = modules[f'conv1d{suffix}']._parameters
         dt_proj = modules[f'dt_proj{suffix}']._parameters
         return (
@@ -230,8 +230,8 @@ class MixerBase(Fusable):
             modules[f'x_proj{suffix}']._parameters['weight'],
             dt_proj['weight'],
             dt_proj['bias'],
-            own['A_b_log' if suffix else 'A_log'],
-            own[f'D{suffix}'],
+            self.A_b_log if suffix else self.A_log,
+            getattr(self, f'D{suffix}'),
         )
 
     def _project_out(self, y: Tensor) -> Tensor:

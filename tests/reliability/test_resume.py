@@ -241,7 +241,7 @@ def test_sigterm_saves_and_exits(runs, undisturbed, images, tmp_path, variant, a
     assert run.go() == 0, log(run.path)
     text = (run.path / 'log').read_text()
     if variant == 'iterations':
-        assert f'resumed epoch: 0, iter: {saved}' in text
+        assert f'resumed at epoch 0, iteration {saved}' in text
     elif saved % 6:
         assert f'Epoch {saved // 6 + 1} continues after {saved % 6} of 6 batches' in text
     assert_as_if_undisturbed(run.path, undisturbed(variant))
@@ -408,7 +408,7 @@ def continue_after(kind, runs, undisturbed, images, tmp_path) -> Path:
     assert 'WARNING' in line
     assert 'work/epoch_4.pth' in line
     assert reason in line
-    assert 'resumed epoch: 3, iter: 18' in text
+    assert 'resumed at epoch 3, iteration 18' in text
     assert not (tmp_path / 'executed').exists()
     assert_as_if_undisturbed(run.path, reference)
 

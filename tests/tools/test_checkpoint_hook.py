@@ -72,7 +72,13 @@ def test_each_process_gets_its_own_random_state(rank, monkeypatch, tmp_path):
         random_state.seed_all(seed)
         states.append(random_state.capture())
     runner = SimpleNamespace(
-        _resume=True, iter=1, rank=rank, world_size=2, _load_from='', work_dir=str(tmp_path)
+        _resume=True,
+        iter=1,
+        rank=rank,
+        world_size=2,
+        _load_from='',
+        work_dir=str(tmp_path),
+        param_schedulers=None,
     )
     monkeypatch.setattr(checkpoint.MMEngineCheckpointHook, 'before_train', lambda *args: None)
     hook = CheckpointHook()

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .errors import VideoSampleError
@@ -183,6 +182,8 @@ class FrameFolder:
         return torch.stack([pictures[int(i)] for i in indices]).permute(0, 3, 1, 2)
 
     def _read(self, index: int, size: tuple[int, int] | None) -> np.ndarray:
+        from PIL import Image
+
         path = os.path.join(self.path, self._names[index])
         try:
             with Image.open(path) as image:
