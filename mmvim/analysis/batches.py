@@ -1,4 +1,4 @@
-"""What a data loader yields, as pictures: after augmentation, mixing and padding."""
+"""Pictures of the batches of a data loader: after augmentation, mixing and padding."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
