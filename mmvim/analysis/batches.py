@@ -12,8 +12,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor
 
-from mmvim.apis.inferencers.common import class_names
-from mmvim.apis.inferencers.pipeline import displayable
+from mmvim.apis.inferencers.pipeline import class_names, displayable
 from mmvim.apis.model_zoo import build_model
 from mmvim.export.metadata import describe
 

@@ -233,8 +233,7 @@ def get_model(
 
 def _tell_mmpretrain(model: nn.Module, cfg: Config, meta: Mapping[str, Any]) -> None:
     """Set what ``mmpretrain.inference_model`` looks for: the task, and the names of the classes."""
-    from .inferencers.common import class_names
-    from .inferencers.video import reads_videos
+    from .inferencers.pipeline import class_names, reads_videos
 
     if reads_videos(cfg):
         return

@@ -10,7 +10,8 @@ from PIL import Image
 from script_runner import run_script
 
 from mmvim.apis.inferencers import make_inferencer
-from mmvim.apis.inferencers.common import _config_meta, find_images
+from mmvim.apis.inferencers.common import find_images
+from mmvim.apis.inferencers.pipeline import _config_meta
 from mmvim.apis.model_zoo import build_model, load_config
 from mmvim.errors import CheckpointError, SampleError
 

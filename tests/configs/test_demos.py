@@ -9,7 +9,7 @@ from mmengine.config import Config
 from PIL import Image
 from script_runner import run_script
 
-from mmvim.apis.inferencers.video import reads_videos
+from mmvim.apis.inferencers.pipeline import reads_videos
 from mmvim.apis.videos import VideoWriter
 
 

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     demo.check_arguments(args)
     cfg = analysis.config_of(args.model, args)
     if cfg.get('default_scope') == 'mmpretrain':
-        from mmvim.apis.inferencers.video import reads_videos
+        from mmvim.apis.inferencers.pipeline import reads_videos
 
         if reads_videos(cfg):
             raise UserError('the model reads videos: tools/demo/video_demo.py runs it')

@@ -42,7 +42,8 @@ def make_inferencer(model: Any, weights: Any = None, device: Any = None) -> Any:
     module, name = _SCOPES[scope]
     require(scope, f'{module} inference')
     if scope == 'mmpretrain':
-        from .video import VideoInferencer, reads_videos
+        from .pipeline import reads_videos
+        from .video import VideoInferencer
 
         if reads_videos(cfg):
             return VideoInferencer(model, weights, device)

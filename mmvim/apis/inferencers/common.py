@@ -3,7 +3,7 @@
 import glob
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ from mmengine.dataset import pseudo_collate
 from mmengine.logging import print_log
 from torch import nn
 
-from mmvim._configs import innermost_dataset
 from mmvim.checkpoints.loading import load_weights
 from mmvim.engine.class_names import listed
 from mmvim.engine.tasks import TASKS
 from mmvim.errors import CheckpointError, SampleError
 
 from ..model_zoo import build_model, model_info
-from .pipeline import InferencePipeline
+from .pipeline import InferencePipeline, class_names
 from .text import fonts_for, write_lines
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.webp')
@@ -30,7 +29,6 @@ SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.tif', '.tiff', '.
 #: Number of classes in a classifier's prediction.
 TOP = 5
 
-_META = ('classes', 'palette')
 OnError = Callable[[int, SampleError], None]
 Images = str | Path | np.ndarray | Sequence[str | Path | np.ndarray]
 
@@ -109,16 +107,10 @@ def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
     names = model.dataset_meta.get('classes')
     if names and any(count != len(names) for count in model.class_counts.values()):
         # Names of other classes than the model's: numbers mislead nobody.
-        for key in _META:
+        for key in ('classes', 'palette'):
             model.dataset_meta.pop(key, None)
     model.cfg = model._config = cfg
     return model.eval()
-
-
-def class_names(cfg: Config, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Classes and palette: of a checkpoint's ``dataset_meta`` or, where it is silent, a config."""
-    known = {k.lower(): v for k, v in meta.items() if v and k.lower() in _META}
-    return {**_config_meta(cfg), **known}
 
 
 def name_classes(model: nn.Module, names: Sequence[str]) -> None:
@@ -143,26 +135,6 @@ def name_classes(model: nn.Module, names: Sequence[str]) -> None:
 def _class_counts(model: nn.Module, cfg: Config) -> dict[str, int]:
     task = TASKS.get(cfg.get('default_scope'))
     return task.class_outputs(model) if task else {}
-
-
-def _config_meta(cfg: Config) -> dict[str, Any]:
-    """Classes and palette, of the config or of the class of its test data."""
-    from mmengine.registry import DATASETS, DefaultScope
-
-    dataset = innermost_dataset(cfg.get('test_dataloader'))
-    meta: dict[str, Any] = {}
-    kind = dataset.get('type')
-    if isinstance(kind, str):
-        with (
-            DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
-            DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry,
-        ):
-            kind = registry.get(kind)
-    meta.update(getattr(kind, 'METAINFO', {}))
-    meta.update(dataset.get('metainfo') or {})
-    if cfg.get('classes') and 'classes' not in meta:
-        meta['classes'] = cfg.classes
-    return {k: v for k, v in meta.items() if k in _META}
 
 
 def ranked(scores: torch.Tensor, count: int, name: Callable[[int], str]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The test pipeline of a config, for images outside of a data set."""
+"""The test data of a config: its pipeline, for images outside of a data set, and class names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,16 +6,48 @@ from typing import Any
 
 import numpy as np
 from mmengine.config import Config
-from mmengine.registry import TRANSFORMS, DefaultScope
+from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 
 from mmvim._configs import innermost_dataset, type_name
 from mmvim.errors import SampleError
+
+VIDEO_LOADER = 'LoadVideo'
+_META = ('classes', 'palette')
 
 
 def transforms_of(cfg: Config) -> list[dict]:
     """Configs of the transforms of a config's test pipeline."""
     dataset = innermost_dataset(cfg.get('test_dataloader'))
     return list(dataset.get('pipeline') or cfg.get('test_pipeline') or [])
+
+
+def reads_videos(cfg: Config) -> bool:
+    """Whether a config's test pipeline begins with a video file."""
+    return [type_name(transform) for transform in transforms_of(cfg)[:1]] == [VIDEO_LOADER]
+
+
+def class_names(cfg: Config, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Classes and palette: of a checkpoint's ``dataset_meta`` or, where it is silent, a config."""
+    known = {k.lower(): v for k, v in meta.items() if v and k.lower() in _META}
+    return {**_config_meta(cfg), **known}
+
+
+def _config_meta(cfg: Config) -> dict[str, Any]:
+    """Classes and palette, of the config or of the class of its test data."""
+    dataset = innermost_dataset(cfg.get('test_dataloader'))
+    meta: dict[str, Any] = {}
+    kind = dataset.get('type')
+    if isinstance(kind, str):
+        with (
+            DefaultScope.overwrite_default_scope(cfg.get('default_scope')),
+            DATASETS.switch_scope_and_registry(cfg.get('default_scope')) as registry,
+        ):
+            kind = registry.get(kind)
+    meta.update(getattr(kind, 'METAINFO', {}))
+    meta.update(dataset.get('metainfo') or {})
+    if cfg.get('classes') and 'classes' not in meta:
+        meta['classes'] = cfg.classes
+    return {k: v for k, v in meta.items() if k in _META}
 
 
 class InferencePipeline:

@@ -6,26 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.device import get_device
 from mmengine.registry import DefaultScope
 
-from mmvim._configs import type_name
 from mmvim.datasets.video import open_video
 
 from ..model_zoo import load_config
 from ..videos import find_videos
 from .common import TOP, Inference, Result, make_model, name_classes, ranked
-from .pipeline import transforms_of
+from .pipeline import VIDEO_LOADER, reads_videos, transforms_of
 from .text import enlarge, write_lines
-
-LOADER = 'LoadVideo'
-
-
-def reads_videos(cfg: Config) -> bool:
-    """Whether a config's test pipeline begins with a video file."""
-    return [type_name(transform) for transform in transforms_of(cfg)[:1]] == [LOADER]
 
 
 class VideoInferencer(Inference):
@@ -55,7 +46,7 @@ class VideoInferencer(Inference):
     ) -> None:
         cfg = load_config(model)
         if not reads_videos(cfg):
-            raise ValueError(f"the config's test pipeline does not begin with mmvim.{LOADER}")
+            raise ValueError(f"the config's test pipeline does not begin with mmvim.{VIDEO_LOADER}")
         self.device = torch.device(device or get_device())
         self.model = make_model(model, cfg, weights).to(self.device)
         if classes is not None:
