@@ -82,6 +82,10 @@ class _Placeholders(Loader):
 class _Finder(MetaPathFinder):
     """First on ``sys.meta_path`` while the drop-in is in place."""
 
+    # An attribute, not the class, tells a finder: the hook for MMVIM_DROPIN loads this file apart
+    # from the package, so that there may be two classes.
+    mmvim_dropin = True
+
     def __init__(self, override: bool) -> None:
         self.override = override
         self._probed: dict[str, ModuleType | Exception] = {}
@@ -151,6 +155,10 @@ def _load(spec: ModuleSpec) -> ModuleType | Exception:
     return module
 
 
+def _is_dropin(finder: object) -> bool:
+    return getattr(finder, 'mmvim_dropin', False) is True
+
+
 def _ours(name: str) -> ModuleSpec | None:
     return PathFinder.find_spec(name, [PACKAGES])
 
@@ -159,7 +167,7 @@ def _theirs(name: str) -> ModuleSpec | None:
     """Where a name would be imported from without the drop-in."""
     paths = [entry for entry in sys.path if entry != PACKAGES]
     for finder in list(sys.meta_path):
-        if isinstance(finder, _Finder) or not hasattr(finder, 'find_spec'):
+        if _is_dropin(finder) or not hasattr(finder, 'find_spec'):
             continue
         spec = finder.find_spec(name, paths if finder is PathFinder else None)
         # A folder without code that happens to have the name is no package.
@@ -189,7 +197,7 @@ def _imports_triton(spec: ModuleSpec) -> bool:
 
 
 def _active() -> _Finder | None:
-    return next((f for f in sys.meta_path if isinstance(f, _Finder)), None)
+    return next((f for f in sys.meta_path if _is_dropin(f)), None)
 
 
 def _is_ours(module: object) -> bool:
@@ -237,7 +245,7 @@ def uninstall() -> None:
 
     Objects that were imported from them keep working.
     """
-    sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _Finder)]
+    sys.meta_path[:] = [f for f in sys.meta_path if not _is_dropin(f)]
     sys.path[:] = [entry for entry in sys.path if entry != PACKAGES]
     sys.path_importer_cache.pop(PACKAGES, None)
     for name in [n for n, module in sys.modules.items() if _is_ours(module)]:

@@ -71,7 +71,9 @@ def test_peers_on_a_cpu(quick, monkeypatch):
             rf'(?m)^scan .* mambapy +{re.escape(direction)} .* error (\S+)', printed.out
         )
         assert float(row[1]) < 1e-5
-        assert re.search(rf'(?m)^scan .* {re.escape(direction)} .*x mambapy$', printed.out)
+        # Which peer is the fastest at this size is chance.
+        fastest = r'.*x (mambapy|mamba_ssm reference)$'
+        assert re.search(rf'(?m)^scan .* {re.escape(direction)} {fastest}', printed.out)
 
 
 def test_error_is_that_of_the_candidate(bench):
