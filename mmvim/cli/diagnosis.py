@@ -274,6 +274,8 @@ def unknown_type(path: str, kind: str, registry: Registry) -> str:
     hint = did_you_mean(bare, names) or (
         '' if len(names) > 20 else f'; allowed: {", ".join(sorted(names))}'
     )
+    if place == 'mmengine' and not scope:
+        hint = f', the scope of configs without default_scope{hint}'
     return f'{path}.type is {kind!r}, which is not a registered {registry.name} of {place!r}{hint}'
 
 

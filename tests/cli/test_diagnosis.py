@@ -249,3 +249,13 @@ def test_wrong_channels_name_the_layer(layer, shape):
     line = explain(info.value)
     assert line.startswith(f'model.neck.0 ({type(layer).__name__}) wants 3 channels and gets 5: ')
     assert explain(RuntimeError('running_mean should contain 5 elements not 3')) is None
+
+
+def test_a_type_that_is_not_found_for_want_of_a_scope():
+    from mmengine.registry import MODELS
+
+    from mmvim.cli.diagnosis import unknown_type
+
+    line = unknown_type('model', 'NoSuchDetector', MODELS)
+    assert "of 'mmengine', the scope of configs without default_scope" in line
+    assert 'default_scope' not in unknown_type('model', 'mmengine.NoSuchDetector', MODELS)
