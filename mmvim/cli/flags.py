@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import HOOKS, MODELS
+from mmengine.utils import import_modules_from_strings
 
 from mmvim._configs import innermost_dataset, is_mmengine, settle_scope, type_name
 from mmvim.engine.hooks import CheckpointHook
@@ -116,6 +117,9 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
         cfg.merge_from_dict(args.cfg_options)
     except (KeyError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f'--cfg-options cannot be merged into the config: {error}') from error
+    if any(key.partition('.')[0] == 'custom_imports' for key in args.cfg_options or {}):
+        # Those of the file were imported when it was read.
+        _import_custom_modules(cfg)
     if cfg.get('env_cfg') is None:
         # Runner has this default; FlexibleRunner has none and fails.
         cfg.env_cfg = {'dist_cfg': {'backend': 'nccl'}}
@@ -131,6 +135,16 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
             # torch refuses these without workers, so num_workers=0 alone would fail.
             for name in ('persistent_workers', 'prefetch_factor'):
                 loader.pop(name, None)
+
+
+def _import_custom_modules(cfg: Config) -> None:
+    try:
+        import_modules_from_strings(**cfg.custom_imports)
+    except (ImportError, TypeError) as error:
+        raise UserError(
+            f'custom_imports must be dict(imports=[MODULE, ...], allow_failed_imports=False) of '
+            f'modules that can be imported, got {dict(cfg.custom_imports)}: {error}'
+        ) from error
 
 
 def apply_test_outputs(cfg: Config, args: argparse.Namespace) -> None:

@@ -406,6 +406,24 @@ def test_flags_of_all_dataloaders(toy, key):
         assert {k: cfg[name][k] for k in settings} == {**settings, key: False}, name
 
 
+def test_custom_imports_of_the_command_line(toy, fails, monkeypatch):
+    monkeypatch.syspath_prepend('.')
+    Path('of_the_user.py').write_text(
+        'from mmengine.hooks import Hook\n'
+        'from mmengine.registry import HOOKS\n'
+        '@HOOKS.register_module()\n'
+        'class OfTheUser(Hook):\n'
+        '    pass\n'
+    )
+    imports = "custom_imports=dict(imports=['of_the_user'], allow_failed_imports=False)"
+    hook = "custom_hooks=[dict(type='OfTheUser')]"
+    runner = main_train(['config.py', *option('train_cfg.max_epochs=1', imports, hook)])
+    assert 'OfTheUser' in [type(hook).__name__ for hook in runner.hooks]
+    message = fails(main_train, 'config.py', *option(imports.replace('of_the_user', 'of_nobody')))
+    assert 'custom_imports must be' in message
+    assert 'Failed to import of_nobody' in message
+
+
 def compiled(runner):
     return runner.model.backbone._compiled_call_impl is not None
 
