@@ -14,9 +14,11 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
+from PIL import Image
 
 import mmvim
 
@@ -24,6 +26,8 @@ REPO = Path(__file__).parents[2]
 CONFIG_ROOT = REPO / 'configs'
 BASES = sorted(CONFIG_ROOT.joinpath('_base_').rglob('*.py'))
 CONFIGS = sorted(p for p in CONFIG_ROOT.rglob('*.py') if '_base_' not in p.parts)
+# Those that carry a published recipe.
+FAMILIES = [p for p in CONFIGS if not {'quickstart', 'studies'} & set(p.parts)]
 
 # A large stride is one of sliding windows; patches have small ones.
 _SIZE_KEYS = {'scale', 'scales', 'crop_size', 'size', 'stride', 'pad_size_divisor'}
@@ -56,6 +60,7 @@ class MiniatureData:
             'data/quickstart/video': self._make_quickstart,
             'data/kinetics400': self._make('make_kinetics400', 96),
             'data/sthv2': self._make('make_sthv2', 96),
+            'data/cifar10': self._make_cifar10,
         }
 
     def locate(self, path: str) -> str:
@@ -78,6 +83,17 @@ class MiniatureData:
             getattr(script, function)(root, train_images=4, val_images=2, long_side=long_side)
 
         return make
+
+    @staticmethod
+    def _make_cifar10(root: Path) -> None:
+        classes = Config.fromfile(CONFIG_ROOT / 'studies/discretization/vim_cifar10.py').classes
+        generator = np.random.default_rng(0)
+        for split in ('train', 'test'):
+            for name in classes:
+                path = root / split / name / '0001.png'
+                path.parent.mkdir(parents=True)
+                image = generator.integers(0, 256, (32, 32, 3), np.uint8)
+                Image.fromarray(image).save(path)
 
     @staticmethod
     def _make_quickstart(root: Path) -> None:

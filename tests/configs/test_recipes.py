@@ -1,22 +1,20 @@
 """Every recipe is what the tables of published numbers say, setting by setting."""
 
 import pytest
-from config_harness import CONFIGS, config_id
+from config_harness import FAMILIES, config_id
 from recipes import READ, actual, differences, expected, fits, table
 
-RECIPES = [path for path in CONFIGS if path.parent.name != 'quickstart']
 
-
-@pytest.mark.parametrize('path', RECIPES, ids=config_id)
+@pytest.mark.parametrize('path', FAMILIES, ids=config_id)
 def test_recipe_is_the_published_one(path):
     assert not differences(actual(path), expected(path))
 
 
-@pytest.mark.parametrize('folder', ['_base_', *sorted({path.parent.name for path in RECIPES})])
+@pytest.mark.parametrize('folder', ['_base_', *sorted({path.parent.name for path in FAMILIES})])
 def test_entries_have_a_source_and_a_recipe(folder):
     for entry in table(folder):
         assert entry['source'].strip()
-        recipes = [path for path in RECIPES if folder in ('_base_', path.parent.name)]
+        recipes = [path for path in FAMILIES if folder in ('_base_', path.parent.name)]
         assert any(fits(entry, path) for path in recipes), entry['source']
 
 
@@ -47,5 +45,5 @@ def test_whatever_a_run_reads_is_compared():
         'num_frames', 'scales', 'stage_ious', 'stage_stds', 'std', 'test_pipeline',
         'train_pipeline', 'val_pipeline', 'vis_backends', 'pipeline',
     }  # fmt: skip
-    for path in RECIPES:
+    for path in FAMILIES:
         assert set(Config.fromfile(path)) <= variables | set(READ), path

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from config_harness import BASES, CONFIGS, build_model, config_id, cut_depth
+from config_harness import BASES, CONFIGS, FAMILIES, build_model, config_id, cut_depth
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 
@@ -17,7 +17,6 @@ PATTERNS = {
     'mmdet': rf'[a-z0-9-]+_[a-z0-9-]+_(simple)?fpn_((ms-crop-)?[13]x|{BATCH}(-lsj)?-\d+ep)_coco',
     'mmseg': rf'[a-z0-9-]+_[a-z0-9-]+_{BATCH}-\d+k_ade20k-\d+x\d+',
 }
-FAMILIES = [path for path in CONFIGS if path.parent.name != 'quickstart']
 
 
 @pytest.mark.parametrize('path', BASES, ids=config_id)
