@@ -4,6 +4,7 @@ from mmvim import _names
 
 _NAMES = {
     'LoadReport': 'mmvim.checkpoints.loading',
+    'compare_weights': 'mmvim.checkpoints.loading',
     'load_weights': 'mmvim.checkpoints.loading',
     'read_checkpoint': 'mmvim.checkpoints.files',
     'ModelInfo': 'mmvim.apis.model_zoo',

@@ -94,6 +94,32 @@ def find_weights(content: Mapping[str, Any], *, ema: bool | None = None) -> dict
     return weights
 
 
+def describe(content: Mapping[str, Any]) -> str:
+    """Say in one line how the weights of a file are wrapped, and what else is in it.
+
+    Args:
+        content: The result of :func:`read_checkpoint`.
+    """
+    plain = next((k for k in CONTAINERS if _is_container(content.get(k))), None)
+    averages = [k for k in (*EMA_CONTAINERS, EXCHANGED) if _is_container(content.get(k))]
+    weights = _tensors(content if plain is None else content[plain])
+    parts = [
+        f'{len(weights)} tensors' + (f' under {plain!r}' if plain else ', without a container')
+    ]
+    prefix, bare = '', dict(weights)
+    unwrap_state_dict(bare)
+    if weights and bare.keys() != weights.keys():
+        prefix = next(iter(weights)).removesuffix(next(iter(bare)))
+        parts.append(f'each name begins with {prefix!r}')
+    others = [str(k) for k in content if k not in (plain, *averages) and str(k) not in weights]
+    for key in averages:
+        kind = 'the trained weights' if key == EXCHANGED else 'averaged weights'
+        parts.append(f'{kind} under {key!r}')
+    if others:
+        parts.append(f'besides {", ".join(sorted(others)[:8])}')
+    return '; '.join(parts)
+
+
 def _is_container(value: Any) -> bool:
     return isinstance(value, Mapping) and len(value) > 0
 

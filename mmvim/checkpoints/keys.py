@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, MutableMapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -11,6 +13,25 @@ from torch import nn
 _WRAPPERS = ('model', 'module', 'state_dict')
 #: Key prefixes added by data parallelism, torch.compile and a class around the model.
 WRAPPING_PREFIXES = ('module.', '_orig_mod.', 'model.')
+
+
+@dataclass
+class Fitting:
+    """What a load agrees with the backbones of the model.
+
+    Attributes:
+        refuses: Whether a backbone refuses a checkpoint of another model. Otherwise what does not
+            fit is left to ``torch.nn.Module.load_state_dict``, which lists all of it.
+        dropped: Values of the checkpoint that a backbone knows and has no place for, such as an
+            official model's head.
+    """
+
+    refuses: bool = True
+    dropped: list[Any] = field(default_factory=list)
+
+
+#: Of the load in progress.
+fitting: ContextVar[Fitting] = ContextVar('fitting')
 
 
 def unwrap_state_dict(state_dict: MutableMapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mmvim.errors import CheckpointError
 
 from .files import CONTAINERS, find_weights, read_checkpoint, unreadable
+from .keys import Fitting, fitting
 
 _MISFIT = 'The model and loaded state dict do not match exactly'
 
@@ -32,6 +33,7 @@ class LoadReport:
         resized: Names, with the shapes in the file and in the model.
         missing: Parameters of the model that the file lacks.
         unexpected: Names of the file that the model has no place for.
+        dropped: Those of ``unexpected`` that the backbone knows, such as an official model's head.
         left_out: Names, with the shapes in the file and in the model, of what was not loaded for
             its shape.
         loaded: Number of loaded parameters and buffers.
@@ -42,6 +44,7 @@ class LoadReport:
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
     left_out: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     loaded: int = 0
     dataset_meta: dict[str, Any] = field(default_factory=dict)
@@ -79,12 +82,50 @@ def load_weights(
     Raises:
         CheckpointError: The file cannot be read, or belongs to another model.
     """
-    name = 'the checkpoint' if isinstance(file, Mapping) else f'checkpoint {str(file)!r}'
+    outside = re.compile(r'(?!backbone\.)') if other_head else None
+    report, given = _load(model, file, ema, outside, Fitting())
+    names = [name for name, _ in model.named_parameters()]
+    if set(names) <= {*report.missing, *report.left_out}:
+        raise CheckpointError(
+            f'{_called(file)} is of another model: none of its weights fits; it has '
+            f'{_some(given)}, the model {_some(names)}'
+        )
+    return report
+
+
+def compare_weights(
+    model: nn.Module, file: str | Path | Mapping[str, Any], *, ema: bool | None = None
+) -> LoadReport:
+    """Load what fits of a file into a model, and say all that does not.
+
+    Arguments are those of :func:`load_weights`; the model may be on the meta device.
+
+    Raises:
+        CheckpointError: The file cannot be read, or contradicts itself.
+    """
+    return _load(model, file, ema, re.compile(''), Fitting(refuses=False))[0]
+
+
+def _called(file: str | Path | Mapping[str, Any]) -> str:
+    return 'the checkpoint' if isinstance(file, Mapping) else f'checkpoint {str(file)!r}'
+
+
+def _load(
+    model: nn.Module,
+    file: str | Path | Mapping[str, Any],
+    ema: bool | None,
+    spared: re.Pattern | None,
+    load: Fitting,
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """Load, and return the report and the weights in the file.
+
+    ``spared`` matches names that are left out if their shapes differ; others are errors.
+    """
     content = file if isinstance(file, Mapping) else read_checkpoint(file)
     try:
         given = find_weights(content, ema=ema)
     except CheckpointError as error:
-        raise CheckpointError(f'{name} {error}') from None
+        raise CheckpointError(f'{_called(file)} {error}') from None
     # The model's sizes, its hooks and the file's metadata decide how the weights are loaded.
     metadata = next(
         (getattr(content.get(k), '_metadata', None) for k in CONTAINERS if k in content), None
@@ -92,29 +133,32 @@ def load_weights(
     wrapped = OrderedDict(given)
     if metadata is not None:
         wrapped._metadata = metadata
-    parameters = dict(model.named_parameters())
+    token = fitting.set(load)
     try:
-        with _watched_loading(other_head) as (fitted, left_out):
+        with _watched_loading(spared) as (fitted, left_out):
             outcome = model.load_state_dict(wrapped, strict=False)
     except (RuntimeError, ValueError) as error:
         reason = ' '.join(str(error).split())
-        raise CheckpointError(f'{name} does not fit the model: {reason[:500]}') from error
-    if not fitted.keys() & parameters.keys():
-        raise CheckpointError(
-            f'{name} is of another model: none of its weights fits; it has '
-            f'{", ".join(sorted(given)[:3])}, the model {", ".join(sorted(parameters)[:3])}'
-        )
+        raise CheckpointError(f'{_called(file)} does not fit the model: {reason[:500]}') from error
+    finally:
+        fitting.reset(token)
+    dropped = {id(value) for value in load.dropped}
     report = _report(given, fitted, outcome.missing_keys, left_out)
     meta = (content.get('meta') or {}).get('dataset_meta') or {}
-    return replace(report, dataset_meta=dict(meta))
+    report = replace(
+        report,
+        dropped=tuple(name for name in report.unexpected if id(given[name]) in dropped),
+        dataset_meta=dict(meta),
+    )
+    return report, given
 
 
 @contextmanager
-def _watched_loading(other_head: bool) -> Iterator[tuple[dict[str, Tensor], dict]]:
+def _watched_loading(spared: re.Pattern | None) -> Iterator[tuple[dict[str, Tensor], dict]]:
     """Collect what each module receives, after all renaming and resizing, and what does not fit."""
     load = nn.Module._load_from_state_dict
     fitted: dict[str, Tensor] = {}
-    left_out: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    left_out: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
 
     def watched(self: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
         *_, errors = args
@@ -124,11 +168,11 @@ def _watched_loading(other_head: bool) -> Iterator[tuple[dict[str, Tensor], dict
             key = prefix + name
             if key not in state_dict:
                 continue
-            if other_head and not key.startswith('backbone.'):
+            if spared is not None and spared.match(key):
                 misfit = f'size mismatch for {key}:'
                 if any(error.startswith(misfit) for error in errors[known:]):
                     errors[known:] = [e for e in errors[known:] if not e.startswith(misfit)]
-                    left_out[key] = tuple(state_dict[key].shape), tuple(own.shape)
+                    left_out[key] = state_dict[key], tuple(own.shape)
                     continue
             fitted[key] = state_dict[key]
 
@@ -140,13 +184,17 @@ def _report(
     given: dict[str, Tensor], fitted: dict[str, Tensor], missing: list, left_out: dict
 ) -> LoadReport:
     names = {id(value): key for key, value in given.items()}
-    renamed, resized, used = {}, {}, set()
+
+    def source_of(key: str, value: Tensor) -> str | None:
+        if id(value) in names:
+            return names[id(value)]
+        # Made from another tensor: the one of the same name, or of a name with the same end.
+        return max((k for k in given if key == k or key.endswith(f'.{k}')), key=len, default=None)
+
+    renamed, resized = {}, {}
+    used = {source_of(key, value) for key, (value, _) in left_out.items()}
     for key, value in sorted(fitted.items()):
-        source = names.get(id(value))
-        if source is None:
-            # Made from another tensor: the one of the same name, or of a name with the same end.
-            ends = [k for k in given if key == k or key.endswith(f'.{k}')]
-            source = max(ends, key=len) if ends else None
+        source = source_of(key, value)
         if source is None:
             continue
         used.add(source)
@@ -157,9 +205,9 @@ def _report(
     return LoadReport(
         renamed=renamed,
         resized=resized,
-        missing=tuple(sorted(set(missing) - fitted.keys())),
+        missing=tuple(sorted(set(missing) - fitted.keys() - left_out.keys())),
         unexpected=tuple(sorted(given.keys() - used)),
-        left_out=left_out,
+        left_out={key: (tuple(value.shape), own) for key, (value, own) in left_out.items()},
         loaded=len(fitted),
     )
 

@@ -2,10 +2,10 @@
 
 Why: since torch 2.6 ``torch.load`` refuses every type that is not on a list. mmengine's training
 checkpoints hold its ``HistoryBuffer`` and NumPy scalars, so resuming fails with mmengine 0.10.7;
-checkpoints of the official Vim and VideoMamba hold an ``argparse.Namespace``. onedl-mmengine
-0.10.12 allows some types, among them ``getattr`` without restriction, and loads anything else with
-``weights_only=False`` after a warning; downloads are always loaded that way. Either runs whatever
-code the file contains.
+checkpoints of the official Vim and VideoMamba hold an ``argparse.Namespace``, those of VMamba a
+``CfgNode`` of yacs. onedl-mmengine 0.10.12 allows some types, among them ``getattr`` without
+restriction, and loads anything else with ``weights_only=False`` after a warning; downloads are
+always loaded that way. Either runs whatever code the file contains.
 
 mmengine does not read safetensors files.
 
@@ -22,6 +22,7 @@ Obsolete with: an mmengine that does this itself.
 """
 
 import argparse
+import collections
 import contextlib
 import errno
 import functools
@@ -54,8 +55,9 @@ def install() -> None:
 def load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
     """``torch.load`` of a checkpoint, without running any code it contains.
 
-    Tensors and plain containers load, and so do ``argparse.Namespace``, numbers and numeric arrays
-    of NumPy, and mmengine's ``HistoryBuffer``.
+    Tensors and plain containers load, and so do ``argparse.Namespace``, settings of official
+    training scripts (as dicts), numbers and numeric arrays of NumPy, and mmengine's
+    ``HistoryBuffer``.
 
     Args:
         file: Path or binary file.
@@ -166,6 +168,8 @@ def _allowed() -> tuple:
     kinds = [np.dtype(code) for code in (*'?bhilqBHILQefdFD', 'S1', 'U1')]
     return (
         argparse.Namespace,
+        # Loaded as plain ordered dicts; the classes' own code is not needed.
+        *((collections.OrderedDict, name) for name in _SETTINGS),
         HistoryBuffer,
         (_history_method, 'builtins.getattr'),
         np.ndarray,
@@ -178,6 +182,14 @@ def _allowed() -> tuple:
             for name in ('_reconstruct', 'scalar')
         ),
     )
+
+
+# Subclasses of dict by which official training scripts keep their settings beside the weights.
+_SETTINGS = (
+    'yacs.config.CfgNode',  # VMamba
+    'easydict.EasyDict',
+    'utils.easydict.EasyDict',  # multimodal VideoMamba
+)
 
 
 def _history_method(owner: type, name: str) -> Any:
@@ -200,7 +212,8 @@ def hash_in_name(name: str) -> str | None:
     return found[1]
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file in hexadecimal digits."""
     import hashlib
 
     with open(file, 'rb') as opened:
@@ -223,7 +236,7 @@ def _download(load_url: Callable[..., Any], url: str, *args: Any, **kwargs: Any)
     # torch.hub verifies the hash of downloads, but not of cached files.
     expected = hash_in_name(cached.name)
     kwargs.setdefault('check_hash', expected is not None)
-    if was_there and expected is not None and not _sha256(cached).startswith(expected):
+    if was_there and expected is not None and not sha256(cached).startswith(expected):
         cached.unlink()
         was_there = False
     before = socket.getdefaulttimeout()

@@ -5,6 +5,7 @@ import functools
 import http.server
 import pickle
 import socket
+import sys
 import threading
 import time
 import types
@@ -66,6 +67,25 @@ def test_official_checkpoint_with_arguments(tmp_path, never_unsafe):
     target = torch.nn.Linear(2, 3)
     load_checkpoint(target, path, strict=True)
     assert torch.equal(target.weight, model.weight)
+
+
+@pytest.mark.parametrize('kind', ['yacs.config.CfgNode', 'utils.easydict.EasyDict'])
+def test_settings_of_official_scripts(tmp_path, never_unsafe, monkeypatch, kind):
+    """They load without their classes, as dicts, and none of the classes' code runs."""
+    module, _, name = kind.rpartition('.')
+
+    def refuse(self, state):
+        raise AssertionError
+
+    settings = type(name, (dict,), {'__module__': module, '__setstate__': refuse})
+    with monkeypatch.context() as patch:
+        for package in (module.partition('.')[0], module):
+            patch.setitem(sys.modules, package, types.SimpleNamespace(**{name: settings}))
+        config = settings(MODEL=settings(TYPE='vssm'), LR=5e-4)
+        config.frozen = True
+        path = saved(tmp_path, {'model': {'w': torch.ones(1)}, 'config': config})
+    loaded = CheckpointLoader.load_checkpoint(path)
+    assert loaded['config'] == {'MODEL': {'TYPE': 'vssm'}, 'LR': 5e-4}
 
 
 NUMPY_VALUES = {

@@ -108,9 +108,14 @@ def test_reads_official_keys(tmp_path):
     official = {}
     for name, value in model.state_dict().items():
         name = name.removeprefix('backbone.')
-        official[name.replace('norm_f.', 'norm.')] = value
-    official['clip_decoder.0.head.weight'] = torch.zeros(3)
-    torch.save(official, tmp_path / 'weights.pth')
+        official['vision_encoder.' + name.replace('norm_f.', 'norm.')] = value
+    # The other parts of the official multimodal model.
+    for name in (
+        'vision_encoder.clip_decoder.0.head.weight', 'clip_teacher.proj', 'itm_head.weight', 'temp',
+        'text_encoder.bert.pooler.dense.weight', 'text_proj.weight', 'vision_proj.bias',
+    ):  # fmt: skip
+        official[name] = torch.zeros(3)
+    torch.save({'model': official}, tmp_path / 'weights.pth')
     path = str(tmp_path / 'weights.pth')
     found = build_videomamba(config(bimamba=True, pretrained=path, ckpt_num_frame=8)).double()
     own = {n: v for n, v in found.state_dict().items() if v.dtype == torch.float64}

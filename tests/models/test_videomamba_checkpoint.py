@@ -54,6 +54,20 @@ def test_self_distillation_head_is_dropped():
     assert not any(build().load_state_dict({**official(build()), **extra}, strict=True))
 
 
+@pytest.mark.parametrize('prefix', ['', 'vision_encoder.'])
+def test_pretraining_files(prefix):
+    """Those of masked pretraining, and of multimodal models, whose encoder it is."""
+    source, model = build(seed=1, num_frames=4), build(num_frames=4)
+    weights = {prefix + k.replace('norm_f.', 'norm.'): v for k, v in source.state_dict().items()}
+    for name in ('clip_decoder.0.head.weight', 'clip_decoder.0.norm.bias', 'pool_norm.weight'):
+        weights[prefix + name] = torch.zeros(3)
+    if prefix:
+        others = ('text_encoder.bert.x', 'text_proj.bias', 'vision_proj.bias', 'itm_head.bias')
+        weights.update({name: torch.zeros(3) for name in (*others, 'temp', 'clip_teacher.proj')})
+    assert not any(model.load_state_dict(weights, strict=True))
+    assert_equal(model, source)
+
+
 @pytest.mark.parametrize('inflation', ['center', 'average'])
 @pytest.mark.parametrize('tubelet', [1, 2, 3])
 def test_inflation(inflation, tubelet):

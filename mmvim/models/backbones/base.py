@@ -28,6 +28,8 @@ from mmvim._checks import (
     is_positive,
 )
 from mmvim.checkpoints.keys import (
+    Fitting,
+    fitting,
     keys_under,
     layer_count,
     rename_keys,
@@ -317,17 +319,19 @@ class Backbone(BaseModule):
         own = {name for name, _ in itertools.chain(self.named_parameters(), self.named_buffers())}
         if any('_flat_param' in key for key in keys_under(state_dict, prefix)) or not own:
             return  # shards of FSDP's own format
+        load = fitting.get(None) or Fitting()
         self._translate(state_dict, prefix)
         keys = keys_under(state_dict, prefix)
-        self._check_keys(keys, own, prefix)
+        if load.refuses:
+            self._check_keys(keys, own, prefix)
         for key in filter(self._is_dropped, keys):
-            del state_dict[prefix + key]
+            load.dropped.append(state_dict.pop(prefix + key))
             self._log(f"'{key}' of the checkpoint has no place in this model and is not loaded", 10)
         if self.adapt_channels:
             self._adapt_channels(state_dict, prefix)
         self._fit_own(state_dict, prefix, local_metadata)
         wrong = size_mismatches(self, state_dict, prefix)
-        if wrong:
+        if wrong and load.refuses:
             name, given, expected = wrong[0]
             more = f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''
             self._reject(f'{prefix}{name} is {given} there and {expected} here{more}')

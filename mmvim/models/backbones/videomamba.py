@@ -19,7 +19,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmvim._checks import check_choice, check_flags, check_positive
-from mmvim.checkpoints.keys import keys_under, strip_prefixes
+from mmvim.checkpoints.keys import keys_under, rename_keys, strip_prefixes
 from mmvim.layers import (
     PatchEmbed,
     TubeletEmbed,
@@ -33,6 +33,19 @@ from .base import PlainBackbone
 
 _PATCH_WEIGHT = 'patch_embed.proj.weight'
 _TEMPORAL = 'temporal_pos_embedding'
+#: The backbone of official multimodal models.
+VISION_ENCODER = 'vision_encoder.'
+# What official files hold besides the encoder: heads of classification and of self-distillation,
+# masked pretraining's decoder, and the other parts of multimodal models.
+_COMPANIONS = (
+    'head.', 'distill_head.', 'clip_decoder.', 'text_encoder.', 'text_proj.', 'vision_proj.',
+    'itm_head.', 'clip_teacher.',
+)  # fmt: skip
+
+
+def is_companion(key: str) -> bool:
+    """Whether official files have ``key`` besides those of the encoder."""
+    return key == 'temp' or key.startswith(_COMPANIONS)
 
 
 class VideoMamba(PlainBackbone):
@@ -44,9 +57,10 @@ class VideoMamba(PlainBackbone):
     ``interpolate_mode`` and over time linearly.
 
     Official checkpoints load as they are (raw or under 'model', 'module' or 'state_dict', with
-    ``module.``, ``backbone.`` or ``encoder.`` before their keys), including those of other image
-    sizes or numbers of frames. A video model also loads the weights of an image model: see
-    ``inflation``. Its temporal position embedding is then zero.
+    ``module.``, ``backbone.``, ``encoder.`` or ``vision_encoder.`` before their keys), including
+    those of masked and multimodal pretraining and of other image sizes or numbers of frames. A
+    video model also loads the weights of an image model: see ``inflation``. Its temporal position
+    embedding is then zero.
 
     Args:
         arch (str | dict): 'tiny', 'small', 'middle', 'base', or a dict with ``embed_dims`` and
@@ -335,15 +349,17 @@ class VideoMamba(PlainBackbone):
 
     def _unwrap(self, state_dict: MutableMapping[str, Any]) -> None:
         super()._unwrap(state_dict)
-        strip_prefixes(state_dict, ('encoder.',))
+        strip_prefixes(state_dict, ('encoder.', VISION_ENCODER))
 
     def _translate(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
         if not prefix:
             strip_prefixes(state_dict, ('backbone.',))
+        # The pretraining models' name of the last norm.
+        names = {f'{prefix}norm.{k}': f'{prefix}norm_f.{k}' for k in ('weight', 'bias')}
+        rename_keys(state_dict, {a: b for a, b in names.items() if a in state_dict})
 
     def _is_dropped(self, key: str) -> bool:
-        # distill_head is the additional head of the official self-distillation.
-        return key.startswith(('head.', 'distill_head.')) or super()._is_dropped(key)
+        return is_companion(key) or key.startswith('pool_norm.') or super()._is_dropped(key)
 
     def _describe(self) -> str:
         frames = f', num_frames={self.num_frames}, tubelet_size={self.tubelet_size}'

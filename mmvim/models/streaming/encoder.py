@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmvim._checks import check_choice
 from mmvim.checkpoints.keys import keys_under, rename_keys, strip_prefixes, unwrap_state_dict
 from mmvim.layers import MambaState
+from mmvim.models.backbones.videomamba import VISION_ENCODER, is_companion
 
 from .model import StreamingVideoMamba
 
@@ -211,14 +212,12 @@ class VideoMambaEncoder(nn.Module):
         """Rename the keys of the official encoder to those used here."""
         if not prefix:
             unwrap_state_dict(state_dict)
-            strip_prefixes(state_dict, ('encoder.', 'vision_encoder.'))
+            strip_prefixes(state_dict, ('encoder.', VISION_ENCODER))
         keys = keys_under(state_dict, prefix)
         if not any(key.startswith('backbone.') for key in keys):
             for key in keys:
-                # The teacher's decoder of multimodal pretraining is not part of the encoder.
-                if key.startswith('clip_decoder.') or (
-                    key.startswith('pool_norm.') and not self.add_pool_norm
-                ):
+                unwanted = key.startswith('pool_norm.') and not self.add_pool_norm
+                if unwanted or is_companion(key):
                     del state_dict[prefix + key]
             names = {}
             for key in keys_under(state_dict, prefix):
