@@ -150,6 +150,238 @@ class ChannelSum {
 #endif
 };
 
+// Advances the lane's states by one step; `decay` receives the factors of the old ones.
+template <Discretization kMethod, bool kQuick, int kCpt>
+MMVIM_DEVICE void advance_lane(float (&h)[kCpt][kSlice], float (&v)[kCpt][kSlice],
+                               float (&decay)[kCpt][kSlice],
+                               const StateConstants (&constants)[kCpt][kSlice], const float* input,
+                               const float* step, const float* column) {
+  float B[kSlice], delta[kCpt], u[kCpt];
+  load_slice(B, column);
+  load_lane(delta, step);
+  load_lane(u, input);
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    const ChannelStep s = channel_step<kMethod>(delta[k]);
+    const float x = Rule<kMethod, GpuMath>::kInputIsDelta ? u[k] * delta[k] : u[k];
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) {
+      decay[k][j] = advance_state<kMethod, kQuick>(h[k][j], v[k][j], s, constants[k][j], x, B[j]);
+    }
+  }
+}
+
+// Takes the gradient one step back: from that of the states after the step to that of the states
+// before it, and on to the step's inputs. `to_u` and `to_delta`, of the lane's states, `for_B` and
+// `for_C`, of its channels, are the terms of sums; y is the output's.
+template <Discretization kMethod, bool kQuick, int kCpt>
+MMVIM_DEVICE void pull_lane(const float (&h_before)[kCpt][kSlice],
+                            const float (&h_after)[kCpt][kSlice],
+                            const float (&decay)[kCpt][kSlice], const float (&v)[kCpt][kSlice],
+                            const StateConstants (&constants)[kCpt][kSlice],
+                            const float (&delta)[kCpt], const float (&u)[kCpt],
+                            const float (&dy)[kCpt], const float (&B)[kSlice],
+                            const float (&C)[kSlice], float (&gradient)[kCpt][kSlice],
+                            float (&carry)[kCpt][kSlice], float (&dA)[kCpt][kSlice],
+                            float (&to_u)[kCpt], float (&to_delta)[kCpt], float (&y)[kCpt],
+                            float (&for_B)[kSlice], float (&for_C)[kSlice]) {
+  MMVIM_UNROLL
+  for (int k = 0; k < kCpt; ++k) {
+    const ChannelStep s = channel_step<kMethod>(delta[k]);
+    const float x = Rule<kMethod, GpuMath>::kInputIsDelta ? u[k] * delta[k] : u[k];
+    to_u[k] = to_delta[k] = y[k] = 0.f;
+    MMVIM_UNROLL
+    for (int j = 0; j < kSlice; ++j) {
+      const StateConstants& c = constants[k][j];
+      const float g = gpu::fused(C[j], dy[k], gradient[k][j]);
+      float a = decay[k][j];
+      float to_drive = g;  // gradient of B times x
+      if constexpr (Rule<kMethod, GpuMath>::kInputIsDelta) {
+        const float by_z = g * a * h_before[k][j];
+        to_delta[k] = gpu::fused(by_z, c.rate, to_delta[k]);
+        dA[k][j] = gpu::fused(by_z, delta[k], dA[k][j]);
+      } else {
+        Weights w;
+        const Pull pull = pull_of<kMethod, kQuick>(g, a, w, s, c, h_before[k][j], x, B[j], v[k][j]);
+        to_delta[k] += pull.delta;
+        dA[k][j] += pull.A;
+        to_drive = g * w.w0;
+        if (Rule<kMethod, GpuMath>::kTwoTap) {
+          to_drive += carry[k][j];
+          carry[k][j] = g * w.w1;
+        }
+      }
+      gradient[k][j] = g * a;
+      to_u[k] = gpu::fused(to_drive, B[j], to_u[k]);
+      y[k] = gpu::fused(C[j], h_after[k][j], y[k]);
+      for_B[j] = k == 0 ? to_drive * x : gpu::fused(to_drive, x, for_B[j]);
+      for_C[j] = k == 0 ? dy[k] * h_after[k][j] : gpu::fused(dy[k], h_after[k][j], for_C[j]);
+    }
+  }
+}
+
+MMVIM_DEVICE void prefetch_states(const float* data, int64_t row, const Sizes& size,
+                                  const Channels& channels, int index, int threads) {
+  const float* const states = data + (row * size.channels + channels.first) * size.pitch;
+  MMVIM_NO_UNROLL
+  for (int i = index * 8; i < channels.count * size.pitch; i += threads * 8) {
+    gpu::prefetch(states + i);
+  }
+}
+
+// dz for y = 1, given z and its logistic: silu'(z) = s (1 + z (1 - s)).
+MMVIM_DEVICE Quad gate_gradient(const Quad& dy, const Quad& z, const Quad& s) {
+  return Quad::of([&](int j) { return dy.v[j] * s.v[j] * gpu::fused(z.v[j], 1.f - s.v[j], 1.f); });
+}
+
+// Adds up the slices' parts of a row, step i of its group, and writes its gradients; `from` is
+// the place of the thread's quad in the tile.
+template <class T, class R, int kChannels>
+MMVIM_DEVICE void store_row(const Backward& p, int direction, int64_t b, int t, int i, int from,
+                            const Channels& channels, int quad, int slices, char* shared,
+                            const BackwardShared& layout, bool writes_dz, bool needs_y,
+                            bool in_parts, Quad& dD, Quad& dbias) {
+  const Sizes& size = p.size;
+  const float* const deltas = reinterpret_cast<const float*>(shared + layout.deltas);
+  const float* const inputs = reinterpret_cast<const float*>(shared + layout.inputs);
+  const float* const grads = reinterpret_cast<const float*>(shared + layout.grads);
+  const float* const gates = reinterpret_cast<const float*>(shared + layout.gates);
+  const float* const parts = reinterpret_cast<const float*>(shared + layout.parts);
+  const float* const parameters = reinterpret_cast<const float*>(shared + layout.parameters);
+  const auto part = [&](int which) {
+    return Quad::sum<kParts * kGroup * kChannels>(
+        parts + (which * kGroup + i) * kChannels + 4 * quad, slices);
+  };
+  const Quad skip = Quad::load(parameters + kChannels + 4 * quad);
+  const Quad delta = Quad::load(deltas + from);
+  const Quad u = Quad::load(inputs + from);
+  const Quad dy = Quad::load(grads + from);
+  Quad du = part(0);
+  // The rates are A times a constant.
+  Quad ddelta = part(1);
+  ddelta = Quad::of([&](int i) { return ddelta.v[i] * static_cast<float>(1 / R::kRateScale); });
+  if (R::kInputIsDelta) {
+    ddelta = Quad::of([&](int i) { return gpu::fused(u.v[i], du.v[i], ddelta.v[i]); });
+    du = Quad::of([&](int i) { return delta.v[i] * du.v[i]; });
+  }
+  Quad y = Quad::of([](int) { return 0.f; });
+  if (needs_y) y = part(2);
+  if (in_parts) {
+    const int64_t pitch = size.batch * size.length * size.channels;
+    if (p.sum_in[direction] != nullptr) {
+      const float* sums = p.sum_in[direction];
+      du.add(QuadRows<const float>(sums, size, b, channels, quad).load(t));
+      ddelta.add(QuadRows<const float>(sums + pitch, size, b, channels, quad).load(t));
+      if (needs_y) {
+        y.add(QuadRows<const float>(sums + 2 * pitch, size, b, channels, quad).load(t));
+      }
+    }
+    if (p.sum_out[direction] != nullptr) {
+      float* sums = p.sum_out[direction];
+      QuadRows<float>(sums, size, b, channels, quad).store(t, du);
+      QuadRows<float>(sums + pitch, size, b, channels, quad).store(t, ddelta);
+      QuadRows<float>(sums + 2 * pitch, size, b, channels, quad).store(t, y);
+      return;
+    }
+  }
+  du = Quad::of([&](int i) { return gpu::fused(skip.v[i], dy.v[i], du.v[i]); });
+  if (size.softplus) {
+    ddelta = Quad::of([&](int i) { return ddelta.v[i] * softplus_slope(delta.v[i]); });
+  }
+  dD = Quad::of([&](int i) { return gpu::fused(u.v[i], dy.v[i], dD.v[i]); });
+  dbias.add(ddelta);
+  QuadRows<T>(static_cast<T*>(p.du[direction]), size, b, channels, quad).store(t, du);
+  QuadRows<T>(static_cast<T*>(p.ddelta[direction]), size, b, channels, quad).store(t, ddelta);
+  if (writes_dz && needs_y) {
+    const Quad gate = Quad::load(gates + from);
+    y = Quad::of([&](int i) { return gate.v[i] * gpu::fused(skip.v[i], u.v[i], y.v[i]); });
+    QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad).store(t, y);
+  }
+}
+
+// Runs a tile forward up to its last group, and keeps the states at which the groups start.
+template <Discretization kMethod, bool kQuick, int kCpt>
+MMVIM_DEVICE void keep_starts(int groups, float (&h)[kCpt][kSlice], float (&v)[kCpt][kSlice],
+                              const StateConstants (&constants)[kCpt][kSlice],
+                              const float* my_inputs, const float* my_deltas,
+                              const float* my_columns, float* starts) {
+  constexpr int kChannels = 32 * kCpt;
+  for (int g = 0; g + 1 < groups; ++g) {
+    if (g > 0) {
+      MMVIM_UNROLL
+      for (int k = 0; k < kCpt; ++k) {
+        store_slice(starts + ((g - 1) * kCpt + k) * 32 * kSlice, h[k]);
+      }
+    }
+    MMVIM_UNROLL
+    for (int i = 0; i < kGroup; ++i) {
+      const int r = g * kGroup + i;
+      float unused[kCpt][kSlice];
+      advance_lane<kMethod, kQuick>(h, v, unused, constants, my_inputs + r * kChannels,
+                                    my_deltas + r * kChannels, my_columns + r * 2 * kSlice);
+    }
+  }
+}
+
+// Runs the group of a tile's steps from `first` forward, and then its gradients backward. h is the
+// state before the group; pointers are to the lane's part of the tile.
+template <Discretization kMethod, bool kQuick, int kCpt, class F, class Sum>
+MMVIM_DEVICE void run_group(int first, int count, bool needs_y, float (&h)[kCpt][kSlice],
+                            const StateConstants (&constants)[kCpt][kSlice], const float* my_inputs,
+                            const float* my_deltas, const float* my_columns, float* my_parts,
+                            const F& load_start_drive, float (&gradient)[kCpt][kSlice],
+                            float (&carry)[kCpt][kSlice], float (&dA)[kCpt][kSlice],
+                            Sum& channel_sum) {
+  constexpr bool kTwoTap = Traits<kMethod>::kTwoTap;
+  constexpr int kChannels = 32 * kCpt;
+  constexpr int kTile = kBackwardTile;
+  float before[kCpt][kSlice], v_before[kCpt][kSlice], v[kCpt][kSlice];
+  float after[kGroup][kCpt][kSlice], decay[kGroup][kCpt][kSlice];
+  copy_states(before, h);
+  if (kTwoTap) {
+    if (first == 0) {
+      load_start_drive(v_before);
+    } else {
+      drives_of(v_before, my_inputs + (first - 1) * kChannels,
+                my_columns + (first - 1) * 2 * kSlice);
+    }
+    copy_states(v, v_before);
+  }
+  MMVIM_UNROLL
+  for (int i = 0; i < kGroup; ++i) {
+    const int r = first + i;
+    advance_lane<kMethod, kQuick>(h, v, decay[i], constants, my_inputs + r * kChannels,
+                                  my_deltas + r * kChannels, my_columns + r * 2 * kSlice);
+    copy_states(after[i], h);
+  }
+
+  MMVIM_UNROLL
+  for (int i = kGroup - 1; i >= 0; --i) {
+    const int r = first + i;
+    // The gradient of v must not pass through steps that do not exist.
+    if (kTwoTap && r >= count) continue;
+    float B[kSlice], C[kSlice], delta[kCpt], u[kCpt], dy[kCpt];
+    float for_B[kSlice], for_C[kSlice], to_u[kCpt], to_delta[kCpt], y[kCpt];
+    load_slice(B, my_columns + r * 2 * kSlice);
+    load_slice(C, my_columns + r * 2 * kSlice + kSlice);
+    load_lane(delta, my_deltas + r * kChannels);
+    load_lane(u, my_inputs + r * kChannels);
+    load_lane(dy, my_deltas + (2 * kTile + r) * kChannels);
+    if (kTwoTap && i > 0) {
+      drives_of(v, my_inputs + (r - 1) * kChannels, my_columns + (r - 1) * 2 * kSlice);
+    } else if (kTwoTap) {
+      copy_states(v, v_before);
+    }
+    pull_lane<kMethod, kQuick>(i > 0 ? after[i - 1] : before, after[i], decay[i], v, constants,
+                               delta, u, dy, B, C, gradient, carry, dA, to_u, to_delta, y, for_B,
+                               for_C);
+    channel_sum.add(i, for_B, for_C);
+    store_lane(my_parts + i * kChannels, to_u);
+    store_lane(my_parts + (kGroup + i) * kChannels, to_delta);
+    if (needs_y) store_lane(my_parts + (2 * kGroup + i) * kChannels, y);
+  }
+}
+
 template <class T, Discretization kMethod, int kCpt>
 MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
     backward_kernel(const MMVIM_GRID_CONSTANT Backward p) {
@@ -337,9 +569,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
           const Quad z = Quad::of(raw_z);
           const Quad s = Quad::of([&](int j) { return logistic(z.v[j]); });
           if (writes_dz) {
-            // silu'(z) = s (1 + z (1 - s))
-            const Quad gate = Quad::of(
-                [&](int j) { return dy.v[j] * s.v[j] * gpu::fused(z.v[j], 1.f - s.v[j], 1.f); });
+            const Quad gate = gate_gradient(dy, z, s);
             if (needs_y) {
               gate.store(gates + to);
             } else if (inside) {
@@ -398,47 +628,18 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
         if (gated) bring_closer(p.z);
         if (at > kTile) {
           const int64_t kept = (size.length - 1) / kInterval;
-          const int64_t row = b * kept + at / kInterval - 2;
-          const float* const states =
-              p.checkpoints[direction] + (row * size.channels + channels.first) * size.pitch;
-          MMVIM_NO_UNROLL
-          for (int i = index * 8; i < channels.count * size.pitch; i += threads * 8) {
-            gpu::prefetch(states + i);
-          }
+          prefetch_states(p.checkpoints[direction], b * kept + at / kInterval - 2, size, channels,
+                          index, threads);
         }
       }
     }
     gpu::sync_block();
 
     by_steps<T, kMethod>(quick, [&](auto kind) {
-      constexpr bool kQuick = decltype(kind)::value;
       float v[kCpt][kSlice];
       load_start_drive(v);
-      for (int g = 0; g + 1 < groups; ++g) {
-        if (g > 0) {
-          MMVIM_UNROLL
-          for (int k = 0; k < kCpt; ++k) {
-            store_slice(starts + ((g - 1) * kCpt + k) * 32 * kSlice, h[k]);
-          }
-        }
-        MMVIM_UNROLL
-        for (int i = 0; i < kGroup; ++i) {
-          const int r = g * kGroup + i;
-          float B[kSlice], delta[kCpt], u[kCpt];
-          load_slice(B, my_columns + r * 2 * kSlice);
-          load_lane(delta, my_deltas + r * kChannels);
-          load_lane(u, my_inputs + r * kChannels);
-          MMVIM_UNROLL
-          for (int k = 0; k < kCpt; ++k) {
-            const ChannelStep s = channel_step<kMethod>(delta[k]);
-            const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
-            MMVIM_UNROLL
-            for (int j = 0; j < kSlice; ++j) {
-              advance_state<kMethod, kQuick>(h[k][j], v[k][j], s, constants[k][j], x, B[j]);
-            }
-          }
-        }
-      }
+      keep_starts<kMethod, decltype(kind)::value>(groups, h, v, constants, my_inputs, my_deltas,
+                                                  my_columns, starts);
     });
 
     for (int g = groups - 1; g >= 0; --g) {
@@ -453,97 +654,9 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
       }
       channel_sum.clear();
       by_steps<T, kMethod>(quick, [&](auto kind) {
-        constexpr bool kQuick = decltype(kind)::value;
-        float before[kCpt][kSlice], v_before[kCpt][kSlice], v[kCpt][kSlice];
-        float after[kGroup][kCpt][kSlice], decay[kGroup][kCpt][kSlice];
-        copy_states(before, h);
-        if (R::kTwoTap) {
-          if (first == 0) {
-            load_start_drive(v_before);
-          } else {
-            drives_of(v_before, my_inputs + (first - 1) * kChannels,
-                      my_columns + (first - 1) * 2 * kSlice);
-          }
-          copy_states(v, v_before);
-        }
-        MMVIM_UNROLL
-        for (int i = 0; i < kGroup; ++i) {
-          const int r = first + i;
-          float B[kSlice], delta[kCpt], u[kCpt];
-          load_slice(B, my_columns + r * 2 * kSlice);
-          load_lane(delta, my_deltas + r * kChannels);
-          load_lane(u, my_inputs + r * kChannels);
-          MMVIM_UNROLL
-          for (int k = 0; k < kCpt; ++k) {
-            const ChannelStep s = channel_step<kMethod>(delta[k]);
-            const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
-            MMVIM_UNROLL
-            for (int j = 0; j < kSlice; ++j) {
-              decay[i][k][j] =
-                  advance_state<kMethod, kQuick>(h[k][j], v[k][j], s, constants[k][j], x, B[j]);
-              after[i][k][j] = h[k][j];
-            }
-          }
-        }
-
-        MMVIM_UNROLL
-        for (int i = kGroup - 1; i >= 0; --i) {
-          const int r = first + i;
-          // The gradient of v must not pass through steps that do not exist.
-          if (R::kTwoTap && r >= count) continue;
-          float B[kSlice], C[kSlice], delta[kCpt], u[kCpt], dy[kCpt];
-          float for_B[kSlice], for_C[kSlice], to_u[kCpt], to_delta[kCpt], y[kCpt];
-          load_slice(B, my_columns + r * 2 * kSlice);
-          load_slice(C, my_columns + r * 2 * kSlice + kSlice);
-          load_lane(delta, my_deltas + r * kChannels);
-          load_lane(u, my_inputs + r * kChannels);
-          load_lane(dy, my_deltas + (2 * kTile + r) * kChannels);
-          if (R::kTwoTap && i > 0) {
-            drives_of(v, my_inputs + (r - 1) * kChannels, my_columns + (r - 1) * 2 * kSlice);
-          } else if (R::kTwoTap) {
-            copy_states(v, v_before);
-          }
-          MMVIM_UNROLL
-          for (int k = 0; k < kCpt; ++k) {
-            const ChannelStep s = channel_step<kMethod>(delta[k]);
-            const float x = R::kInputIsDelta ? u[k] * delta[k] : u[k];
-            to_u[k] = to_delta[k] = y[k] = 0.f;
-            MMVIM_UNROLL
-            for (int j = 0; j < kSlice; ++j) {
-              const StateConstants& c = constants[k][j];
-              const float h_before = i > 0 ? after[i - 1][k][j] : before[k][j];
-              const float h_after = after[i][k][j];
-              const float g = gpu::fused(C[j], dy[k], gradient[k][j]);
-              float a = decay[i][k][j];
-              float to_drive = g;  // gradient of B times x
-              if constexpr (R::kInputIsDelta) {
-                const float by_z = g * a * h_before;
-                to_delta[k] = gpu::fused(by_z, c.rate, to_delta[k]);
-                dA[k][j] = gpu::fused(by_z, delta[k], dA[k][j]);
-              } else {
-                Weights w;
-                const Pull pull =
-                    pull_of<kMethod, kQuick>(g, a, w, s, c, h_before, x, B[j], v[k][j]);
-                to_delta[k] += pull.delta;
-                dA[k][j] += pull.A;
-                to_drive = g * w.w0;
-                if (R::kTwoTap) {
-                  to_drive += carry[k][j];
-                  carry[k][j] = g * w.w1;
-                }
-              }
-              gradient[k][j] = g * a;
-              to_u[k] = gpu::fused(to_drive, B[j], to_u[k]);
-              y[k] = gpu::fused(C[j], h_after, y[k]);
-              for_B[j] = k == 0 ? to_drive * x : gpu::fused(to_drive, x, for_B[j]);
-              for_C[j] = k == 0 ? dy[k] * h_after : gpu::fused(dy[k], h_after, for_C[j]);
-            }
-          }
-          channel_sum.add(i, for_B, for_C);
-          store_lane(my_parts + i * kChannels, to_u);
-          store_lane(my_parts + (kGroup + i) * kChannels, to_delta);
-          if (needs_y) store_lane(my_parts + (2 * kGroup + i) * kChannels, y);
-        }
+        run_group<kMethod, decltype(kind)::value>(first, count, needs_y, h, constants, my_inputs,
+                                                  my_deltas, my_columns, my_parts, load_start_drive,
+                                                  gradient, carry, dA, channel_sum);
       });
 
       const float sum = channel_sum.get();
@@ -565,58 +678,9 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
       while (turn >= quad_rows) turn -= quad_rows;
       MMVIM_NO_UNROLL
       for (; i < kGroup && first + i < count; i += quad_rows) {
-        const int t = time_of(at + first + i);
-        const int from = (first + i) * kChannels + 4 * quad;
-        const auto part = [&](int which) {
-          return Quad::sum<kParts * kGroup * kChannels>(
-              parts + (which * kGroup + i) * kChannels + 4 * quad, slices);
-        };
-        const Quad skip = Quad::load(parameters + kChannels + 4 * quad);
-        const Quad delta = Quad::load(deltas + from);
-        const Quad u = Quad::load(inputs + from);
-        const Quad dy = Quad::load(grads + from);
-        Quad du = part(0);
-        // The rates are A times a constant.
-        Quad ddelta = part(1);
-        ddelta =
-            Quad::of([&](int i) { return ddelta.v[i] * static_cast<float>(1 / R::kRateScale); });
-        if (R::kInputIsDelta) {
-          ddelta = Quad::of([&](int i) { return gpu::fused(u.v[i], du.v[i], ddelta.v[i]); });
-          du = Quad::of([&](int i) { return delta.v[i] * du.v[i]; });
-        }
-        Quad y = Quad::of([](int) { return 0.f; });
-        if (needs_y) y = part(2);
-        if (in_parts) {
-          const int64_t pitch = size.batch * size.length * size.channels;
-          if (p.sum_in[direction] != nullptr) {
-            const float* sums = p.sum_in[direction];
-            du.add(QuadRows<const float>(sums, size, b, channels, quad).load(t));
-            ddelta.add(QuadRows<const float>(sums + pitch, size, b, channels, quad).load(t));
-            if (needs_y) {
-              y.add(QuadRows<const float>(sums + 2 * pitch, size, b, channels, quad).load(t));
-            }
-          }
-          if (p.sum_out[direction] != nullptr) {
-            float* sums = p.sum_out[direction];
-            QuadRows<float>(sums, size, b, channels, quad).store(t, du);
-            QuadRows<float>(sums + pitch, size, b, channels, quad).store(t, ddelta);
-            QuadRows<float>(sums + 2 * pitch, size, b, channels, quad).store(t, y);
-            continue;
-          }
-        }
-        du = Quad::of([&](int i) { return gpu::fused(skip.v[i], dy.v[i], du.v[i]); });
-        if (size.softplus) {
-          ddelta = Quad::of([&](int i) { return ddelta.v[i] * softplus_slope(delta.v[i]); });
-        }
-        dD = Quad::of([&](int i) { return gpu::fused(u.v[i], dy.v[i], dD.v[i]); });
-        dbias.add(ddelta);
-        QuadRows<T>(static_cast<T*>(p.du[direction]), size, b, channels, quad).store(t, du);
-        QuadRows<T>(static_cast<T*>(p.ddelta[direction]), size, b, channels, quad).store(t, ddelta);
-        if (writes_dz && needs_y) {
-          const Quad gate = Quad::load(gates + from);
-          y = Quad::of([&](int i) { return gate.v[i] * gpu::fused(skip.v[i], u.v[i], y.v[i]); });
-          QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad).store(t, y);
-        }
+        store_row<T, R, kChannels>(p, direction, b, time_of(at + first + i), i,
+                                   (first + i) * kChannels + 4 * quad, channels, quad, slices,
+                                   shared, layout, writes_dz, needs_y, in_parts, dD, dbias);
       }
       gpu::sync_block();
     }
