@@ -1,11 +1,47 @@
 """Reading of configs."""
 
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
+from mmvim.errors import UserError
+
 _LIBRARIES = ('mmpretrain', 'mmdet', 'mmseg')
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a config file.
+
+    Raises:
+        UserError: It does not exist, or reading it fails, for whatever reason.
+    """
+    if not os.path.isfile(path):
+        kind = 'is a directory' if os.path.isdir(path) else 'does not exist'
+        raise UserError(f'the config file {str(path)!r} {kind}')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:
+        line = f', line {error.lineno}' if isinstance(error, SyntaxError) else ''
+        raise UserError(
+            f'the config file {str(path)!r} cannot be read{line}: {type(error).__name__}: {error}'
+        ) from error
+    settle_scope(cfg)
+    return cfg
+
+
+def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Change a config as ``--cfg-options`` says.
+
+    Raises:
+        UserError: A value does not fit into the config.
+    """
+    try:
+        cfg.merge_from_dict(dict(options))
+    except (KeyError, TypeError, AssertionError, IndexError) as error:
+        raise UserError(f'--cfg-options cannot be merged into the config: {error}') from error
 
 
 def type_name(component: Any) -> str:

@@ -20,7 +20,7 @@ from mmengine.fileio import load
 from mmengine.logging import print_log
 from torch import nn
 
-from mmvim._configs import settle_scope
+from mmvim._configs import read_config
 from mmvim.compat import mmengine_configs
 
 INDEX = 'model-index.yml'
@@ -117,17 +117,17 @@ def load_config(model: str | Path | Config) -> Config:
 
     Raises:
         FileNotFoundError: There is no such file.
+        UserError: The file cannot be read as a config.
         ValueError: There is no model of this name.
     """
     if isinstance(model, Config):
         cfg = model.copy()
     elif str(model).endswith('.py'):
-        if not Path(model).is_file():
+        if not Path(model).exists():
             raise FileNotFoundError(f'the config file {str(model)!r} does not exist')
-        cfg = Config.fromfile(model)
+        cfg = read_config(model)
     else:
-        cfg = Config.fromfile(model_info(str(model)).config)
-    settle_scope(cfg)
+        cfg = read_config(model_info(str(model)).config)
     return cfg
 
 

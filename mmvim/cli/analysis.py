@@ -9,11 +9,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 
+from mmvim._configs import merge_options
 from mmvim.apis.model_zoo import load_config, model_info
 from mmvim.cli.diagnosis import reported_errors
+from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
 
 PICTURES = ('.png', '.jpg', '.svg', '.pdf')
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, frames: bool = True) -> No
     if frames:
         parser.add_argument('--frames', type=int, help='frames of a video, for a video model')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
+        '--cfg-options', nargs='+', action=ConfigOptions, default={}, metavar='KEY=VALUE'
     )
 
 
@@ -71,7 +73,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def config_of(model: str, args: argparse.Namespace) -> Config:
     """The config of a name or path, with the changes of the command line."""
     cfg = load_config(model)
-    cfg.merge_from_dict(args.cfg_options)
+    merge_options(cfg, args.cfg_options)
     return cfg
 
 

@@ -246,7 +246,7 @@ def _refusal(error: BaseException, path: str, part: Part, cfg: dict) -> str:
     words = re.findall(r"'(\w+)'", str(error)) if isinstance(error, TypeError) else []
     unexpected = words and 'unexpected keyword argument' in str(error)
     if unexpected and words[0] in {*given} - {*allowed}:
-        return unknown_argument(path, kind, words[0], allowed)
+        return unknown_argument(path, kind, words[0], allowed) + _inherited(words[0], cfg)
     missing = words and re.search(r'missing \d+ required', str(error))
     if missing and {*words} <= {*allowed} - {*given}:
         needed = ' and '.join(map(repr, words))
@@ -286,6 +286,20 @@ def unknown_argument(path: str, name: str, argument: str, allowed: list[str]) ->
     return f'{path}: {name} has no argument {argument!r}{hint}{listed}'
 
 
+def _inherited(argument: str, cfg: Any) -> str:
+    """A remedy for a key that the config does not have itself, but a base of it."""
+    file, text = getattr(cfg, 'filename', None), getattr(cfg, 'text', None) or ''
+    if not file or not os.path.isfile(file) or not re.search(rf'\b{argument}\b', text):
+        return ''
+    with open(file, encoding='utf-8') as own:
+        if re.search(rf'\b{argument}\b', own.read()):
+            return ''
+    return (
+        f'. {argument!r} comes from a base config: _delete_=True in the dict keeps the keys of the '
+        'base out'
+    )
+
+
 #: Messages of torch, and remedies.
 _REMEDIES = (
     (
@@ -310,6 +324,7 @@ _REMEDIES = (
 _CHANNELS = (
     r'mat1 and mat2 shapes cannot be multiplied \(\d+x(?P<given>\d+) and (?P<wanted>\d+)x\d+\)',
     r'expected input\[.*\] to have (?P<wanted>\d+) channels, but got (?P<given>\d+) channels',
+    r'same reduction dim, but got \[\d+, (?P<given>\d+)\] X \[(?P<wanted>\d+), \d+\]',
     r'running_mean should contain (?P<given>\d+) elements not (?P<wanted>\d+)',
 )
 

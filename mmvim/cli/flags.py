@@ -11,7 +11,7 @@ from mmengine.device import get_device
 from mmengine.registry import HOOKS, MODELS
 from mmengine.utils import import_modules_from_strings
 
-from mmvim._configs import innermost_dataset, is_mmengine, settle_scope, type_name
+from mmvim._configs import innermost_dataset, is_mmengine, merge_options, read_config, type_name
 from mmvim.engine.hooks import CheckpointHook
 from mmvim.engine.optim import ExponentialMovingAverage
 from mmvim.engine.tasks import TASKS, apply_tta, task_of
@@ -26,16 +26,7 @@ _LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config; any exception on the way is an error of the user."""
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not os.path.isfile(args.config):
-        raise UserError(f'the config file {args.config!r} does not exist')
-    try:
-        cfg = Config.fromfile(args.config)
-    except Exception as error:
-        line = f', line {error.lineno}' if isinstance(error, SyntaxError) else ''
-        raise UserError(
-            f'the config file {args.config!r} cannot be read{line}: {type(error).__name__}: {error}'
-        ) from error
-    settle_scope(cfg)
+    cfg = read_config(args.config)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -113,10 +104,7 @@ def apply_options(cfg: Config, args: argparse.Namespace) -> None:
     checks.check_options(cfg, args.cfg_options)
     if args.no_pin_memory:
         _set_loaders(cfg, pin_memory=False)
-    try:
-        cfg.merge_from_dict(args.cfg_options)
-    except (KeyError, TypeError, AssertionError, IndexError) as error:
-        raise UserError(f'--cfg-options cannot be merged into the config: {error}') from error
+    merge_options(cfg, args.cfg_options)
     if any(key.partition('.')[0] == 'custom_imports' for key in args.cfg_options or {}):
         # Those of the file were imported when it was read.
         _import_custom_modules(cfg)

@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 from mmvim.checkpoints.loading import checked_loading
 from mmvim.engine import class_names
 from mmvim.engine.hooks import (
+    AverageWarmupHook,
     DataCheckHook,
     Terminated,
     TerminationHook,
@@ -64,6 +65,7 @@ def main_train(argv: Sequence[str] | None = None) -> Any:
         flags.use_resumable_loops(cfg)
         flags.use_fast_training(cfg)
         runner = _build_runner(cfg, args, ('train', 'val'), notes, console)
+        runner.register_hook(AverageWarmupHook())
         for warning in warnings:
             runner.logger.warning(warning)
         if rest:

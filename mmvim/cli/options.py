@@ -1,6 +1,7 @@
 """Values of ``--cfg-options``."""
 
 import ast
+import re
 from typing import Any
 
 from mmengine.config import DictAction
@@ -36,7 +37,7 @@ def parse_value(text: str) -> Any:
         SyntaxError: It is not Python either.
         AssertionError: Brackets are not balanced.
     """
-    if '{' in text or 'dict(' in text:
+    if re.match(r'[\[({]|dict\(', text.strip()) and ('{' in text or 'dict(' in text):
         return ast.literal_eval(_Displays().visit(ast.parse(text.strip(), mode='eval')))
     return DictAction._parse_iterable(text)
 

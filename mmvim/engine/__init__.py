@@ -1,6 +1,7 @@
 """Hooks, loops and optimizer parts for mmpretrain, mmdet and mmsegmentation."""
 
 from .hooks import (
+    AverageWarmupHook,
     CheckpointHook,
     CompileHook,
     DataCheckHook,
@@ -20,6 +21,7 @@ from .optim import (
 )
 
 __all__ = [
+    'AverageWarmupHook',
     'CPUAmpOptimWrapper',
     'CheckpointHook',
     'CompileHook',

@@ -14,13 +14,37 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from mmengine.dist import get_world_size
 from mmengine.logging import print_log
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mmvim.errors import UserError
 
 from . import random_state
 
 # Seconds for which a worker outlives a SIGTERM to the whole job.
 _GRACE = 25.0
+
+
+def check_length(loader: Any, name: str) -> None:
+    """Refuse a DataLoader without a batch, with which nothing would be trained or evaluated.
+
+    Args:
+        loader: The DataLoader.
+        name: Its name in the config.
+
+    Raises:
+        UserError: ``drop_last`` drops all that there is.
+    """
+    endless = 'Infinite' in type(getattr(loader, 'sampler', None)).__name__
+    if endless or not hasattr(loader.dataset, '__len__') or not len(loader.dataset) or len(loader):
+        return
+    processes = f' in each of {get_world_size()} processes' if get_world_size() > 1 else ''
+    raise UserError(
+        f'{name} has no batch: it has {len(loader.dataset)} samples, batch_size is '
+        f'{loader.batch_sampler.batch_size}{processes}, and drop_last=True drops what fills none. '
+        'Lower batch_size, or set drop_last=False'
+    )
 
 
 class _PlacedIndex(int):

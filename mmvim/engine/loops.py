@@ -15,7 +15,7 @@ from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from mmvim.errors import UserError
 from mmvim.registry import LOOPS
 
-from .batches import Batches, isolate_validation
+from .batches import Batches, check_length, isolate_validation
 
 # In the message hub, and so in every checkpoint.
 EPOCH_LENGTH = 'mmvim_epoch_length'
@@ -36,6 +36,7 @@ class _Resumable:
             )
         self._max_worker_restarts = max_worker_restarts
         super().__init__(*args, **kwargs)
+        check_length(self.dataloader, 'train_dataloader')
 
     def _prepare(self) -> Batches:
         runner = self.runner

@@ -29,6 +29,7 @@ from mmvim.errors import UserError
         ('[dict(a=dict(b=(1,-2)), c=[True])]', [{'a': {'b': (1, -2)}, 'c': [True]}]),
         ("{'a': [{'b': None}]}", {'a': [{'b': None}]}),
         ('path/with.dots', 'path/with.dots'),
+        ('img_{:05}.jpg', 'img_{:05}.jpg'),
     ],
 )
 def test_values_of_options(text, value):

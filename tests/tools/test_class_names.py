@@ -181,13 +181,72 @@ def test_strides(data, fails):
 @pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
 def test_averages_of_a_short_run(data, capsys, fails):
     hook = "custom_hooks=[dict(type='EMAHook',momentum={},evaluate_on_origin=True)]"
-    main_train(['config.py', '--cfg-options', hook.format('4e-5')])
-    assert '100% of the averages will still be the weights' in ''.join(capsys.readouterr())
+    steps, distance = ['train_cfg.max_iters=20', 'optim_wrapper.optimizer.lr=1.0'], {}
+    for warmup in ('None', 'False'):
+        option = hook.format('4e-5').replace('momentum', f'warmup={warmup},momentum')
+        runner = main_train(['config.py', '--cfg-options', *steps, option])
+        assert ('100% of the averages' in ''.join(capsys.readouterr())) == (warmup == 'None')
+        average = next(h.ema_model for h in runner.hooks if hasattr(h, 'ema_model'))
+        pairs = zip(runner.model.parameters(), average.module.parameters(), strict=True)
+        distance[warmup] = sum(float((a - b).detach().norm()) for a, b in pairs)
+    assert distance['None'] < distance['False'] / 2
     main_train(['config.py', '--cfg-options', hook.format('0.98')])
-    assert 'of the averages will' not in ''.join(capsys.readouterr())
+    assert 'of the averages' not in ''.join(capsys.readouterr())
     metric = "val_evaluator=[dict(type='SingleLabelMetric',average=None)]"
     line = fails(main_train, 'config.py', '--cfg-options', hook.format('0.9'), metric)
     assert 'cannot record the results of each class' in line
+
+
+@pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
+def test_settings_for_a_million_pictures(data, fails, capsys):
+    full = ['--cfg-options', 'train_dataloader.drop_last=True', 'train_dataloader.batch_size=16']
+    Path('epochs.py').write_text(
+        "_base_ = 'config.py'\ntrain_cfg = dict(_delete_=True, by_epoch=True, max_epochs=1)\n"
+    )
+    for config in ('config.py', 'epochs.py'):
+        line = fails(main_train, config, *full)
+        assert 'train_dataloader has no batch: it has 4 samples, batch_size is 16, and' in line
+    assert main_train(['config.py', *full, 'train_dataloader.sampler.type=InfiniteSampler']).iter
+    full = ['val_dataloader.drop_last=True', 'val_dataloader.batch_size=5']
+    assert 'val_dataloader has no batch' in fails(main_train, 'config.py', '--cfg-options', *full)
+    capsys.readouterr()
+    main_train(['config.py', '--cfg-options', 'train_dataloader.sampler.type=RepeatAugSampler'])
+    assert 'epoch has a random 33 % of the images' in ''.join(capsys.readouterr())
+
+
+@pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
+def test_keys_of_a_base(data, fails):
+    Path('base.py').write_text(
+        Path('config.py').read_text().replace("type='CustomDataset',", "type='ImageNet', split='',")
+    )
+    for change, key in (
+        ("train_dataloader = dict(dataset=dict(type='CustomDataset'))", 'split'),
+        ("model = dict(backbone=dict(type='mmvim.VMamba'))", 'img_size'),
+    ):
+        Path('own.py').write_text(f"_base_ = 'base.py'\n{change}\n")
+        line = fails(main_train, 'own.py')
+        assert f"has no argument '{key}'" in line
+        assert f"'{key}' comes from a base config: _delete_=True in the dict keeps" in line
+    wrong = ['--cfg-options', 'model.backbone.splt=1']
+    assert 'comes from a base' not in fails(main_train, 'config.py', *wrong)
+    Path('own.py').write_text("_base_ = 'base.py'\nval_cfg = dict(type=dict(a=1))\nwork_dir = {}\n")
+    Path('more.py').write_text("_base_ = 'own.py'\ndefault_scope = dict(a=1)\n")
+    for main, *more in ((main_train,), (main_test, 'x.pth')):
+        line = fails(main, 'more.py', *more)
+        assert "the config file 'more.py' cannot be read: TypeError: default_scope=" in line
+
+
+@pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
+def test_parts_of_a_data_set_are_no_classes(data, fails):
+    for split in ('train', 'val'):
+        (data / 'pictures' / split / 'a').mkdir(parents=True)
+        shutil.copy(data / 'images' / '0.png', data / 'pictures' / split / 'a' / '0.png')
+    text = Path('config.py').read_text().replace("metainfo=dict(classes=('a', 'b')),", '')
+    whole = "ann_file='train.txt', data_prefix='images'"
+    Path('config.py').write_text(text.replace(whole, "data_prefix='pictures'"))
+    line = fails(main_train, 'config.py')
+    assert 'would take the folders (train, val) of' in line
+    assert "such as data_prefix='train'" in line
 
 
 @pytest.mark.parametrize('data', ['mmdet'], indirect=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 # The package next to this script runs, whether installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmengine.config import DictAction
 from mmengine.runner import Runner
 
 from mmvim.checkpoints.loading import checked_loading
 from mmvim.cli import analysis
 from mmvim.cli.console import Console
+from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
 
 
@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--out', type=Path, required=True, help='picture: .png, .jpg, .svg, .pdf')
     parser.add_argument('--overwrite', action='store_true', help='replace an existing picture')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
+        '--cfg-options', nargs='+', action=ConfigOptions, default={}, metavar='KEY=VALUE'
     )
     return parser.parse_args()
 

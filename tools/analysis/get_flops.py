@@ -10,12 +10,13 @@ from pathlib import Path
 # The package next to this script runs, whether installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
+from mmvim._configs import merge_options
 from mmvim.analysis import count_config
 from mmvim.apis.model_zoo import load_config
 from mmvim.cli.diagnosis import reported_errors
+from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
 
 NOTE = (
@@ -39,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--json', type=Path, metavar='FILE', help="write JSON ('-': print)")
     parser.add_argument('--overwrite', action='store_true', help='replace an existing file')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
+        '--cfg-options', nargs='+', action=ConfigOptions, default={}, metavar='KEY=VALUE'
     )
     return parser.parse_args()
 
@@ -85,7 +86,7 @@ def main() -> None:
                 cfg = load_config(model)
             except (ValueError, FileNotFoundError) as error:
                 raise UserError(str(error)) from error
-            cfg.merge_from_dict(args.cfg_options)
+            merge_options(cfg, args.cfg_options)
             for shape in shapes:
                 row = count_config(cfg, shape, frames=args.frames)
                 name = Path(model).stem if model.endswith('.py') else model

@@ -10,13 +10,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
+from mmvim._configs import merge_options
 from mmvim.apis import build_model, load_config, load_weights
 from mmvim.apis.inputs import input_shape
 from mmvim.checkpoints.files import write_checkpoint
 from mmvim.cli.diagnosis import reported_errors
+from mmvim.cli.options import ConfigOptions
 from mmvim.errors import CheckpointError, UserError
 from mmvim.export.formats import Exportable
 
@@ -49,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--frames', type=int, help="frames of a video (default: the model's)")
     parser.add_argument('--overwrite', action='store_true')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
+        '--cfg-options', nargs='+', action=ConfigOptions, default={}, metavar='KEY=VALUE'
     )
     return parser.parse_args()
 
@@ -70,7 +71,7 @@ def convert(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.overwrite:
         raise UserError(f'{str(args.out)!r} exists; --overwrite replaces it')
     cfg = load_config(args.model)
-    cfg.merge_from_dict(args.cfg_options)
+    merge_options(cfg, args.cfg_options)
     source = args.checkpoint
     if source == 'zoo':
         from mmvim.apis import model_info

@@ -11,11 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
-from mmengine.config import DictAction
 
+from mmvim._configs import merge_options
 from mmvim.apis import build_model, get_model, load_config
 from mmvim.apis.inputs import DEFAULT_SIDE, input_shape
 from mmvim.cli.diagnosis import reported_errors
+from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
 from mmvim.export.formats import Exportable, format_of, open_exported, read_metadata
 
@@ -41,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--accuracy', action='store_true', help='test on the data of --model')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
+        '--cfg-options', nargs='+', action=ConfigOptions, default={}, metavar='KEY=VALUE'
     )
     return parser.parse_args()
 
@@ -94,7 +95,7 @@ def main() -> None:
                 shape = shape or read_metadata(file).get('shape')
             if args.model:
                 cfg = load_config(args.model)
-                cfg.merge_from_dict(args.cfg_options)
+                merge_options(cfg, args.cfg_options)
                 model = get_model(cfg, args.weights or False)
                 shape = shape or input_shape(cfg, model)
                 module = Exportable(model)

@@ -10,13 +10,14 @@ from pathlib import Path
 # The package next to this script runs, whether installed or not, from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
+from mmvim._configs import merge_options
 from mmvim.apis import load_config
 from mmvim.apis.inferencers.common import make_model
 from mmvim.apis.inputs import input_shape
 from mmvim.cli.diagnosis import reported_errors
+from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
 from mmvim.export.formats import (
     DYNAMIC,
@@ -57,7 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--int8', type=Path, metavar='FILE', help='also an ONNX file in int8')
     parser.add_argument('--overwrite', action='store_true')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
+        '--cfg-options', nargs='+', action=ConfigOptions, default={}, metavar='KEY=VALUE'
     )
     return parser.parse_args()
 
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if args.int8 and kind != 'onnx':
         raise UserError('--int8 quantises ONNX files: OUT must end with .onnx')
     cfg = load_config(args.model)
-    cfg.merge_from_dict(args.cfg_options)
+    merge_options(cfg, args.cfg_options)
     weights = args.weights
     if weights == 'zoo':
         from mmvim.apis import model_info

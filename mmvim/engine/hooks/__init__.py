@@ -1,5 +1,6 @@
 """Hooks of the training and test loops."""
 
+from .average_warmup import AverageWarmupHook
 from .checkpoint import CheckpointHook
 from .compile import CompileHook
 from .data_check import DataCheckHook
@@ -12,6 +13,7 @@ from .termination import Terminated, TerminationHook
 from .weights import WeightsHook
 
 __all__ = [
+    'AverageWarmupHook',
     'CheckpointHook',
     'CompileHook',
     'DataCheckHook',

@@ -10,7 +10,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from mmvim._configs import type_name
+from mmvim.engine.batches import check_length
 from mmvim.engine.class_names import (
     categories_of,
     check_categories,
@@ -22,6 +22,9 @@ from mmvim.engine.class_names import (
 from mmvim.engine.tasks import TASKS
 from mmvim.errors import UserError
 from mmvim.registry import HOOKS
+
+#: Folders that hold parts of a data set, and not the images of a class.
+_SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
 
 
 @HOOKS.register_module()
@@ -68,6 +71,7 @@ class DataCheckHook(Hook):
             dataset = getattr(runner, f'{loop}_dataloader').dataset
             where = f'{loop}_dataloader.dataset ({type(dataset).__name__})'
             self._check_dataset(dataset, where)
+            check_length(getattr(runner, f'{loop}_dataloader'), f'{loop}_dataloader')
             classes = _classes(dataset)
             if classes and first and (unlike := difference(first[1], classes)):
                 raise UserError(f'{first[0]} and {where} have different classes: {unlike}')
@@ -109,6 +113,13 @@ class DataCheckHook(Hook):
             return
         for part in _parts(dataset):
             folders = list(getattr(part, 'folder_to_idx', None) or ())
+            if folders and {name.lower() for name in folders} <= _SPLITS:
+                example = next((n for n in folders if n.startswith(where[:3])), folders[0])
+                raise UserError(
+                    f'{where} would take the folders {listed(folders)} of {part.img_prefix!r} for '
+                    "classes: give the one that holds the classes' folders as data_prefix, such as "
+                    f'data_prefix={example!r}'
+                )
             moved = displacement(classes, folders)
             if moved:
                 raise UserError(
@@ -168,6 +179,7 @@ class DataCheckHook(Hook):
         """
         self._compare_strides(runner)
         _check_averages(runner)
+        _check_repeats(runner)
         dataset = runner.train_dataloader.dataset
         ignored = self._ignored_label(runner)
         if self._outputs and ignored is not None and min(self._outputs.values()) > 1:
@@ -363,26 +375,28 @@ def _compare_once(module: nn.Module, name: str, strides: Any, sizes: dict) -> No
 
 
 def _check_averages(runner: Any) -> None:
-    """Say when averages of weights would still be random at the end of the run."""
-    for hook in runner.hooks:
-        average = getattr(hook, 'ema_model', None)
-        momentum = getattr(average, 'momentum', None)
-        if getattr(hook, 'evaluate_on_origin', False):
-            metrics = getattr(getattr(runner.val_loop, 'evaluator', None), 'metrics', ())
-            for metric in metrics:
-                if getattr(metric, 'average', 'macro') is None:
-                    raise UserError(
-                        f'EMAHook with evaluate_on_origin=True cannot record the results of each '
-                        f'class that {type(metric).__name__}(average=None) gives: leave one out'
-                    )
-        if type_name(type(average)) != 'ExponentialMovingAverage' or not momentum:
-            continue
-        updates = runner.max_iters // average.interval
-        left = (1 - momentum) ** updates
-        if left > 0.05:
-            runner.logger.warning(
-                f'EMAHook averages with momentum={momentum:g} over {updates} updates: {left:.0%} '
-                'of the averages will still be the weights from before training, and validation, '
-                f'test and demos use the averages. Give momentum={min(0.5, 10 / updates):.2g}, or '
-                'leave the hook out'
+    """Refuse to evaluate two sets of weights with results that cannot be recorded twice."""
+    metrics = getattr(getattr(runner.val_loop, 'evaluator', None), 'metrics', ())
+    for metric in metrics if any(_evaluates_twice(hook) for hook in runner.hooks) else ():
+        if getattr(metric, 'average', 'macro') is None:
+            raise UserError(
+                'EMAHook with evaluate_on_origin=True cannot record the results of each class '
+                f'that {type(metric).__name__}(average=None) gives: leave one out'
             )
+
+
+def _check_repeats(runner: Any) -> None:
+    """Say that repeated augmentation needs several processes."""
+    sampler = getattr(runner.train_dataloader, 'sampler', None)
+    repeats, processes = getattr(sampler, 'num_repeats', 1), runner.world_size
+    if type(sampler).__name__ == 'RepeatAugSampler' and processes < repeats:
+        runner.logger.warning(
+            f'train_dataloader.sampler (RepeatAugSampler) repeats each image {repeats} times, for '
+            f'as many processes, and there {"is" if processes == 1 else "are"} {processes}: an '
+            f'epoch has a random {100 // repeats} % of the images, each up to {repeats} times in '
+            "one batch. sampler=dict(type='DefaultSampler', shuffle=True) takes each once"
+        )
+
+
+def _evaluates_twice(hook: Any) -> bool:
+    return getattr(hook, 'evaluate_on_origin', False)

@@ -15,23 +15,46 @@ from mmvim.registry import MODELS
 class ExponentialMovingAverage(MMEngineExponentialMovingAverage):
     """mmengine's ``ExponentialMovingAverage``, updated by a few kernels for all tensors together.
 
-    Numbers, arguments and state are mmengine's. The launcher uses it wherever a config says
-    ``ExponentialMovingAverage``, the default of ``EMAHook``. An average on a device other than the
-    model's is updated tensor by tensor.
+    Arguments and state are mmengine's, and so are the numbers without warm-up. The launcher uses it
+    wherever a config says ``ExponentialMovingAverage``, the default of ``EMAHook``. An average on a
+    device other than the model's is updated tensor by tensor.
 
     An average of a model that is wrapped for test-time augmentation reads the state of one that is
     not.
+
+    Args:
+        model: The model to average.
+        *args: Arguments of :class:`mmengine.model.ExponentialMovingAverage`.
+        warmup: Whether update n has the momentum max(momentum, 9 / (10 + n)), as TensorFlow's
+            ``ExponentialMovingAverage(num_updates=n)``, so that the weights from before training
+            are soon forgotten. Defaults to None: :class:`mmvim.AverageWarmupHook`, which the
+            launcher adds, decides by the length of the run; without it there is none.
+        **kwargs: Further such arguments.
     """
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, *args: Any, warmup: bool | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(model, *args, **kwargs)
+        self.warmup = warmup
         if isinstance(model, BaseTTAModel):
             self.register_load_state_dict_pre_hook(_wrap_keys)
+
+    def avg_func(
+        self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int
+    ) -> None:
+        """Move an average towards the current value."""
+        averaged_param.lerp_(source_param, self._momentum())
+
+    def _momentum(self) -> float:
+        """Momentum of the current update."""
+        updates = int(self.steps) // self.interval
+        return max(self.momentum, 9 / (10 + updates)) if self.warmup else self.momentum
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Update the average with the current weights of ``model``."""
-        if self.steps == 0 or type(self).avg_func is not MMEngineExponentialMovingAverage.avg_func:
+        if self.steps == 0 or type(self).avg_func is not ExponentialMovingAverage.avg_func:
             super().update_parameters(model)
             return
         averages, sources = self._pairs(model)
@@ -39,7 +62,7 @@ class ExponentialMovingAverage(MMEngineExponentialMovingAverage):
             super().update_parameters(model)
             return
         if averages and self.steps % self.interval == 0:
-            torch._foreach_lerp_(averages, sources, self.momentum)
+            torch._foreach_lerp_(averages, sources, self._momentum())
         if not self.update_buffers:
             buffers = list(self.module.buffers())
             if buffers:
