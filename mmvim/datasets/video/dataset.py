@@ -15,7 +15,7 @@ from mmengine.logging import print_log
 from mmvim._checks import check_choice, check_positive
 from mmvim.registry import DATASETS
 
-_EXTENSIONS = ('.mp4', '.webm', '.mkv', '.avi', '.mov')
+from .lists import VIDEO_SUFFIXES, read_list
 
 
 @DATASETS.register_module()
@@ -24,8 +24,10 @@ class VideoDataset(BaseDataset):
 
     Layouts:
 
-    - 'list': each line of ``ann_file`` is ``path label``, separated by the last space or comma;
-      paths are relative to ``data_prefix``. This is the list of VideoMAE, VideoMamba and mmaction2.
+    - 'list': each line of ``ann_file`` is ``path label`` or ``path frames label``, separated by
+      spaces, commas, tabs or semicolons, perhaps quoted; a first line may name the columns. Paths
+      are relative to ``data_prefix``; a label is the number or the name of a class; the number of
+      frames is not used. VideoMAE, VideoMamba, mmaction2 and pandas write such lists.
     - 'kinetics': ``ann_file`` is the official CSV with the columns label, youtube_id, time_start
       and time_end. Files are ``<label>/<id>_<start>_<end>.mp4`` (spaces of the label may be
       underscores) or the same without the folder, times with six digits. Labels are numbered
@@ -92,7 +94,8 @@ class VideoDataset(BaseDataset):
         layout = self._find_layout()
         names = self._label_names()
         if layout == 'list':
-            data = list(self._read_list())
+            rows = read_list(self.ann_file, self.data_prefix['img_path'], names)
+            data = [{'img_path': path, 'gt_label': label} for path, label in rows]
         elif layout == 'kinetics':
             rows = list(self._read_kinetics())
             names = names or sorted({label for label, _ in rows})
@@ -128,19 +131,6 @@ class VideoDataset(BaseDataset):
         if [numbers[name] for name in names] != list(range(len(names))):
             raise ValueError(f'{path}: the classes are not numbered 0 .. {len(names) - 1}')
         return names
-
-    def _read_list(self) -> Iterator[dict]:
-        folder = self.data_prefix['img_path']
-        with open(self.ann_file, encoding='utf-8') as file:
-            for number, line in enumerate(file, 1):
-                line = line.strip()
-                if not line:
-                    continue
-                path, _, label = line.rpartition(',' if ',' in line.rsplit(None, 1)[-1] else ' ')
-                if not path or not label.strip().isdecimal():
-                    raise ValueError(f'{self.ann_file}:{number} is not "path label": {line!r}')
-                path = os.path.join(folder, path.strip())
-                yield {'img_path': path, 'gt_label': int(label)}
 
     def _read_kinetics(self) -> Iterator[tuple[str, str]]:
         with open(self.ann_file, encoding='utf-8', newline='') as file:
@@ -197,7 +187,7 @@ class VideoDataset(BaseDataset):
         for folder in (root, *sorted(p for p in root.iterdir() if p.is_dir())):
             for entry in os.scandir(folder):
                 stem, extension = os.path.splitext(entry.name)
-                if extension.lower() in _EXTENSIONS:
+                if extension.lower() in VIDEO_SUFFIXES:
                     found.setdefault(stem, entry.path)
                 elif entry.is_dir():
                     folders.setdefault(entry.name, entry.path)
