@@ -65,7 +65,7 @@ def convolve(
         return (_like(x, out[0]), out[1]) if return_final_states else _like(x, out)
     for name, given in (
         ('initial_states', initial_states is not None),
-        ('return_final_states', return_final_states),
+        ('return_final_states', bool(return_final_states)),
         ('final_states_out', final_states_out is not None),
     ):
         if given:
@@ -108,7 +108,7 @@ def forward(
     silu: bool,
 ) -> Tensor:
     """The kernels' forward pass; arguments as for :func:`convolve`."""
-    check.check_flag('silu_activation', silu)
+    silu = check.as_flag('silu_activation', silu)
     keep = final_states_out is not None
     activation = 'silu' if silu else None
     out = convolve(x, weight, bias, seq_idx, initial_states, keep, final_states_out, activation)
@@ -130,7 +130,7 @@ def backward(
     Returns:
         Gradients of x, weight, bias and initial_states, in the dtype of each, or None.
     """
-    check.check_flag('silu_activation', silu)
+    silu = check.as_flag('silu_activation', silu)
     check.check_activation('x', x, 'b d l')
     check.check_tensor('dout', dout)
     check.check_shape('dout', dout, 'b d l', x.shape)

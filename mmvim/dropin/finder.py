@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -31,11 +31,14 @@ _EXTENSIONS = (
     'selective_scan_cuda',
     'selective_scan_cuda_core',
     'selective_scan_cuda_oflex',
+    'selective_scan_cuda_ndstate',
+    'selective_scan_cuda_nrow',
     'causal_conv1d_cuda',
 )
 #: The top-level names that can be provided.
-NAMES = (*_EXTENSIONS, *_EXTENSION_OF)
-_TRITON = 'mamba_ssm.ops.triton.'
+NAMES = (*_EXTENSIONS, *_EXTENSION_OF, 'csm_triton')
+#: Files of forks that only work with the release of transformers of their time.
+_ON_TRANSFORMERS = ('mamba_ssm.utils.generation', 'mamba_ssm.utils.hf')
 VARIABLE = 'MMVIM_DROPIN'
 
 
@@ -79,6 +82,27 @@ class _Placeholders(Loader):
         module.__getattr__ = placeholders.attributes_of(module.__name__)
 
 
+class _OursOnError(SourceFileLoader):
+    """Executes somebody's file, and ours in its place if an import in it fails."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        before = dict(vars(module))
+        try:
+            super().exec_module(module)
+        except ImportError as error:
+            name = module.__name__
+            warnings.warn(
+                f'{self.path} fails to load, so mmvim stands in for {name}: {error}',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            vars(module).clear()
+            vars(module).update(before)
+            ours = _ours(name)
+            module.__spec__, module.__loader__, module.__file__ = ours, ours.loader, ours.origin
+            ours.loader.exec_module(module)
+
+
 class _Finder(MetaPathFinder):
     """First on ``sys.meta_path`` while the drop-in is in place."""
 
@@ -100,6 +124,8 @@ class _Finder(MetaPathFinder):
             spec = _theirs(fullname)
             if spec is None:
                 return None  # The folder at the end of sys.path has it.
+            if _is_copied(fullname):
+                return self._instead_of_triton(fullname, [str(Path(spec.origin).parent)])
             error = self.failure(fullname, spec)
             if error is not None:
                 warnings.warn(
@@ -112,19 +138,31 @@ class _Finder(MetaPathFinder):
             if fullname in self._probed:
                 spec.loader = _Loaded(self._probed[fullname])
             return spec
-        if not fullname.startswith('mamba_ssm.'):
-            return None
-        parent = fullname.split('.')[:-1]
-        ours = PathFinder.find_spec(fullname, [os.path.join(PACKAGES, *parent)])
-        if not _is_ours(sys.modules.get('mamba_ssm')):
-            if not fullname.startswith(_TRITON) or _triton_runs():
-                return None
+        root = fullname.partition('.')[0]
+        if root in _EXTENSION_OF and _is_ours(sys.modules.get(root)):
+            return _ours(fullname) or _placeholders(fullname)
+        if fullname in _ON_TRANSFORMERS:
             theirs = PathFinder.find_spec(fullname, path)
-            if theirs is None:
-                return ours  # which others of ours import
-            if not _imports_triton(theirs):
-                return theirs
-        return ours or ModuleSpec(fullname, _Placeholders(), is_package=True)
+            if theirs is not None and isinstance(theirs.loader, SourceFileLoader):
+                theirs.loader = _OursOnError(fullname, theirs.origin)
+            return theirs
+        return self._instead_of_triton(fullname, path)
+
+    def _instead_of_triton(self, fullname: str, path: Sequence[str] | None) -> ModuleSpec | None:
+        """Ours for a file of somebody's that needs Triton, where that cannot run."""
+        in_fork = fullname.startswith('mamba_ssm.ops.triton.')
+        if not in_fork and not _is_copied(fullname):
+            return None
+        if self.override and not in_fork:
+            return _ours(fullname)
+        if _triton_runs():
+            return None
+        theirs = PathFinder.find_spec(fullname, path)
+        if theirs is None:
+            return _ours(fullname) if in_fork else None  # others of ours import it
+        if not _imports_triton(theirs):
+            return theirs
+        return _ours(fullname) or _placeholders(fullname)
 
     def failure(self, name: str, spec: ModuleSpec) -> Exception | None:
         """The reason why an installed package counts as absent."""
@@ -160,7 +198,17 @@ def _is_dropin(finder: object) -> bool:
 
 
 def _ours(name: str) -> ModuleSpec | None:
-    return PathFinder.find_spec(name, [PACKAGES])
+    parents = [] if _is_copied(name) else name.split('.')[:-1]
+    return PathFinder.find_spec(name, [os.path.join(PACKAGES, *parents)])
+
+
+def _placeholders(name: str) -> ModuleSpec:
+    return ModuleSpec(name, _Placeholders(), is_package=True)
+
+
+def _is_copied(name: str) -> bool:
+    """Whether a name is a file of VMamba's, which projects copy into packages of their own."""
+    return name.rpartition('.')[2] == 'csm_triton'
 
 
 def _theirs(name: str) -> ModuleSpec | None:
@@ -190,7 +238,7 @@ def _triton_runs() -> bool:
 
 
 def _imports_triton(spec: ModuleSpec) -> bool:
-    if not isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+    if not isinstance(spec.loader, SourceFileLoader):
         return False
     source = spec.loader.get_source(spec.name)
     return re.search(r'^\s*(import|from)\s+triton\b', source, re.MULTILINE) is not None

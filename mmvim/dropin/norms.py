@@ -35,8 +35,8 @@ def add_norm(
     """
     check.check_tensor('x', x)
     check.check_tensor('weight', weight)
-    for name, value in (('prenorm', prenorm), ('residual_in_fp32', residual_in_fp32)):
-        check.check_flag(name, value)
+    prenorm = check.as_flag('prenorm', prenorm)
+    residual_in_fp32 = check.as_flag('residual_in_fp32', residual_in_fp32)
     out, total = _add_norm(x, weight, bias, residual, eps, residual_in_fp32, is_rms_norm)
     return (out, total) if prenorm else out
 
@@ -46,7 +46,7 @@ def _add_norm(x, weight, bias, residual, eps, residual_in_fp32, is_rms_norm):
     wide = compute_dtype(x.dtype)
     if residual is not None:
         check.check_tensor('residual', residual)
-        check.check_shape('residual', residual, 'shape of x', x.shape)
+        check.check_shape('residual', residual, '... d', x.shape)
         kept = residual.dtype
     else:
         kept = wide if residual_in_fp32 else x.dtype
@@ -61,3 +61,58 @@ def _add_norm(x, weight, bias, residual, eps, residual_in_fp32, is_rms_norm):
     else:
         out = F.layer_norm(total, total.shape[-1:], scale, shift, eps)
     return out.to(x.dtype), total.to(kept)
+
+
+def gated_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int | None,
+    norm_before_gate: bool,
+    is_rms_norm: bool,
+) -> Tensor:
+    """``norm(x) * silu(z)``, or ``norm(x * silu(z))`` unless norm_before_gate.
+
+    Args:
+        x: (..., d).
+        weight, bias: (d,); bias may be None.
+        z: Shape of x, or None for no gate.
+        eps: Added to the mean square or the variance.
+        group_size: Channels that are normalised together, a divisor of d; None for all.
+        norm_before_gate: Whether the norm comes before the gate.
+        is_rms_norm: RMS norm, else layer norm.
+
+    Returns:
+        Shape and dtype of x.
+    """
+    check.check_tensor('x', x)
+    check.check_tensor('weight', weight)
+    norm_before_gate = check.as_flag('norm_before_gate', norm_before_gate)
+    d = x.shape[-1]
+    for name, value, shape in (('weight', weight, (d,)), ('bias', bias, (d,)), ('z', z, x.shape)):
+        if value is not None:
+            check.check_tensor(name, value)
+            check.check_shape(name, value, '... d' if name == 'z' else 'd', shape)
+    size = d if group_size is None else group_size
+    if size < 1 or d % size:
+        raise ValueError(f'group_size must divide d = {d}, got {group_size}')
+    return _gated_norm(x, weight, bias, z, eps, size, norm_before_gate, is_rms_norm)
+
+
+@without_autocast
+def _gated_norm(x, weight, bias, z, eps, size, norm_before_gate, is_rms_norm):
+    wide = compute_dtype(x.dtype)
+    gate = None if z is None else F.silu(z.to(wide))
+    out = x.to(wide)
+    if gate is not None and not norm_before_gate:
+        out = out * gate
+    groups = out.unflatten(-1, (-1, size))
+    norm = F.rms_norm if is_rms_norm else F.layer_norm
+    out = norm(groups, (size,), eps=eps).flatten(-2) * weight.to(wide)
+    if bias is not None:
+        out = out + bias.to(wide)
+    if gate is not None and norm_before_gate:
+        out = out * gate
+    return out.to(x.dtype)

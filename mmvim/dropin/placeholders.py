@@ -23,11 +23,19 @@ def _placeholder(module: str, name: str) -> type:
     return _Missing(name, (), {'__module__': module, '__qualname__': name})
 
 
-def attributes_of(module: str) -> Callable[[str], type]:
-    """A ``__getattr__`` for a module: a placeholder for each name that it lacks."""
+def attributes_of(module: str, *names: str) -> Callable[[str], type]:
+    """A ``__getattr__`` for a module: a placeholder for each name that it lacks.
+
+    Args:
+        module: The module's name.
+        *names: The only names that have one, for a module that others search with ``hasattr``;
+            without any, all have.
+    """
     known: dict[str, type] = {}
 
     def get(name: str) -> type:
+        if names and name not in names:
+            raise AttributeError(f'module {module!r} has no attribute {name!r}')
         if name not in known:
             known[name] = _placeholder(module, name)
         return known[name]

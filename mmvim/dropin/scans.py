@@ -48,7 +48,8 @@ def scan(
         contiguous: Copy the output to the layout of mamba_ssm's, whose time is contiguous; else
             channels are.
     """
-    check.check_flag('return_last_state', return_last_state)
+    delta_softplus = check.as_flag('delta_softplus', delta_softplus)
+    return_last_state = check.as_flag('return_last_state', return_last_state)
     arguments = _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     op = resolve(None, 'selective_scan', arguments[0]).selective_scan
     interval = checkpoint_interval(*arguments)
@@ -92,6 +93,7 @@ def forward(
         intermediate states, with the last state at ``[:, :, -1, 1::2]`` and zeros elsewhere; and
         with z the gated output.
     """
+    delta_softplus = check.as_flag('delta_softplus', delta_softplus)
     arguments = list(_arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus))
     arguments[6] = None
     op = resolve(None, 'selective_scan', arguments[0]).selective_scan
@@ -132,6 +134,7 @@ def backward(
         Gradients of u, delta, A, B, C, D and delta_bias, each with shape and dtype of its tensor
         or None, and with z the gradient of z, then on request the gated output.
     """
+    delta_softplus = check.as_flag('delta_softplus', delta_softplus)
     arguments = _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     check.check_activation('dout', dout, 'b d l')
     check.check_shape('dout', dout, 'b d l', u.shape)
@@ -180,24 +183,3 @@ def _matrix_gradient(gradient: Tensor, matrix: Tensor) -> Tensor:
     if gradient.shape[2] != groups:  # repeated for each channel
         gradient = gradient.unflatten(2, (groups, -1)).sum(3)
     return gradient.permute(0, 2, 3, 1).reshape(matrix.shape).to(matrix.dtype)
-
-
-def widened(u: Tensor, *others: Tensor) -> list[Tensor]:
-    """All in float32, after a check of their dtypes, which a conversion would hide."""
-    check.check_tensor('u', u)
-    for name, value in zip(('delta', 'B', 'C'), others, strict=True):
-        check.check_tensor(name, value)
-        check.check_dtype(name, value, u.dtype, why='as u')
-    return [x.to(compute_dtype(u.dtype)) for x in (u, *others)]
-
-
-def check_rows(name: str, rows: object, B: Tensor, u: Tensor) -> None:
-    """Refuse a number of rows per block that VMamba's kernels refuse; here it has no effect."""
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows not in (1, 2, 3, 4):
-        raise ValueError(f'{name} must be 1, 2, 3 or 4, got {rows!r}')
-    groups = B.shape[1] if isinstance(B, Tensor) and B.dim() == 4 else 1
-    if isinstance(u, Tensor) and u.dim() == 3 and u.shape[1] % (groups * rows):
-        raise ValueError(
-            f'{name} must divide the {u.shape[1] // groups} channels of a group, got {rows}; '
-            f'{name}=1 always does'
-        )

@@ -31,6 +31,13 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f'{name} must be True or False, got {value!r}')
 
 
+def as_flag(name: str, value: object) -> bool:
+    """A flag as other packages take it: None is False, and 1 is True."""
+    if value is not None and (isinstance(value, Tensor) or value not in (True, False)):
+        raise TypeError(f'{name} must be True or False, got {value!r}')
+    return bool(value)
+
+
 def check_number(name: str, value: object, least: float | None = None) -> None:
     """Refuse what is not a finite real number of ``least`` or more."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):

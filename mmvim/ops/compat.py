@@ -48,7 +48,8 @@ def selective_scan_fn(
         TypeError: For a wrong type or dtype, complex A, B or C among them.
         ValueError: For a wrong shape, device or value.
     """
-    check.check_flag('return_last_state', return_last_state)
+    delta_softplus = check.as_flag('delta_softplus', delta_softplus)
+    return_last_state = check.as_flag('return_last_state', return_last_state)
     dtype = u.dtype if isinstance(u, Tensor) else None
     u, delta, A, B, C, D, z, delta_bias = time_first(u, delta, A, B, C, D, z, delta_bias)
     out = selective_scan(
@@ -183,12 +184,12 @@ def causal_conv1d_fn(
     """
     if seq_idx is not None:
         raise NotImplementedError('seq_idx is not supported: give each sequence a row of its own')
+    return_final_states = check.as_flag('return_final_states', return_final_states)
     if final_states_out is not None:
         if not return_final_states:
             raise ValueError('final_states_out needs return_final_states=True')
         check.check_tensor('final_states_out', final_states_out)
     check.check_activation('x', x, 'b d l')
-    check.check_flag('return_final_states', return_final_states)
     check_conv_state('initial_states', initial_states, x, weight)
     out = causal_conv1d(
         x.transpose(1, 2),

@@ -5,6 +5,8 @@ import loops
 import pytest
 import selective_scan_cuda
 import selective_scan_cuda_core
+import selective_scan_cuda_ndstate
+import selective_scan_cuda_nrow
 import selective_scan_cuda_oflex
 import torch
 
@@ -133,6 +135,23 @@ def test_scans_of_vmamba(dtype, module):
     for name, grad in zip(['u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias'], results, strict=True):
         assert grad.dtype == inputs[name].dtype
         assert (grad.double() - truth[name]).norm() <= 0.02 * truth[name].norm()
+
+
+def test_scans_of_one_state_and_of_several_rows():
+    inputs, _ = scan_inputs(torch.float32, n=1)
+    u, delta, A, B, C, D, _, bias = inputs.values()
+    rest = (D, bias, True)
+    want, x = selective_scan_cuda_core.fwd(u, delta, A, B, C, *rest, 1)
+    grads = selective_scan_cuda_core.bwd(u, delta, A, B, C, D, bias, want, x, True, 1)
+    rows = selective_scan_cuda_nrow.fwd(u, delta, A, B, C, *rest, 3)
+    torch.testing.assert_close(rows, [want, x])
+    flat = u, delta, A.squeeze(1), B.squeeze(2), C.squeeze(2)
+    torch.testing.assert_close(selective_scan_cuda_ndstate.fwd(*flat, *rest, 1), [want, x])
+    results = selective_scan_cuda_ndstate.bwd(*flat, D, bias, want, x, True, 1)
+    for got, true, given in zip(results, grads, (*flat, D, bias), strict=True):
+        torch.testing.assert_close(got, true.view(given.shape))
+    with pytest.raises(ValueError, match=r'A must have the axes \(d\)'):
+        selective_scan_cuda_ndstate.fwd(u, delta, A, B, C, *rest, 1)
 
 
 class Scan(torch.autograd.Function):
@@ -315,6 +334,6 @@ def test_bad_numbers_of_rows_are_named():
         with pytest.raises(ValueError, match='nrows'):
             selective_scan_cuda_core.fwd(u, delta, A, B, C, D, bias, True, rows)
     with pytest.raises(TypeError, match='out_float'):
-        selective_scan_cuda_oflex.fwd(u, delta, A, B, C, D, bias, True, 1, 1)
+        selective_scan_cuda_oflex.fwd(u, delta, A, B, C, D, bias, True, 1, u)
     with pytest.raises(TypeError, match=r'delta must be .*bfloat16'):
         selective_scan_cuda_oflex.fwd(u.bfloat16(), delta, A, B, C, D, bias, True, 1, True)

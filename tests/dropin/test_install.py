@@ -152,10 +152,10 @@ result += [s.state for s in mmvim.dropin.status()]
 """
     path = [tmp_path / 'site-packages']
     result, errors = evaluate(code.format(''), path=path)
-    assert result == [True] * 6 + ['installed'] * 6
+    assert result == [True] * len(NAMES) + ['installed'] * len(NAMES)
     assert 'Warning' not in errors
     result, _ = evaluate(code.format('override=True'), path=path)
-    assert result == [False] * 6 + ['provided'] * 6
+    assert result == [False] * len(NAMES) + ['provided'] * len(NAMES)
 
 
 def test_override_after_an_import_is_refused(tmp_path):
@@ -246,15 +246,60 @@ def test_fork_keeps_its_files_and_gets_extensions_and_norms(tmp_path):
 import torch, mamba_ssm, mmvim.dropin
 from mamba_ssm import Own
 print(mamba_ssm.__file__, Own()(torch.randn(1, 4, 5)).shape)
-print([s.state for s in mmvim.dropin.status()])
+print({s.name: s.state for s in mmvim.dropin.status() if s.state != 'provided'})
 mmvim.dropin.uninstall()
 import sys
 print([n for n in sys.modules if n.startswith('mamba_ssm.ops.triton.')])
 """)
     lines = start('-m', 'mmvim.dropin', tmp_path / 'train.py').stdout.splitlines()
     assert lines[0] == f'{tmp_path}/mamba_ssm/__init__.py torch.Size([1, 5, 4])'
-    assert eval(lines[1]) == ['provided'] * 5 + ['shadowed']
+    assert eval(lines[1]) == {'mamba_ssm': 'shadowed'}
     assert lines[2] == "['mamba_ssm.ops.triton.plain']"
+
+
+# VMamba's file in a package of a project, and a fork whose file fits another transformers.
+PROJECT = {
+    'net/__init__.py': '',
+    'net/csm_triton.py': 'import triton.language as tl\nOWN = tl',
+    'net/plain/__init__.py': '',
+    'net/plain/csm_triton.py': 'OWN = True',
+    'mamba_ssm/__init__.py': '',
+    'mamba_ssm/utils/__init__.py': '',
+    'mamba_ssm/utils/generation.py': 'BEFORE = 1\nfrom torch import no_such_name',
+    'mamba_ssm/utils/hf.py': 'OWN = True',
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='Triton can run here')
+def test_files_of_a_project_that_cannot_run_are_replaced(tmp_path):
+    package(tmp_path, PROJECT)
+    code = """
+import mmvim.dropin
+mmvim.dropin.install({})
+import sys, torch, net.csm_triton, net.plain.csm_triton, csm_triton
+import mamba_ssm.utils.generation as generation
+import mamba_ssm.utils.hf
+x = torch.randn(1, 2, 3, 4)
+result = [
+    net.csm_triton.cross_scan_fn(x).equal(csm_triton.cross_scan_fn(x)),
+    net.csm_triton.__name__,
+    'OWN' in vars(net.plain.csm_triton),
+    generation.InferenceParams(1, 2).max_batch_size,
+    'BEFORE' in vars(generation),
+    generation.__file__ == mmvim.dropin.PACKAGES + '/mamba_ssm/utils/generation.py',
+    'OWN' in vars(mamba_ssm.utils.hf),
+]
+mmvim.dropin.uninstall()
+result.append([n for n in sys.modules if n.startswith(('net.', 'mamba_ssm.utils.'))])
+"""
+    result, errors = evaluate(code.format(''), path=[tmp_path])
+    assert result[:7] == [True, 'net.csm_triton', True, 2, False, True, True]
+    assert set(result[7]) == {'net.plain', 'net.plain.csm_triton', 'mamba_ssm.utils.hf'}
+    assert 'generation.py fails to load, so mmvim stands in' in errors
+    assert 'no_such_name' in errors
+    # With override all of these names are mmvim's.
+    result, _ = evaluate(code.format('override=True'), path=[tmp_path])
+    assert result == [True, 'net.csm_triton', False, 2, False, True, False, ['net.plain']]
 
 
 def test_folder_without_code_is_no_package(tmp_path):
@@ -305,7 +350,10 @@ def test_check_lists_the_names(broken):
     lines = start('-m', 'mmvim.dropin', '--check', path=[broken]).stdout.splitlines()
     assert [line.split()[0] for line in lines] == list(NAMES)
     assert all(line.split()[1] == 'provided' for line in lines)
-    assert 'fails to load' in lines[3]
+    assert [line.split()[0] for line in lines if 'fails to load' in line] == [
+        'causal_conv1d_cuda',
+        'causal_conv1d',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +398,7 @@ mmvim.dropin.uninstall()
 result.append('mamba_ssm' in sys.modules)
 """
     result, _ = evaluate(code, MMVIM_DROPIN='1')
-    assert result == [False, 1, ['provided'] * 6, False]
+    assert result == [False, 1, ['provided'] * len(NAMES), False]
     result = start('-c', site, MMVIM_DROPIN='yes', check=False)
     assert "MMVIM_DROPIN='yes' is unknown; allowed: 0, 1, override" in result.stderr
 
