@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update, cpp_functions
+from causal_conv1d.causal_conv1d_interface import CausalConv1dFn
 from mamba_ssm import Mamba
 from mamba_ssm.models.mixer_seq_simple import _init_weights
+from mamba_ssm.modules.block import Block as BlockWithMLP
 from mamba_ssm.modules.mamba_simple import Block
 from mamba_ssm.ops import selective_scan_interface as interface
 from mamba_ssm.ops.triton import layer_norm, layernorm
@@ -19,6 +21,8 @@ from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.utils.generation import GenerationMixin, InferenceParams
 from naive_mamba import mixer as naive_mixer
 from torch import nn
+
+import mmvim.ops
 
 
 def draw(*shape, seed=0, dtype=torch.float64):
@@ -178,8 +182,11 @@ def test_inner_function_with_given_matrices():
 def test_unsupported_arguments_of_inner_functions_are_named():
     tensors = inner_tensors()
     del tensors['A_b']
-    with pytest.raises(NotImplementedError, match='b_rms_weight'):
+    with pytest.raises(ValueError, match='b_rms_weight must have shape'):
         interface.mamba_inner_fn(**tensors, b_rms_weight=tensors['D'])
+    fewer = tensors | {'x_proj_weight': tensors['x_proj_weight'][:5], 'C': draw(6, 3)}
+    with pytest.raises(ValueError, match='c_rms_weight does not go with a given C'):
+        interface.mamba_inner_fn(**fewer, c_rms_weight=draw(3))
     with pytest.raises(ValueError, match='x_proj_weight'):
         interface.mamba_inner_fn(**tensors | {'x_proj_weight': tensors['x_proj_weight'][1:]})
     with pytest.raises(TypeError, match='A must be real'):
@@ -439,12 +446,13 @@ def test_autocast():
 
 
 def test_what_is_missing_can_be_imported_and_raises_when_it_is_used():
+    from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
     from mamba_ssm import Mamba2
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
     from mamba_ssm.modules.mamba2 import Mamba2 as SameName
-    from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+    from mamba_ssm.modules.ssd_minimal import segsum
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan
     from mamba_ssm.utils.generation import decode
     from mamba_ssm.utils.hf import load_config_hf
 
@@ -457,8 +465,9 @@ def test_what_is_missing_can_be_imported_and_raises_when_it_is_used():
         Model,
         MambaConfig,
         MambaLMHeadModel.from_pretrained,
-        rmsnorm_fn,
-        mamba_chunk_scan_combined,
+        causal_conv1d_varlen_states,
+        segsum,
+        mamba_chunk_scan,
         decode,
         load_config_hf,
         GenerationMixin().generate,
@@ -466,6 +475,56 @@ def test_what_is_missing_can_be_imported_and_raises_when_it_is_used():
         with pytest.raises(NotImplementedError, match='It needs the package itself: pip install'):
             use()
     assert not isinstance(Mamba(8), Mamba2)
+
+
+def test_functions_are_found_where_the_package_has_them():
+    """transformers searches mamba_ssm for a function before it goes to the module that has it."""
+    import mamba_ssm
+
+    for name in ('selective_state_update', 'mamba_chunk_scan_combined', 'anything'):
+        assert not hasattr(mamba_ssm, name)
+    module = mamba_ssm.ops.triton.selective_state_update
+    assert module.selective_state_update is selective_state_update
+    einops = pytest.importorskip('einops')
+    assert interface.rearrange is einops.rearrange
+    assert CausalConv1dFn.apply is causal_conv1d_fn
+
+
+@pytest.mark.parametrize('flag', [None, False, 0, True, 1])
+def test_flags_are_truth_values(flag):
+    """MambaVision passes None for return_last_state."""
+    tensors = scan_tensors()
+    out = interface.selective_scan_fn(*tensors, delta_softplus=flag, return_last_state=flag)
+    assert isinstance(out, tuple) == bool(flag)
+    same = mmvim.ops.selective_scan_fn(*tensors, delta_softplus=flag, return_last_state=flag)
+    torch.testing.assert_close(same, out)
+    x, weight = draw(2, 5, 9), draw(5, 4)
+    for function in (causal_conv1d_fn, mmvim.ops.causal_conv1d_fn):
+        assert isinstance(function(x, weight, return_final_states=flag), tuple) == bool(flag)
+    assert isinstance(layernorm.rms_norm_fn(x, draw(9), None, prenorm=flag), tuple) == bool(flag)
+    with pytest.raises(TypeError, match='return_last_state must be True or False'):
+        interface.selective_scan_fn(*tensors, return_last_state='no')
+
+
+def rms(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def test_inner_function_with_norms_of_the_matrices():
+    t = inner_tensors()
+    del t['A_b']
+    t |= {f'{k}_rms_weight': draw(n, seed=n) for k, n in (('b', 3), ('c', 3), ('dt', 6))}
+    x, z = t['xz'].chunk(2, 1)
+    u = loops.conv(x, t['conv1d_weight'][:, 0], t['conv1d_bias'], silu=True)
+    low = torch.einsum('bdl,rd->blr', u, t['x_proj_weight'])
+    delta = rms(low[..., :2] @ t['delta_proj_weight'].t(), t['dt_rms_weight'], 1e-4)
+    B = rms(low[..., 2:5] + t['B_proj_bias'], t['b_rms_weight'], 1e-4)
+    C = rms(low[..., 5:] + t['C_proj_bias'], t['c_rms_weight'], 1e-4)
+    matrices = (v.transpose(1, 2) for v in (delta, B, C))
+    delta, B, C = matrices
+    y, *_ = loops.scan(u, delta, t['A'], B, C, t['D'], z, t['delta_bias'], True)
+    want = F.linear(y.transpose(1, 2), t['out_proj_weight'], t['out_proj_bias'])
+    agree(interface.mamba_inner_fn(**t, b_c_dt_rms_eps=1e-4), want, [t['xz'], t['A']])
 
 
 @pytest.mark.parametrize('norm', [nn.LayerNorm, layernorm.RMSNorm])
@@ -481,6 +540,12 @@ def test_block(norm, fused):
     assert [tuple(s.shape) for s in states] == [(2, 16, 4), (2, 16, 16)]
     with pytest.raises(ValueError, match='norm_cls=Identity'):
         Block(8, Mamba, nn.Identity, fused_add_norm=True)
+    both = BlockWithMLP(8, Mamba, lambda d: nn.Linear(d, d), norm, fused, residual_in_fp32=True)
+    out, after = both(x, residual)
+    total = x + residual + both.mixer(both.norm(x + residual))
+    torch.testing.assert_close(after, total)
+    torch.testing.assert_close(out, both.mlp(both.norm2(total)))
+    assert BlockWithMLP(8, Mamba, nn.Identity).mlp is None
 
 
 def test_initialisation_of_a_model():

@@ -3,8 +3,16 @@
 from torch import Tensor
 
 from mmvim.dropin import convolutions
+from mmvim.dropin.placeholders import attributes_of
 
-__all__ = ['causal_conv1d_fn', 'causal_conv1d_ref', 'causal_conv1d_update']
+__all__ = [
+    'CausalConv1dFn',
+    'causal_conv1d_fn',
+    'causal_conv1d_ref',
+    'causal_conv1d_update',
+    'causal_conv1d_update_ref',
+]
+__getattr__ = attributes_of(__name__)
 
 
 def causal_conv1d_fn(
@@ -39,4 +47,10 @@ def causal_conv1d_fn(
 
 
 causal_conv1d_ref = causal_conv1d_fn
-causal_conv1d_update = convolutions.update
+causal_conv1d_update = causal_conv1d_update_ref = convolutions.update
+
+
+class CausalConv1dFn:
+    """:func:`causal_conv1d_fn` for code that calls the autograd function."""
+
+    apply = staticmethod(causal_conv1d_fn)

@@ -7,4 +7,5 @@ from .ops.selective_scan_interface import bimamba_inner_fn, mamba_inner_fn, sele
 
 __all__ = ['Mamba', 'bimamba_inner_fn', 'mamba_inner_fn', 'selective_scan_fn']
 __version__ = '2.2.2'
-__getattr__ = attributes_of(__name__)
+# transformers searches this module, and would take a placeholder for a function.
+__getattr__ = attributes_of(__name__, 'Mamba2', 'Mamba3', 'MambaLMHeadModel')

@@ -15,9 +15,9 @@ from mmvim.layers.fusion import Fusable, Parts, parts
 from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.mixer import mixer, serves
 
-from ..ops.triton.layer_norm import RMSNorm, layer_norm_fn
 from ..ops.triton.selective_state_update import selective_state_update
 from ..utils.generation import InferenceParams
+from . import block
 
 __all__ = ['Block', 'Mamba']
 __getattr__ = attributes_of(__name__)
@@ -354,19 +354,8 @@ class Mamba(Fusable):
         return states[self.layer_idx]
 
 
-class Block(nn.Module):
-    """Add the residual, normalise, mix, as in mamba_ssm 1.
-
-    Args:
-        dim: Channels.
-        mixer_cls: Makes the mixer from ``dim``.
-        norm_cls: Makes the norm from ``dim``.
-        fused_add_norm: Whether to add and to normalise in one call.
-        residual_in_fp32: Whether the residual stream is kept in float32.
-
-    Raises:
-        ValueError: With ``fused_add_norm``, if the norm is neither RMSNorm nor LayerNorm.
-    """
+class Block(block.Block):
+    """The block of mamba_ssm 1, without an MLP; see :class:`mamba_ssm.modules.block.Block`."""
 
     def __init__(
         self,
@@ -376,45 +365,4 @@ class Block(nn.Module):
         fused_add_norm: bool = False,
         residual_in_fp32: bool = False,
     ) -> None:
-        super().__init__()
-        self.residual_in_fp32 = residual_in_fp32
-        self.fused_add_norm = fused_add_norm
-        self.mixer = mixer_cls(dim)
-        self.norm = norm_cls(dim)
-        if fused_add_norm and not isinstance(self.norm, (nn.LayerNorm, RMSNorm)):
-            raise ValueError(
-                f'norm_cls={type(self.norm).__name__} does not go with fused_add_norm=True; '
-                'allowed: RMSNorm, LayerNorm'
-            )
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        residual: Tensor | None = None,
-        inference_params: InferenceParams | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mixer's output and the new residual, both (b, l, dim)."""
-        norm = self.norm
-        if self.fused_add_norm:
-            hidden_states, residual = layer_norm_fn(
-                hidden_states,
-                norm.weight,
-                norm.bias,
-                residual=residual,
-                eps=norm.eps,
-                prenorm=True,
-                residual_in_fp32=self.residual_in_fp32,
-                is_rms_norm=isinstance(norm, RMSNorm),
-            )
-        else:
-            residual = hidden_states if residual is None else hidden_states + residual
-            hidden_states = norm(residual.to(norm.weight.dtype))
-            if self.residual_in_fp32:
-                residual = as_compute_dtype(residual)
-        return self.mixer(hidden_states, inference_params=inference_params), residual
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """States of the mixer before the first step."""
-        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
+        super().__init__(dim, mixer_cls, nn.Identity, norm_cls, fused_add_norm, residual_in_fp32)

@@ -1,9 +1,13 @@
 """The selective scan, and whole Mamba mixers between the projections, channels before time."""
 
+import contextlib
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmvim.dropin import convolutions, scans
+from mmvim.dropin.norms import add_norm
 from mmvim.dropin.placeholders import attributes_of
 from mmvim.ops import _validation as check
 from mmvim.ops._library import compute_dtype
@@ -21,22 +25,10 @@ __all__ = [
     'selective_scan_ref',
 ]
 __getattr__ = attributes_of(__name__)
-
-
-def selective_scan_fn(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-    return_last_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Scan; arguments and results as for :func:`mmvim.ops.selective_scan_fn`."""
-    return scans.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+selective_scan_fn = scans.scan
+# Some code takes these two from here.
+with contextlib.suppress(ImportError):
+    from einops import rearrange, repeat  # noqa: F401
 
 
 def selective_scan_ref(
@@ -51,7 +43,14 @@ def selective_scan_ref(
     delta_softplus: bool = False,
     return_last_state: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`selective_scan_fn` in float32 (float64 for float64) whatever the dtypes."""
+    """:func:`selective_scan_fn` in float32 (float64 for float64) whatever the dtypes.
+
+    Args:
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state: As there.
+
+    Returns:
+        As there.
+    """
     check.check_activation('u', u, 'b d l')
     wide = compute_dtype(u.dtype)
     inputs = [
@@ -75,8 +74,13 @@ def _inputs(
     C: Tensor | None,
     B_proj_bias: Tensor | None,
     C_proj_bias: Tensor | None,
+    norm_weights: Sequence[Tensor | None] = (None, None, None),
+    norm_eps: float = 1e-6,
 ) -> tuple[Tensor, ...]:
-    """u, delta, B, C and z of the scan, (b, d, l) views of memory with channels last."""
+    """u, delta, B, C and z of the scan, (b, d, l) views of memory with channels last.
+
+    ``norm_weights`` are those of RMS norms of B, C and delta.
+    """
     check.check_activation('xz', xz, 'b 2d l')
     check.check_tensor('A', A)
     check.check_rank('A', A, 'd n')
@@ -98,18 +102,29 @@ def _inputs(
     rank = delta_proj_weight.shape[1]
     check.check_tensor('x_proj_weight', x_proj_weight)
     rows = rank + n * ((B is None) + (C is None))
-    check.check_shape('x_proj_weight', x_proj_weight, 'r + 2n, without given B and C', (rows, d))
+    check.check_shape('x_proj_weight', x_proj_weight, f'r+{rows - rank} d', (rows, d))
     low_rank = F.linear(u.transpose(1, 2), x_proj_weight)
-    delta = F.linear(low_rank[..., :rank], delta_proj_weight).transpose(1, 2)
-    if B is None:
-        B = _matrix(low_rank[..., rank : rank + n], B_proj_bias).to(u.dtype)
-    if C is None:
-        C = _matrix(low_rank[..., rows - n :], C_proj_bias).to(u.dtype)
-    return u, delta.to(u.dtype), B, C, z
-
-
-def _matrix(rows: Tensor, bias: Tensor | None) -> Tensor:
-    return (rows if bias is None else rows + bias.to(rows.dtype)).transpose(1, 2)
+    delta = F.linear(low_rank[..., :rank], delta_proj_weight)
+    made = []
+    for name, given, bias, rows_of, weight in (
+        ('b', B, B_proj_bias, low_rank[..., rank : rank + n], norm_weights[0]),
+        ('c', C, C_proj_bias, low_rank[..., rows - n :], norm_weights[1]),
+        ('dt', None, None, delta, norm_weights[2]),
+    ):
+        if given is not None:
+            if weight is not None:
+                raise ValueError(f'{name}_rms_weight does not go with a given {name.upper()}')
+            made.append(given)
+            continue
+        value = rows_of if bias is None else rows_of + bias.to(rows_of.dtype)
+        if weight is not None:
+            check.check_tensor(f'{name}_rms_weight', weight)
+            axis = 'd' if name == 'dt' else 'n'
+            check.check_shape(f'{name}_rms_weight', weight, axis, value.shape[-1:])
+            value = add_norm(value, weight, None, None, norm_eps, False, False, True)
+        made.append(value.transpose(1, 2).to(u.dtype))
+    B, C, delta = made
+    return u, delta, B, C, z
 
 
 def mamba_inner_fn_no_out_proj(
@@ -177,9 +192,9 @@ def mamba_inner_fn(
     C_proj_bias: Tensor | None = None,
     delta_softplus: bool = True,
     checkpoint_lvl: int = 1,
-    b_rms_weight: None = None,
-    c_rms_weight: None = None,
-    dt_rms_weight: None = None,
+    b_rms_weight: Tensor | None = None,
+    c_rms_weight: Tensor | None = None,
+    dt_rms_weight: Tensor | None = None,
     b_c_dt_rms_eps: float = 1e-6,
 ) -> Tensor:
     """:func:`mamba_inner_fn_no_out_proj` and out_proj.
@@ -188,23 +203,14 @@ def mamba_inner_fn(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias,
             B_proj_bias, C_proj_bias, delta_softplus, checkpoint_lvl: As there.
         out_proj_weight, out_proj_bias: (c, d) and (c,) or None.
-        b_rms_weight, c_rms_weight, dt_rms_weight: Must be None.
-        b_c_dt_rms_eps: No effect.
+        b_rms_weight, c_rms_weight, dt_rms_weight: Weights of RMS norms, (n,), (n,) and (d,), of
+            derived B and C and of delta before its bias.
+        b_c_dt_rms_eps: Added to their mean squares.
 
     Returns:
         (b, l, c).
     """
-    for name, value in (
-        ('b_rms_weight', b_rms_weight),
-        ('c_rms_weight', c_rms_weight),
-        ('dt_rms_weight', dt_rms_weight),
-    ):
-        if value is not None:
-            raise NotImplementedError(
-                f'{name} is not supported by mmvim.dropin: leave it out, or normalise in the '
-                'model and call selective_scan_fn'
-            )
-    y = mamba_inner_fn_no_out_proj(
+    u, delta, B, C, z = _inputs(
         xz,
         conv1d_weight,
         conv1d_bias,
@@ -213,12 +219,12 @@ def mamba_inner_fn(
         A,
         B,
         C,
-        D,
-        delta_bias,
         B_proj_bias,
         C_proj_bias,
-        delta_softplus,
+        (b_rms_weight, c_rms_weight, dt_rms_weight),
+        b_c_dt_rms_eps,
     )
+    y = scans.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, contiguous=False)
     return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
 

@@ -43,23 +43,24 @@ def selective_state_update(
         raise ValueError(
             f'state must have the axes (b, d, n) or (b, h, d, n), got shape {tuple(state.shape)}'
         )
+    axes = 'd' if state.dim() == 3 else 'h d'
     check.check_tensor('x', x)
-    check.check_shape('x', x, 'as state', (x.shape[0], *state.shape[1:-1]))
+    check.check_shape('x', x, f'b {axes}', (*x.shape[:1], *state.shape[1:-1]))
     for name, value in (('dt', dt), ('z', z)):
         if value is not None:
             check.check_tensor(name, value)
-            check.check_shape(name, value, 'as x', x.shape)
+            check.check_shape(name, value, f'b {axes}', x.shape)
     for name, value in (('D', D), ('dt_bias', dt_bias)):
         if value is not None:
             check.check_tensor(name, value)
-            check.check_shape(name, value, 'as state', state.shape[1:-1])
+            check.check_shape(name, value, axes, state.shape[1:-1])
     check.check_tensor('A', A)
     if A.is_complex():
         raise TypeError(
             f'A must be real, got {A.dtype}: complex states are not supported. '
             'Real ones are, such as A = -torch.exp(A_log)'
         )
-    check.check_shape('A', A, 'as state', state.shape[1:])
+    check.check_shape('A', A, f'{axes} n', state.shape[1:])
     for name, value in (('B', B), ('C', C)):
         check.check_tensor(name, value)
         check.check_rank(name, value, 'b n' if state.dim() == 3 else 'b g n')
@@ -83,7 +84,7 @@ def _step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, rows):
         skip,
         gate,
         bias,
-        delta_softplus=dt_softplus,
+        delta_softplus=check.as_flag('dt_softplus', dt_softplus),
         initial_state=before.reshape(b, -1, state.shape[-1]).to(wide),
         return_last_state=True,
         check_values=False,
