@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -135,7 +134,7 @@ def _load(
         wrapped._metadata = metadata
     token = fitting.set(load)
     try:
-        with _watched_loading(spared) as (fitted, left_out):
+        with _watched_loading(model, spared) as (fitted, left_out):
             outcome = model.load_state_dict(wrapped, strict=False)
     except (RuntimeError, ValueError) as error:
         reason = ' '.join(str(error).split())
@@ -154,30 +153,31 @@ def _load(
 
 
 @contextmanager
-def _watched_loading(spared: re.Pattern | None) -> Iterator[tuple[dict[str, Tensor], dict]]:
-    """Collect what each module receives, after all renaming and resizing, and what does not fit."""
-    load = nn.Module._load_from_state_dict
-    fitted: dict[str, Tensor] = {}
-    left_out: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+def _watched_loading(
+    model: nn.Module, spared: re.Pattern | None
+) -> Iterator[tuple[dict[str, Tensor], dict[str, tuple[Tensor, tuple[int, ...]]]]]:
+    """Collect what each module receives, after all renaming and resizing, and what is left out."""
+    fitted, left_out = {}, {}
 
-    def watched(self: nn.Module, state_dict: dict, prefix: str, *args: Any) -> None:
-        *_, errors = args
-        known = len(errors)
-        load(self, state_dict, prefix, *args)
-        for name, own in (*self._parameters.items(), *self._buffers.items()):
-            key = prefix + name
-            if key not in state_dict:
+    def watch(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
+        for name, own in (*module._parameters.items(), *module._buffers.items()):
+            key, saved = prefix + name, name not in module._non_persistent_buffers_set
+            if own is None or not saved or key not in state_dict:
                 continue
-            if spared is not None and spared.match(key):
-                misfit = f'size mismatch for {key}:'
-                if any(error.startswith(misfit) for error in errors[known:]):
-                    errors[known:] = [e for e in errors[known:] if not e.startswith(misfit)]
-                    left_out[key] = state_dict[key], tuple(own.shape)
-                    continue
-            fitted[key] = state_dict[key]
+            value, size = state_dict[key], tuple(own.shape)
+            if spared is not None and spared.match(key) and tuple(value.shape) != size:
+                left_out[key] = value, size
+                del state_dict[key]
+            else:
+                fitted[key] = value
 
-    with mock.patch.object(nn.Module, '_load_from_state_dict', watched):
+    # Called last, after what modules and their hooks do with a checkpoint.
+    handles = [module.register_load_state_dict_pre_hook(watch) for module in model.modules()]
+    try:
         yield fitted, left_out
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _report(

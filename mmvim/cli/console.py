@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from mmengine.device import get_device
@@ -46,7 +45,10 @@ class Console(Hook):
 
     @contextlib.contextmanager
     def watch(self) -> Iterator['Console']:
-        """Apply to all loggers of mmengine, also those that are made in the meantime."""
+        """Apply to all loggers of mmengine, also those that are made in the meantime.
+
+        A runner writes its config as soon as it has made its logger, before any hook can run.
+        """
         initialise = MMLogger.__init__
         streams: list[logging.StreamHandler] = []
 
@@ -63,10 +65,11 @@ class Console(Hook):
         for logger in list(MMLogger._instance_dict.values()):
             adopt(logger)
         self._streams = streams
+        MMLogger.__init__ = wrapped
         try:
-            with mock.patch.object(MMLogger, '__init__', wrapped):
-                yield self
+            yield self
         finally:
+            MMLogger.__init__ = initialise
             self._close()
             for handler in streams:
                 handler.removeFilter(self.shows)

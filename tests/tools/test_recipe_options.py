@@ -51,7 +51,7 @@ def test_gradient_checkpointing(classifier, monkeypatch):
     calls = []
     checkpoint = torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(
-        'mmvim.models.backbones.base.checkpoint',
+        'mmvim.layers.recomputation.checkpoint',
         lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs),
     )
     train(documented('model.backbone.with_cp=True'))

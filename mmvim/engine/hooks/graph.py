@@ -8,7 +8,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from mmengine.hooks import Hook
@@ -16,6 +15,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mmvim.layers.recomputation import recomputing_within
 from mmvim.registry import HOOKS
 
 from .compile import find_backbones
@@ -441,10 +441,11 @@ class _RecomputedRegions:
     """Random numbers for activation checkpointing within graphs.
 
     ``torch.utils.checkpoint`` reads and sets the state of the generator, so that a region draws the
-    same numbers when it is recomputed, and a capture allows neither. Here each region has two
-    generator states, one in each graph, both of which are set to the same start before a replay.
-    That start follows from the default generator, which advances in each step: a resumed run draws
-    the same numbers as an uninterrupted one.
+    same numbers when it is recomputed, and a capture allows neither. Here each block that
+    :func:`mmvim.layers.recomputation.recomputed` runs, a region, has two generator states, one in
+    each graph, both of which are set to the same start before a replay. That start follows from the
+    default generator, which advances in each step: a resumed run draws the same numbers as an
+    uninterrupted one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -456,13 +457,13 @@ class _RecomputedRegions:
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
         """Count the regions that run in this block."""
-        original, self.count = torch.utils.checkpoint.get_device_states, 0
+        self.count = 0
 
-        def get_device_states(*args: Any) -> tuple:
+        def contexts() -> tuple[contextlib.nullcontext, contextlib.nullcontext]:
             self.count += 1
-            return original(*args)
+            return contextlib.nullcontext(), contextlib.nullcontext()
 
-        with mock.patch('torch.utils.checkpoint.get_device_states', get_device_states):
+        with recomputing_within(contexts):
             yield
 
     def register(self, forward: torch.cuda.CUDAGraph, backward: torch.cuda.CUDAGraph) -> None:
@@ -477,26 +478,18 @@ class _RecomputedRegions:
     def recorded(self) -> Iterator[None]:
         """Make the regions captured in this block use their states."""
         original = self.default.graphsafe_get_state()
-        begun = iter(range(self.count))
-
-        def get_device_states(*args: Any) -> tuple[list, list]:
-            index = next(begun)
-            self.default.graphsafe_set_state(self.pairs[index][0].graphsafe_get_state())
-            # No device, so that nothing else touches its generator.
-            return [], [index]
-
-        def set_device_states(devices: list, states: list, **_: Any) -> None:
-            for index in states:
-                self.default.graphsafe_set_state(self.pairs[index][1].graphsafe_get_state())
-
+        pairs = iter(self.pairs)
         try:
-            with (
-                mock.patch('torch.utils.checkpoint.get_device_states', get_device_states),
-                mock.patch('torch.utils.checkpoint.set_device_states', set_device_states),
-            ):
+            with recomputing_within(lambda: tuple(map(self._drawing, next(pairs)))):
                 yield
         finally:
             self.default.graphsafe_set_state(original)
+
+    @contextlib.contextmanager
+    def _drawing(self, generator: torch.Generator) -> Iterator[None]:
+        """Draw from a region's state, after the region too, where its further numbers are new."""
+        self.default.graphsafe_set_state(generator.graphsafe_get_state())
+        yield
 
     def begin(self) -> tuple[int, int]:
         """Set the states of a forward pass and return the start of those of its backward pass."""

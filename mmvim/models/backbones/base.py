@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,9 +14,7 @@ import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.checkpoint import checkpoint
 
 from mmvim._checks import (
     check_choice,
@@ -50,10 +47,7 @@ from mmvim.layers import (
 )
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.layers.position import RESIZE_MODES
-
-# torch 2.6 compiles a recomputation that updates batch norm's statistics once more, 2.14 does not;
-# versions in between are not known.
-_COMPILED_KEEPS_BUFFERS = torch.__version__ >= (2, 14)
+from mmvim.layers.recomputation import recomputed
 
 
 @dataclass(frozen=True)
@@ -738,37 +732,3 @@ class PlainBackbone(Backbone):
 def _save_grid(module: PlainBackbone, state_dict: dict, prefix: str, local_metadata: dict) -> None:
     """Write the grid of the position embedding into a checkpoint's metadata."""
     local_metadata['pos_grid'] = list(module.grid)
-
-
-def recomputed(block: nn.Module, *args: Any) -> Any:
-    """Run a block, and rerun it in the backward pass instead of keeping its intermediates.
-
-    The running statistics of batch norms count each batch once.
-    """
-    if not torch.is_grad_enabled():
-        return block(*args)
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        return checkpoint(block, *args, use_reentrant=False)
-    if torch.compiler.is_compiling():  # which accepts no context_fn
-        keeps = _COMPILED_KEEPS_BUFFERS
-        return checkpoint(block, *args, use_reentrant=False) if keeps else block(*args)
-    return checkpoint(
-        block,
-        *args,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(norms)),
-    )
-
-
-@contextlib.contextmanager
-def _statistics_kept(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Keep a block's second pass from counting its batch twice in the running statistics."""
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -27,8 +27,9 @@ from mmvim.layers import (
 )
 from mmvim.layers.fusion import Fusable, parts
 from mmvim.layers.patch_embed import to_2tuple
+from mmvim.layers.recomputation import recomputed
 
-from .base import Backbone, TokenLayout, recomputed
+from .base import Backbone, TokenLayout
 
 _NUM_STAGES = 4
 _NUM_CONV_STAGES = 2

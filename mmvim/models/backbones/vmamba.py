@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from mmvim._checks import check_choice, check_number, check_positive
 from mmvim.checkpoints.keys import keys_under, rename_keys
 from mmvim.layers import SS2D, DropPath, Mlp
+from mmvim.layers.recomputation import recomputed
 
-from .base import Backbone, TokenLayout, recomputed
+from .base import Backbone, TokenLayout
 
 # Other names of official files; the first ones are those of the first release.
 _RENAMED = (
