@@ -1,5 +1,6 @@
 """Shared pytest configuration: GPU tests are skipped where there is no CUDA device."""
 
+import gc
 import os
 import random
 import sys
@@ -24,6 +25,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if 'gpu' in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def no_collection_of_modules():
+    """Spare the garbage collector what is imported: mmengine calls it for each data set."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -160,8 +160,11 @@ def _map(node: Any, data: MiniatureData, key: str = '') -> Any:
     if key == 'window_sizes' and isinstance(node, int):
         return math.ceil(node / 8)
     # An untrained detector is sure of nothing: without these limits it has no detections to
-    # evaluate, or hundreds of thousands. And a box head is mostly one matrix.
-    limits = dict(score_thr=0.0, nms_pre=100, max_per_img=50, num=32, fc_out_channels=64)
+    # evaluate, or hundreds of thousands. And heads take most of the time of a run.
+    limits = dict(
+        score_thr=0.0, nms_pre=100, max_per_img=10, num=16,
+        fc_out_channels=64, conv_out_channels=16, channels=16,
+    )  # fmt: skip
     if key in limits and isinstance(node, int | float):
         return min(node, limits[key])
     return node

@@ -77,11 +77,10 @@ def toy(tmp_path, monkeypatch) -> Path:
     (tmp_path / 'config.py').write_text(CONFIG.format(root=str(root)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(HERE))
-    # Each of these takes longer than the training: asking compilers for their versions, formatting
-    # the logged config, and the collection of garbage for each data set.
+    # Both take longer than the training: asking compilers for their versions, and formatting the
+    # logged config.
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
     monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, False))
-    monkeypatch.setattr('gc.collect', lambda *_: 0)
     # Runners that start in the same second would share a logger.
     setup_env = Runner.setup_env
 
