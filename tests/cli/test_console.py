@@ -1,10 +1,12 @@
 """One screen on the terminal, everything in the log file."""
 
+import contextlib
 import os
-import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import forks
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
@@ -24,14 +26,8 @@ NOISE = (
 )
 
 
-def run(script: str, *args: object, **options) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / 'tools' / script), *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        **options,
-    )
+def run(script: str, *args: object, cwd: Path, **options):
+    done = forks.run_script(ROOT / 'tools' / script, *args, cwd=cwd, **options)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -48,7 +44,7 @@ def test_one_screen(scope, tmp_path):
     options = ('train_dataloader.pin_memory=True', 'val_dataloader.pin_memory=True')
     if scope == 'mmpretrain':
         options += ('train_dataloader.collate_fn.type=default_collate',)
-    done = run('train.py', config, '--work-dir', work, '--cfg-options', *options)
+    done = run('train.py', config, '--work-dir', work, '--cfg-options', *options, cwd=tmp_path)
     lines = (done.stdout + done.stderr).splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith('  config'))
     assert start < SCREEN
@@ -75,11 +71,15 @@ def test_one_screen(scope, tmp_path):
     assert 'Epoch(val) [0][4/4]' in done.stdout or scope == 'mmpretrain'
     if scope != 'mmseg':
         return
-    tested = run('test.py', config, work / 'iter_1.pth', '--work-dir', tmp_path / 'test')
+    tested = run(
+        'test.py', config, work / 'iter_1.pth', '--work-dir', tmp_path / 'test', cwd=tmp_path
+    )
     assert len(tested.stdout.splitlines()) < SCREEN
     assert 'mIoU' in tested.stdout.splitlines()[-1]
     assert 'Config:' in log_of(tmp_path / 'test')
-    verbose = run('train.py', config, '--work-dir', tmp_path / 'v', '--verbose').stdout
+    verbose = run(
+        'train.py', config, '--work-dir', tmp_path / 'v', '--verbose', cwd=tmp_path
+    ).stdout
     assert 'Config:' in verbose
     assert 'Hooks will be executed' in verbose
 
@@ -87,15 +87,17 @@ def test_one_screen(scope, tmp_path):
 def test_what_is_known_about_a_run(tmp_path):
     task_configs.write(tmp_path, 'mmpretrain')
     config, work = tmp_path / 'config.py', tmp_path / 'work'
-    run('train.py', config, '--work-dir', work)
+    run('train.py', config, '--work-dir', work, cwd=tmp_path)
     options = ('--amp', '--resume', '--cfg-options', 'train_cfg.max_iters=2')
-    again = run('train.py', config, '--work-dir', work, *options).stdout
+    again = run('train.py', config, '--work-dir', work, *options, cwd=tmp_path).stdout
     assert 'start       resumed at epoch 0, iteration 1' in again
     assert 'precision   mixed, bfloat16' in again
     assert 'There is no GPU: mixed precision is bfloat16' in again
     frozen = ('--cfg-options', f'load_from={work / "iter_1.pth"}', 'model.backbone.frozen_stages=0')
     env = {**os.environ, 'MMVIM_BACKEND': 'torch'}
-    tuned = run('train.py', config, '--work-dir', tmp_path / 'w2', *frozen, env=env).stdout
+    tuned = run(
+        'train.py', config, '--work-dir', tmp_path / 'w2', *frozen, cwd=tmp_path, env=env
+    ).stdout
     assert f'weights of {work / "iter_1.pth"}' in tuned
     assert 'M of them trained' in tuned
     assert 'operators   PyTorch' in tuned
@@ -107,24 +109,22 @@ def test_bars_on_a_terminal(tmp_path):
 
     task_configs.write(tmp_path, 'mmpretrain')
     main, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, ROOT / 'tools/train.py', tmp_path / 'config.py', '--work-dir', tmp_path],
-        stdout=terminal,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '100'},
-    )
-    os.close(terminal)
+    arguments = (tmp_path / 'config.py', '--work-dir', tmp_path)
+    env = {**os.environ, 'TERM': 'xterm', 'COLUMNS': '100'}
     shown = b''
-    while True:
-        try:
-            part = os.read(main, 4096)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
+
+    def read():
+        nonlocal shown
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(main, 4096):
+                shown += part
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    run('train.py', *arguments, cwd=tmp_path, env=env, terminal=os.ttyname(terminal))
+    os.close(terminal)
+    reader.join()
     os.close(main)
-    assert process.wait() == 0
     shown = shown.decode()
     assert 'training' in shown.partition('  config')[2]
     assert '━' in shown
