@@ -41,6 +41,11 @@ def run_script(script: Path, *args: object, **options) -> CompletedProcess:
     return call(_run, str(script), *map(str, args), **options)
 
 
+def run_code(code: str, **options) -> CompletedProcess:
+    """Run ``python -c code``; options are those of :func:`call`."""
+    return call(exec, code, {'__name__': '__main__'}, **options)
+
+
 def _redirected(function, args, cwd, env, out, err):
     for number, (name, path) in enumerate((('stdout', out), ('stderr', err)), start=1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,11 +1,11 @@
 """Every public name works when it is the first thing that a process asks of mmvim."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 from mmvim import _names
@@ -32,22 +32,20 @@ ARGUMENTS = {
 
 # Each request is answered by a fork of a process that has not imported mmvim.
 SERVER = """
-import importlib, json, os, sys, traceback
+import importlib, os, sys, traceback
 import mmengine.runner, torch, torchvision
 from mmengine.registry import MODELS, DefaultScope
 
 assert not any(name.startswith('mmvim') for name in sys.modules)
-for line in sys.stdin:
-    kind, name, module, scope, arguments = json.loads(line)
-    sys.stdout.flush()
+for kind, name, module, scope, arguments in {requests!r}:
     child = os.fork()
     if child == 0:
         try:
             if scope:
                 DefaultScope.get_instance('first', scope_name=scope)
             if kind == 'import':
-                scratch = {}
-                exec(f'from {module} import {name}', scratch)
+                scratch = {{}}
+                exec(f'from {{module}} import {{name}}', scratch)
                 found = scratch[name]
             elif kind == 'get':
                 import mmvim
@@ -66,15 +64,8 @@ for line in sys.stdin:
 
 
 def ask(*requests):
-    done = subprocess.run(
-        [sys.executable, '-c', SERVER],
-        input='\n'.join(map(json.dumps, requests)),
-        capture_output=True,
-        text=True,
-        env={**os.environ, 'PYTHONPATH': str(REPO)},
-        cwd='/',
-        check=True,
-    )
+    done = forks.run_code(SERVER.format(requests=requests), cwd=Path('/'))
+    assert done.returncode == 0, done.stderr
     return [line for line in done.stdout.splitlines() if 'mmvim' in line or 'Error' in line]
 
 

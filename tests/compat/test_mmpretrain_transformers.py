@@ -1,16 +1,11 @@
 """mmpretrain imports beside a transformers 5 (a stand-in whose modules cannot be imported)."""
 
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
+import forks
 import pytest
 
 from mmvim.compat import mmpretrain_transformers as shim
-
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 def add_transformers(folder, version):
@@ -25,7 +20,10 @@ def test_mmpretrain_imports(tmp_path):
     pytest.importorskip('mmpretrain.version')
     pytest.importorskip('pycocotools')
     add_transformers(tmp_path, '5.0.0')
-    code = """
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+assert 'transformers' not in sys.modules
 import mmvim
 from mmpretrain.utils import dependency
 assert dependency.satisfy_requirement('transformers>=4.28.0')
@@ -38,10 +36,7 @@ try:
 except ImportError as error:
     print(error)
 """
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(tmp_path), str(REPOSITORY)])}
-    done = subprocess.run(
-        [sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=False
-    )
+    done = forks.run_code(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     message = "mmpretrain's Blip2Caption does not work with transformers 5.0.0: pip install "
     assert message in done.stdout
