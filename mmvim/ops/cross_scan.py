@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _validation as check
+from . import extension
 from ._autocast import autocast_dtype, to_activation, to_parameter
-from ._library import compute_dtype, define
+from ._library import compute_dtype, define, define_compiled
 from .backend import resolve
-from .discretization import DISCRETIZATIONS
+from .discretization import DISCRETIZATIONS, TWO_TAP
 from .selective_scan import checkpoint_interval
 from .selective_scan_torch import checkpoint_shape
 
@@ -80,8 +81,10 @@ def cross_scan(
     check.check_flag('delta_softplus', delta_softplus)
     if discretization not in DISCRETIZATIONS:
         raise ValueError(f'discretization must be one of {DISCRETIZATIONS}, got {discretization!r}')
-    # Where it has no kernel of its own, it runs on those of the selective scan.
     ops = resolve(backend, 'selective_scan', x)
+    interval = checkpoint_interval(x, delta, delta_weight, A, B, C, D, delta_bias)
+    if interval:
+        interval = _round_steps(ops, x, delta_weight, A, numbers, discretization) or interval
     return ops.cross_scan(
         x,
         delta,
@@ -94,7 +97,7 @@ def cross_scan(
         numbers,
         delta_softplus,
         discretization,
-        checkpoint_interval(x, delta, delta_weight, A, B, C, D, delta_bias),
+        interval,
     )[0]
 
 
@@ -144,6 +147,37 @@ def _check(x, delta, A, B, C, D, delta_bias, delta_weight, k):
             check.check_device(name, value, 'x', x.device)
             if name != 'delta_weight':
                 check.check_dtype(name, value, wide, why=why)
+
+
+def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
+    return extension.supports('cross_scan_fused', device_type, dtype)
+
+
+# As of backend._compiled: constant while a graph lives.
+_has_kernels._dynamo_marked_constant = True
+
+
+def _round_steps(ops, x, delta_weight, A, routes, discretization) -> int:
+    """Steps between checkpoints of the kernels that take all routes at once; 0 where they do not.
+
+    Those read the map where it lies and sum in float32 on the way. They do not cover the two-tap
+    methods, more states, routes and ranks than these, float64 on CUDA, and devices other than CUDA:
+    there each route is a selective scan of a copy.
+    """
+    covered = (
+        ops is torch.ops.mmvim
+        and discretization not in TWO_TAP
+        and A.shape[2] <= 4
+        and len(routes) <= 16
+        and (delta_weight is None or 1 <= delta_weight.shape[2] <= 128)
+        and _has_kernels(x.device.type, x.dtype)
+    )
+    if not covered:
+        return 0
+    # A warp of 32 steps keeps the columns of Δ, B and C in shared memory.
+    columns = 2 * A.shape[2] + (0 if delta_weight is None else delta_weight.shape[2])
+    most = 16 if discretization == 'zoh' and A.shape[2] == 1 else 8
+    return 32 * max(1, min(most, 448 // columns))
 
 
 def _sequence(x: Tensor, route: int) -> Tensor:
@@ -199,6 +233,12 @@ def _forward(
     discretization,
     interval,
 ):
+    steps = _round_steps(ops, x, delta_weight, A, routes, discretization)
+    if steps and interval in (0, steps):
+        tensors = x, delta, delta_weight, A, B, C, D, delta_bias
+        return ops.cross_scan_fused(
+            *tensors, routes, delta_softplus, discretization, steps, interval > 0
+        )
     scans = _Scans(x, delta, delta_weight, A, B, C, D, delta_bias, routes)
     sums: dict[int, Tensor] = {}
     kept = []
@@ -251,6 +291,11 @@ def _backward(
     discretization,
     interval,
 ):
+    if interval and interval == _round_steps(ops, x, delta_weight, A, routes, discretization):
+        tensors = x, delta, delta_weight, A, B, C, D, delta_bias, checkpoints
+        return ops.cross_scan_fused_backward(
+            grad_out, *tensors, routes, delta_softplus, discretization, interval
+        )
     scans = _Scans(x, delta, delta_weight, A, B, C, D, delta_bias, routes)
     grad_out = grad_out.to(scans.dtype)
     grads = {order: _sequence(grad_out, order) for order in scans.u}
@@ -328,15 +373,34 @@ def _autograd(ops, ctx, grad_out, _):
     )
 
 
+def _fused_fake(*inputs):
+    *tensors, round_steps, keep = inputs
+    return _forward_fake(*tensors, round_steps if keep else 0)
+
+
 _INPUTS = (
     'Tensor x, Tensor delta, Tensor? delta_weight, Tensor A, Tensor B, Tensor C, Tensor? D, '
     'Tensor? delta_bias'
 )
-_OPTIONS = 'int[] routes, bool delta_softplus, str discretization, int checkpoint_interval'
+_METHOD = 'int[] routes, bool delta_softplus, str discretization'
+_OPTIONS = f'{_METHOD}, int checkpoint_interval'
+_GRADIENTS = (
+    '(Tensor dx, Tensor ddelta, Tensor ddelta_weight, Tensor dA, Tensor dB, Tensor dC, Tensor dD, '
+    'Tensor ddelta_bias)'
+)
+define_compiled(
+    f'cross_scan_fused_backward(Tensor grad_out, {_INPUTS}, Tensor checkpoints, {_METHOD}, '
+    f'int round_steps) -> {_GRADIENTS}',
+    _backward_fake,
+)
+define_compiled(
+    f'cross_scan_fused({_INPUTS}, {_METHOD}, int round_steps, bool keep_checkpoints) '
+    '-> (Tensor out, Tensor checkpoints)',
+    _fused_fake,
+)
 define(
     f'cross_scan_backward(Tensor grad_out, {_INPUTS}, Tensor checkpoints, {_OPTIONS}) -> '
-    '(Tensor dx, Tensor ddelta, Tensor ddelta_weight, Tensor dA, Tensor dB, Tensor dC, Tensor dD, '
-    'Tensor ddelta_bias)',
+    f'{_GRADIENTS}',
     _backward,
     _backward_fake,
     composite=True,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ops_support import assert_error_bounded, cross_scan_inputs, gradients, need, randn
 
-from mmvim.ops import DISCRETIZATIONS, ROUTES, cross_scan, reference, selective_scan
+from mmvim.ops import DISCRETIZATIONS, ROUTES, cross_scan, extension, reference, selective_scan
 
 SUBSETS = [s for k in (1, 2, 3) for s in itertools.combinations(ROUTES, k)]
 REPEATED = ('rows', 'rows', 'rows_reversed', 'rows_reversed')
@@ -49,6 +49,48 @@ def test_sizes_states_dtypes(backend, device, size, n, rank, dtype):
     need(backend, 'selective_scan', device, torch.promote_types(dtype, torch.float32))
     tensors = cross_scan_inputs(2, *size, 7, n, 4, rank, dtype=dtype, device=device)
     compare(tensors, delta_softplus=True)
+
+
+@pytest.mark.parametrize(
+    ('size', 'd', 'n'), [((33, 17), 18, 1), ((40, 41), 6, 1), ((23, 27), 6, 2)], ids=str
+)
+def test_several_rounds(backend, device, size, d, n):
+    need(backend, 'selective_scan', device, torch.float32)
+    tensors = cross_scan_inputs(1, *size, d, n, 4, 6, dtype=torch.float32, device=device)
+    compare(tensors, delta_softplus=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('method', DISCRETIZATIONS)
+@pytest.mark.parametrize('n', [1, 3])
+def test_methods_in_low_precision(backend, device, method, n, dtype):
+    need(backend, 'selective_scan', device, dtype)
+    tensors = cross_scan_inputs(1, 6, 7, 5, n, 2, 3, dtype=dtype, device=device)
+    compare(tensors, delta_softplus=True, discretization=method, routes=ROUTES[1::2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ('shape', 'n', 'rank'),
+    [((2, 120, 90, 40), 1, 6), ((1, 256, 256, 16), 1, None), ((1, 90, 64, 24), 16, 5),
+     ((3, 56, 56, 96), 1, 6), ((70, 14, 14, 65), 2, 4), ((2, 7, 7, 768), 1, 48)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_maps_of_models(shape, n, rank, dtype):
+    """Against the PyTorch path in float64, on the GPU, in the Euclidean norm."""
+    assert extension.supports('cross_scan_fused', 'cuda', dtype)
+    tensors = cross_scan_inputs(*shape, n, 4, rank, dtype=dtype, device='cuda')
+    results = [
+        run({k: v.to(t) for k, v in tensors.items()}, delta_softplus=True, backend=b)
+        if b == 'torch'
+        else run(tensors, delta_softplus=True, backend=b)
+        for b, t in (('compiled', dtype), ('torch', torch.float64))
+    ]
+    limit = 2e-6 if dtype == torch.float32 else 3e-3
+    for name, one, two in zip(('out', *tensors), *results, strict=True):
+        error = (one.double() - two).norm() / two.norm()
+        assert error < limit, f'{name}: {error:.1e}'
 
 
 @pytest.mark.parametrize('routes', [*SUBSETS, ROUTES[::-1], REPEATED], ids='-'.join)

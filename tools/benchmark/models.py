@@ -26,7 +26,9 @@ what it has measured, for --read to draw.
 Peers are other packages' models, measured in the same run when they can be imported:
 `mambavision` (the official package, which needs `mamba_ssm`; `--peer-path` adds folders to the
 import path), `timm` models of similar size, and for inference on a CPU `mambapy`'s bidirectional
-stack and our model on `mamba_ssm`'s reference scan (`mamba_ssm_ref`).
+stack and our model on `mamba_ssm`'s reference scan (`mamba_ssm_ref`). `mamba_ssm` is VMamba in the
+steps that its authors document, on `mamba_ssm`'s kernels (tools/benchmark/cross_scan.py); where a
+package has two peers of a model, `timm-convnext` is the second.
 """
 
 import argparse
@@ -113,6 +115,34 @@ def _official_mambavision(name: str) -> Builder:
     return lambda _: importlib.import_module('mambavision').create_model(name, pretrained=False)
 
 
+def _vmamba(arch: str, features: int) -> Builder:
+    def build(_: int) -> nn.Module:
+        model = Classifier(mmvim.VMamba(arch=arch, drop_path_rate=0.0), features)
+        return model.to(memory_format=torch.channels_last)
+
+    return build
+
+
+def _vmamba_on_mamba_ssm(arch: str, features: int) -> Builder:
+    """The same model, whose SS2D layers copy the map, in channels-first layout."""
+
+    def build(_: int) -> nn.Module:
+        from cross_scan import MambaSsmScan, OnMambaSsm
+
+        MambaSsmScan.module = importlib.import_module('selective_scan_cuda')
+        model = Classifier(mmvim.VMamba(arch=arch, drop_path_rate=0.0), features)
+        for layer in model.modules():
+            if isinstance(layer, mmvim.layers.SS2D):
+                layer.__class__ = OnMambaSsm
+        return model
+
+    return build
+
+
+def _convnext(name: str) -> Builder:
+    return lambda _: importlib.import_module('timm').create_model(name, pretrained=False)
+
+
 def _timm(name: str) -> Builder:
     return lambda side: importlib.import_module('timm').create_model(
         name, pretrained=False, img_size=side
@@ -181,6 +211,10 @@ def _on_reference_scan(build: Builder) -> Builder:
 
 
 IMAGE = (3, 224, 224)
+VMAMBA = {
+    't': ('tiny', 768), 't-s2l5': ('tiny-s2l5', 768), 's': ('small', 768), 'b': ('base', 1024),
+    'vanilla-t': ('vanilla-tiny', 768),
+}  # fmt: skip
 MODELS = {
     'vim-t': Case(_vim('tiny', 192), 128, IMAGE, config='vim/vim-tiny_8xb128_in1k'),
     'vim-s': Case(_vim('small', 384), 128, IMAGE, config='vim/vim-small_8xb64_in1k'),
@@ -200,6 +234,11 @@ MODELS = {
     'mambavision-b': Case(
         _mambavision('base', 1024), 128, IMAGE, True, 'mambavision/mambavision-base_32xb128_in1k'
     ),
+    **{
+        f'vmamba-{name}': Case(_vmamba(arch, features), 128, IMAGE)
+        for name, (arch, features) in VMAMBA.items()
+    },
+    'vmamba-t-1024': Case(_vmamba('tiny', 768), 2, (3, 1024, 1024)),
     'mask-rcnn-vim-t': Case(
         None, 2, (3, 1024, 1024), config='vim/mask-rcnn_vim-tiny_simplefpn_1x_coco'
     ),
@@ -227,7 +266,17 @@ PEERS = {
     },
     'mambapy': {'vim-t': _mambapy(192, 24)},
     'mamba_ssm_ref': {'vim-t': _on_reference_scan(_vim('tiny', 192))},
+    'mamba_ssm': {
+        **{
+            f'vmamba-{name}': _vmamba_on_mamba_ssm(arch, features)
+            for name, (arch, features) in VMAMBA.items()
+        },
+        'vmamba-t-1024': _vmamba_on_mamba_ssm('tiny', 768),
+    },
+    'timm-convnext': {'vmamba-t': _convnext('convnext_tiny')},
     'timm': {
+        'vmamba-t': _timm('swin_tiny_patch4_window7_224'),
+        'vmamba-t-1024': _timm('swin_tiny_patch4_window7_224'),
         'vim-t': _timm('deit_tiny_patch16_224'),
         'vim-s': _timm('deit_small_patch16_224'),
         'vim-b': _timm('deit_base_patch16_224'),
@@ -567,7 +616,7 @@ def draw(args: argparse.Namespace) -> int:
 
 # Parts of a step by names of kernels; the first that matches counts.
 PARTS = {
-    'scan': r'mmvim::scan|selective_scan',
+    'scan': r'mmvim::scan|selective_scan|mmvim::cross',
     'convolution': r'mmvim::conv|conv|implicit_gemm|wgrad|dgrad',
     'attention': r'sdpa|flash|fmha',
     'norm': r'norm',
