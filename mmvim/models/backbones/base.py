@@ -1,4 +1,4 @@
-"""Base classes: one for every backbone, one for plain stacks of Mamba blocks."""
+"""Base classes: of every backbone, of hierarchical ones, and of plain stacks of Mamba blocks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -412,6 +412,132 @@ class Backbone(BaseModule):
         )
         if depths != self.depths:
             self._reject(f'its depths are {depths}')
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, and the downsampling after them, which the owner calls.
+
+    Args:
+        blocks (Sequence[nn.Module]): From a map, or its tokens, to the same shape.
+        downsample (nn.Module, optional): None after the last stage.
+        with_cp (bool): Whether to recompute blocks in the backward pass.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], downsample: nn.Module | None, with_cp: bool
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks, without the downsampling."""
+        for block in self.blocks:
+            x = recomputed(block, x) if self.with_cp and self.training else block(x)
+        return x
+
+
+class HierarchicalBackbone(Backbone):
+    """Base of backbones of stages, each with half the rows and columns of the one before it.
+
+    A subclass builds ``patch_embed`` and a list of :class:`Stage`, whose blocks have the rates
+    :meth:`_drop_path_rates`, and calls :meth:`_finish` with its norms. Stage ``i`` has
+    ``embed_dims[i]`` channels, and :attr:`arch_optional` a ``drop_path_rate``.
+
+    Arguments are those of :class:`Backbone`, and:
+
+    Args:
+        in_channels (int): Channels of the image.
+        drop_path_rate (float, optional): Largest stochastic-depth rate; None means that of the
+            arch.
+    """
+
+    OUT_TYPES = ('avg_featmap', 'featmap')
+    # Whether maps are (batch, rows, columns, channels) inside.
+    _channels_last = False
+
+    def __init__(
+        self, arch: str | dict, in_channels: int, drop_path_rate: float | None, **common: Any
+    ) -> None:
+        super().__init__(arch, **common)
+        check_positive(in_channels=in_channels)
+        if drop_path_rate is None:
+            drop_path_rate = self.arch['drop_path_rate']
+        check_number('drop_path_rate', drop_path_rate, 0, 1)
+        self.in_channels = in_channels
+        self.drop_path_rate = drop_path_rate
+        self.embed_dims = [self.arch['embed_dims'] * 2**i for i in range(self.num_stages)]
+
+    def _parse_arch(self, arch: str | dict) -> dict:
+        arch = super()._parse_arch(arch)
+        check_number("arch['drop_path_rate']", arch['drop_path_rate'], 0, 1)
+        return arch
+
+    def _drop_path_rates(self) -> Iterator[float]:
+        """The rates of all blocks, from 0 linearly to the largest."""
+        last = max(sum(self.depths) - 1, 1)
+        return iter([self.drop_path_rate * i / last for i in range(last + 1)])
+
+    def _finish(
+        self, final: Callable[[int], nn.Module], separate: Callable[[int], nn.Module]
+    ) -> None:
+        """Build the norms of ``out_norm``, initialise linear layers, apply ``frozen_stages``.
+
+        Args:
+            final: Makes the norm of the last stage from its channels.
+            separate: Makes the norm of one of several outputs from its channels.
+        """
+        if self.out_norm == 'final':
+            self.norm = final(self.embed_dims[-1])
+        elif self.out_norm == 'separate':
+            for i in self.out_indices:
+                self.add_module(f'outnorm{i}', separate(self.embed_dims[i]))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        super()._finish()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the features.
+
+        Args:
+            x (Tensor): (batch, in_channels, height, width).
+
+        Returns:
+            tuple[Tensor, ...]: One output of kind ``out_type`` for each of ``out_indices``.
+
+        Raises:
+            ValueError: If the shape is wrong.
+        """
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'images must be (batch, {self.in_channels}, height, width), got {tuple(x.shape)}'
+            )
+        x = self.patch_embed(x)
+        stages, outputs = getattr(self, self._stages), []
+        for i in range(self.out_indices[-1] + 1):
+            if i:
+                x = stages[i - 1].downsample(x)
+            x = stages[i](x)
+            if i in self.out_indices:
+                outputs.append(self._output(i, x))
+        return tuple(outputs)
+
+    def _output(self, index: int, x: Tensor) -> Tensor:
+        if self.out_norm == 'separate':
+            x = getattr(self, f'outnorm{index}')(x)
+        elif self.out_norm == 'final' and index == self.num_stages - 1:
+            x = self.norm(x)
+        if self.out_type == 'featmap':
+            return x.permute(0, 3, 1, 2) if self._channels_last else x
+        return x.mean((1, 2) if self._channels_last else (2, 3))
+
+    def _is_dropped(self, key: str) -> bool:
+        unwanted = self.out_norm != 'final' and key.startswith('norm.')
+        return unwanted or super()._is_dropped(key)
 
 
 class PlainBackbone(Backbone):

@@ -27,9 +27,8 @@ from mmvim.layers import (
 )
 from mmvim.layers.fusion import Fusable, parts
 from mmvim.layers.patch_embed import to_2tuple
-from mmvim.layers.recomputation import recomputed
 
-from .base import Backbone, TokenLayout
+from .base import HierarchicalBackbone, Stage, TokenLayout
 
 _NUM_STAGES = 4
 _NUM_CONV_STAGES = 2
@@ -53,7 +52,6 @@ class Stem(nn.Module):
 
     def __init__(self, in_channels: int, stem_dims: int, embed_dims: int) -> None:
         super().__init__()
-        self.in_channels = in_channels
         self.conv_down = nn.Sequential(
             _conv3x3(in_channels, stem_dims, stride=2),
             nn.BatchNorm2d(stem_dims, eps=1e-4),
@@ -65,10 +63,6 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed images (batch, in_channels, height, width)."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f'images must be (batch, {self.in_channels}, height, width), got {tuple(x.shape)}'
-            )
         return self.conv_down(x)
 
 
@@ -169,48 +163,35 @@ class TokenBlock(nn.Module):
         return x + self.drop_path(out if self.gamma_2 is None else out * self.gamma_2)
 
 
-class Stage(nn.Module):
-    """Blocks of one resolution, and the downsampling after them, which the owner calls.
+class WindowedStage(Stage):
+    """A stage of tokens, window by window.
+
+    Arguments are those of :class:`Stage`, and:
 
     Args:
-        blocks (Sequence[nn.Module]): :class:`ConvBlock` or :class:`TokenBlock`.
-        downsample (nn.Module, optional): None after the last stage.
-        windowed (bool): Whether the blocks take tokens, window by window.
         window (tuple, optional): Rows and columns of a window. None: the whole map is one window,
             whatever its size.
-        with_cp (bool): Whether to recompute blocks in the backward pass.
     """
 
     def __init__(
         self,
         blocks: Sequence[nn.Module],
         downsample: nn.Module | None,
-        windowed: bool,
-        window: Window,
         with_cp: bool,
+        window: Window,
     ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-        self.windowed = windowed
+        super().__init__(blocks, downsample, with_cp)
         self.window = window
-        self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (batch, dim, height, width), without the downsampling."""
-        if not self.windowed:
-            return self._run(x)
         batch, _, *size = x.shape
         window = self.window or tuple(size)
-        return window_reverse(self._run(window_partition(x, window)), window, batch, tuple(size))
-
-    def _run(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = recomputed(block, x) if self.with_cp and self.training else block(x)
-        return x
+        tokens = super().forward(window_partition(x, window))
+        return window_reverse(tokens, window, batch, tuple(size))
 
 
-class MambaVision(Backbone):
+class MambaVision(HierarchicalBackbone):
     """MambaVision backbone.
 
     A convolutional stem, two stages of convolutions and two stages of tokens, in which the first
@@ -318,7 +299,6 @@ class MambaVision(Backbone):
         'window_sizes': (14, 7), 'mlp_ratio': 4, 'drop_path_rate': 0.0, 'layer_scale': None,
         'd_state': 8, 'd_conv': 3, 'expand': 1,
     }  # fmt: skip
-    OUT_TYPES = ('avg_featmap', 'featmap')
     _stages = 'levels'
     _block_parameter = 'norm1.weight'
 
@@ -344,6 +324,8 @@ class MambaVision(Backbone):
     ) -> None:
         super().__init__(
             arch,
+            in_channels,
+            drop_path_rate,
             out_type=out_type,
             out_indices=out_indices,
             out_norm=out_norm,
@@ -352,26 +334,20 @@ class MambaVision(Backbone):
             adapt_channels=adapt_channels,
             init_cfg=init_cfg,
         )
-        check_positive(in_channels=in_channels)
         check_flags(double_dt_bias=double_dt_bias)
         if layer_scale == 'auto':
             layer_scale = self.arch['layer_scale']
-        if drop_path_rate is None:
-            drop_path_rate = self.arch['drop_path_rate']
-        check_number('drop_path_rate', drop_path_rate, 0, 1)
         for name, value in (('layer_scale', layer_scale), ('layer_scale_conv', layer_scale_conv)):
             if isinstance(value, bool) or not isinstance(value, int | float | None):
                 raise ValueError(f'{name}={value!r} must be a number or None')
         if window_sizes is None:
             window_sizes = self.arch['window_sizes']
         self.window_sizes = self._parse_windows(window_sizes)
-        self.embed_dims = [self.arch['embed_dims'] * 2**i for i in range(_NUM_STAGES)]
         self.layer_scale = layer_scale
         self.double_dt_bias = double_dt_bias
 
         self.patch_embed = Stem(in_channels, self.arch['stem_dims'], self.embed_dims[0])
-        last = max(sum(self.depths) - 1, 1)
-        rates = iter([drop_path_rate * i / last for i in range(last + 1)])
+        rates = self._drop_path_rates()
         mixer = {key: self.arch[key] for key in ('d_state', 'd_conv', 'expand')}
         mixer.update(
             double_dt_bias=double_dt_bias,
@@ -381,43 +357,24 @@ class MambaVision(Backbone):
         )
         self.levels = nn.ModuleList()
         for i, (dim, depth) in enumerate(zip(self.embed_dims, self.depths, strict=True)):
-            windowed = i >= _NUM_CONV_STAGES
-            if windowed:
-                heads = self.arch['num_heads'][i - _NUM_CONV_STAGES]
-                mixers = [
-                    Attention(dim, heads)
-                    if j >= depth - depth // 2
-                    else MambaVisionMixer(dim, **mixer)
-                    for j in range(depth)
-                ]
-                ratio = self.arch['mlp_ratio']
-                blocks = [TokenBlock(dim, m, ratio, next(rates), layer_scale) for m in mixers]
-            else:
+            downsample = Downsample(dim) if i + 1 < _NUM_STAGES else None
+            if i < _NUM_CONV_STAGES:
                 blocks = [ConvBlock(dim, next(rates), layer_scale_conv) for _ in range(depth)]
-            self.levels.append(
-                Stage(
-                    blocks,
-                    Downsample(dim) if i + 1 < _NUM_STAGES else None,
-                    windowed,
-                    self.window_sizes[i - _NUM_CONV_STAGES] if windowed else None,
-                    with_cp,
-                )
-            )
-        if out_norm == 'final':
-            self.norm = nn.BatchNorm2d(self.embed_dims[-1])
-        elif out_norm == 'separate':
-            for i in self.out_indices:
-                self.add_module(f'outnorm{i}', LayerNorm2d(self.embed_dims[i]))
+                self.levels.append(Stage(blocks, downsample, with_cp))
+                continue
+            heads = self.arch['num_heads'][i - _NUM_CONV_STAGES]
+            mixers = [
+                Attention(dim, heads) if j >= depth - depth // 2 else MambaVisionMixer(dim, **mixer)
+                for j in range(depth)
+            ]
+            ratio = self.arch['mlp_ratio']
+            blocks = [TokenBlock(dim, m, ratio, next(rates), layer_scale) for m in mixers]
+            window = self.window_sizes[i - _NUM_CONV_STAGES]
+            self.levels.append(WindowedStage(blocks, downsample, with_cp, window))
         if not double_dt_bias:
             # Only the key matters: it tells how the biases of a checkpoint are meant.
             self.register_buffer(_SINGLE_DT_BIAS, torch.ones((), dtype=torch.long))
-
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self._finish()
+        self._finish(nn.BatchNorm2d, LayerNorm2d)
 
     def _parse_arch(self, arch: str | dict) -> dict:
         arch = super()._parse_arch(arch)
@@ -427,7 +384,6 @@ class MambaVision(Backbone):
         heads = _of_token_stages("arch['num_heads']", arch['num_heads'])
         if not all(map(is_positive, heads)):
             raise ValueError(f"arch['num_heads']={arch['num_heads']!r} must be positive integers")
-        check_number("arch['drop_path_rate']", arch['drop_path_rate'], 0, 1)
         check_number("arch['mlp_ratio']", arch['mlp_ratio'], 0)
         if int(arch['mlp_ratio'] * arch['embed_dims']) < 1:
             raise ValueError(f"arch['mlp_ratio']={arch['mlp_ratio']!r} leaves the MLPs no channel")
@@ -439,40 +395,11 @@ class MambaVision(Backbone):
             for window in _of_token_stages('window_sizes', window_sizes)
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features.
-
-        Args:
-            x (Tensor): (batch, in_channels, height, width).
-
-        Returns:
-            tuple[Tensor, ...]: One output of kind ``out_type`` for each of ``out_indices``.
-
-        Raises:
-            ValueError: If the shape is wrong.
-        """
-        x = self.patch_embed(x)
-        outputs = []
-        for i, level in enumerate(self.levels[: self.out_indices[-1] + 1]):
-            if i:
-                x = self.levels[i - 1].downsample(x)
-            x = level(x)
-            if i in self.out_indices:
-                outputs.append(self._output(i, x))
-        return tuple(outputs)
-
-    def _output(self, index: int, x: Tensor) -> Tensor:
-        if self.out_norm == 'separate':
-            x = getattr(self, f'outnorm{index}')(x)
-        elif self.out_norm == 'final' and index == _NUM_STAGES - 1:
-            x = self.norm(x)
-        return x if self.out_type == 'featmap' else x.mean(dim=(2, 3))
-
     def token_layout(self, shape: Sequence[int], layer: str) -> TokenLayout:
         """Return the layout of a layer's tokens in the images; convolutional stages have none."""
         match = re.search(r'levels\.(\d+)', layer)
         stage = int(match[1]) if match else -1
-        if stage < 0 or not self.levels[stage].windowed:
+        if stage < 0 or not isinstance(self.levels[stage], WindowedStage):
             raise ValueError(f'{layer!r} is in no stage that has tokens: levels.2 or levels.3')
         size = tuple(-(-side // 2 ** (2 + stage)) for side in shape[-2:])
         return TokenLayout(size, window=self.levels[stage].window or size)
@@ -485,10 +412,6 @@ class MambaVision(Backbone):
             weights = {key: state_dict[_ENCODER + key] for key in keys}
             state_dict.clear()
             state_dict.update(weights)
-
-    def _is_dropped(self, key: str) -> bool:
-        unwanted = self.out_norm != 'final' and key.startswith('norm.')
-        return unwanted or super()._is_dropped(key)
 
     def _describe(self) -> str:
         return f'{super()._describe()}, layer_scale={self.layer_scale}'

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmvim._checks import check_choice, check_number, check_positive
+from mmvim._checks import check_choice, check_number
 from mmvim.checkpoints.keys import keys_under, rename_keys
 from mmvim.layers import SS2D, DropPath, Mlp
-from mmvim.layers.recomputation import recomputed
 
-from .base import Backbone, TokenLayout
+from .base import HierarchicalBackbone, Stage, TokenLayout
 
 # Other names of official files; the first ones are those of the first release.
 _RENAMED = (
@@ -123,31 +122,13 @@ class VSSBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Stage(nn.Module):
-    """Blocks of one resolution, and the downsampling after them, which the owner calls."""
-
-    def __init__(
-        self, blocks: Sequence[nn.Module], downsample: nn.Module | None, with_cp: bool
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-        self.with_cp = with_cp
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform (batch, height, width, dim), without the downsampling."""
-        for block in self.blocks:
-            x = recomputed(block, x) if self.with_cp and self.training else block(x)
-        return x
-
-
 _VANILLA = {
     'd_state': 16, 'ssm_ratio': 2.0, 'conv_bias': True, 'mlp_ratio': 0.0, 'forward_type': 'v0',
     'patchembed_version': 'v1', 'downsample_version': 'v1',
 }  # fmt: skip
 
 
-class VMamba(Backbone):
+class VMamba(HierarchicalBackbone):
     """VMamba backbone.
 
     Four stages at strides 4, 8, 16 and 32 of blocks that scan the map along four routes
@@ -228,7 +209,7 @@ class VMamba(Backbone):
         'mlp_ratio': 4.0, 'forward_type': 'v05_noz', 'patchembed_version': 'v2',
         'downsample_version': 'v3', 'drop_path_rate': 0.0,
     }  # fmt: skip
-    OUT_TYPES = ('avg_featmap', 'featmap')
+    _channels_last = True
     _head_keys = ('classifier.head.weight', 'classifier.head.bias', 'head.weight', 'head.bias')
 
     def __init__(
@@ -248,6 +229,8 @@ class VMamba(Backbone):
     ) -> None:
         super().__init__(
             arch,
+            in_channels,
+            drop_path_rate,
             out_type=out_type,
             out_indices=out_indices,
             out_norm=out_norm,
@@ -255,16 +238,8 @@ class VMamba(Backbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
-        check_positive(in_channels=in_channels)
-        if drop_path_rate is None:
-            drop_path_rate = self.arch['drop_path_rate']
-        check_number('drop_path_rate', drop_path_rate, 0, 1)
-        self.in_channels = in_channels
-        self.embed_dims = [self.arch['embed_dims'] * 2**i for i in range(self.num_stages)]
-
         self.patch_embed = _stem(self.arch['patchembed_version'], in_channels, self.embed_dims[0])
-        last = max(sum(self.depths) - 1, 1)
-        rates = iter([drop_path_rate * i / last for i in range(last + 1)])
+        rates = self._drop_path_rates()
         scan = ('d_state', 'ssm_ratio', 'dt_rank', 'd_conv', 'conv_bias', 'forward_type')
         mixer = {key: self.arch[key] for key in scan}
         mixer.update(routes=routes, discretization=discretization, ops_backend=ops_backend)
@@ -278,62 +253,17 @@ class VMamba(Backbone):
             if i + 1 < self.num_stages:
                 downsample = _downsample(self.arch['downsample_version'], dim)
             self.layers.append(Stage(blocks, downsample, with_cp))
-        if out_norm == 'final':
-            self.norm = nn.LayerNorm(self.embed_dims[-1])
-        elif out_norm == 'separate':
-            for i in self.out_indices:
-                self.add_module(f'outnorm{i}', nn.LayerNorm(self.embed_dims[i]))
-
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        self._finish()
+        self._finish(nn.LayerNorm, nn.LayerNorm)
 
     def _parse_arch(self, arch: str | dict) -> dict:
         arch = super()._parse_arch(arch)
         for name, allowed in (('patchembed_version', ('v2', 'v1')),
                               ('downsample_version', ('v3', 'v1'))):  # fmt: skip
             check_choice(f"arch['{name}']", arch[name], allowed)
-        check_number("arch['drop_path_rate']", arch['drop_path_rate'], 0, 1)
         check_number("arch['mlp_ratio']", arch['mlp_ratio'], 0)
         if arch['embed_dims'] % 2:
             raise ValueError(f"arch['embed_dims']={arch['embed_dims']} must be even")
         return arch
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Compute the features.
-
-        Args:
-            x (Tensor): (batch, in_channels, height, width).
-
-        Returns:
-            tuple[Tensor, ...]: One output of kind ``out_type`` for each of ``out_indices``.
-
-        Raises:
-            ValueError: If the shape is wrong.
-        """
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f'images must be (batch, {self.in_channels}, height, width), got {tuple(x.shape)}'
-            )
-        x = self.patch_embed(x)
-        outputs = []
-        for i, layer in enumerate(self.layers[: self.out_indices[-1] + 1]):
-            if i:
-                x = self.layers[i - 1].downsample(x)
-            x = layer(x)
-            if i in self.out_indices:
-                outputs.append(self._output(i, x))
-        return tuple(outputs)
-
-    def _output(self, index: int, x: Tensor) -> Tensor:
-        if self.out_norm == 'separate':
-            x = getattr(self, f'outnorm{index}')(x)
-        elif self.out_norm == 'final' and index == self.num_stages - 1:
-            x = self.norm(x)
-        return x.permute(0, 3, 1, 2) if self.out_type == 'featmap' else x.mean(dim=(1, 2))
 
     def token_layout(self, shape: Sequence[int], layer: str) -> TokenLayout:
         """Return the layout of a layer's tokens in the images."""
@@ -343,10 +273,6 @@ class VMamba(Backbone):
         floor = self.arch['patchembed_version'] == 'v1'
         size = (side // 4 if floor else -(-side // 4) for side in shape[-2:])
         return TokenLayout(tuple(-(-side // 2 ** int(match[1])) for side in size))
-
-    def _is_dropped(self, key: str) -> bool:
-        unwanted = self.out_norm != 'final' and key.startswith('norm.')
-        return unwanted or super()._is_dropped(key)
 
     def _describe(self) -> str:
         keys = ('ssm_ratio', 'd_state', 'forward_type')
