@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import onnx_scan
-from .operations import UnsupportedExport, portable_ops
+from .operations import portable_ops
 
 #: format: (suffix, runtime)
 FORMATS = MappingProxyType(
@@ -157,8 +157,6 @@ def export_model(
         os.replace(temporary, out)
     except (ExportError, ImportError):
         raise
-    except UnsupportedExport as error:
-        raise ExportError(str(error)) from error
     except Exception as error:
         lines = str(error).strip().splitlines() or ['']
         raise ExportError(
@@ -247,18 +245,15 @@ def _write_onnx(
 ) -> None:
     _require('onnxscript', 'the ONNX exporter')
     _require('onnxruntime', 'checking the exported ONNX file')
-    quick = onnx_scan.is_available()
-    program = _exported_program(module, example, dynamic, 'onnx' if quick else 'graph')
-    options: dict[str, Any] = {}
-    if quick:
-        options['custom_translation_table'] = onnx_scan.translations()
-    if opset is not None:
-        options['opset_version'] = opset
+    if not hasattr(torch.onnx, 'ops'):
+        raise ExportError(f'exports to ONNX need torch 2.8 or later; this is {torch.__version__}')
+    program = _exported_program(module, example, dynamic, 'onnx')
+    options = {} if opset is None else {'opset_version': opset}
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         exported = torch.onnx.export(
             program, (example,), dynamo=True, input_names=['images'], verbose=False, **options
         )
-    model = exported.model_proto
+    model = onnx_scan.expand(exported.model_proto)
     written = next(entry.version for entry in model.opset_import if not entry.domain)
     if opset not in (None, written):
         raise ExportError(f'PyTorch exports this model in opset {written} and not in {opset}')

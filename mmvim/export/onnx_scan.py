@@ -1,178 +1,346 @@
-"""The loop over the steps of a scan as one operator, for exports to ONNX.
+"""The scan in ONNX: chunks of unrolled steps, without ``Loop``, ``Scan`` or ``If``.
 
-``torch.export`` traces the body of PyTorch's ``scan`` operator several times for each scan, and the
-ONNX exporter decomposes it again: minutes for a model of 24 layers with two directions each. Here
-the whole loop is one opaque operator to both and finally becomes ONNX's ``Scan``, whose body is
-written once.
+While PyTorch exports a model, a scan is one opaque operator, which costs neither ``torch.export``
+nor the ONNX exporter time; :func:`expand` then replaces it by standard operators.
+
+A sequence of l steps is cut into K chunks of T steps, T at most :data:`MAX_STEPS`. The steps of a
+chunk are unrolled, and each operator works on one step of all chunks. First every chunk runs from
+zero; its last state and its decay, the product of its steps' decays, make a sequence of K elements
+of the same recurrence, which yields the state before each chunk. Then every chunk runs again
+from there. Only decays in [-1, 1] are multiplied, and nothing is divided by them, so nothing
+overflows. The decays and drives of all steps are kept: 2 l d n values a sequence.
+
+K elements are unrolled if they are few and otherwise cut into chunks themselves. If l is not known
+at export, the K elements are cut into chunks once more, and the rest is done by :data:`DOUBLINGS`
+doublings (Hillis and Steele, *Data parallel algorithms*, 1986): :data:`MAX_DYNAMIC_LENGTH` steps in
+all. A longer sequence is an error when the file runs.
 """
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_NAMESPACE = 'mmvim_export'
-_LIBRARY = torch.library.Library(_NAMESPACE, 'DEF')
-_LIBRARY.define(
-    'loop_zoh(Tensor start, Tensor delta, Tensor drive, Tensor A, Tensor B, Tensor C, '
-    'bool reverse) -> Tensor'
-)
-_LIBRARY.define(
-    'loop_general(Tensor start, Tensor a, Tensor drive, Tensor C, bool reverse) -> Tensor'
-)
+MIN_STEPS, MAX_STEPS = 8, 16
+"""Steps of a chunk; a sequence's number is the one that needs the least padding."""
+MAX_CHUNKS = 32
+"""Most elements that are unrolled one by one."""
+DOUBLINGS = 8
+"""Doublings of the last sequence of unknown length."""
+MAX_DYNAMIC_LENGTH = MAX_STEPS**2 * 2**DOUBLINGS
+"""Longest sequence in a file for images of any size."""
+DOMAIN = 'mmvim'
+
+_END = torch.iinfo(torch.int64).max
 
 
-def _order(steps: int, reverse: bool) -> range:
-    return range(steps - 1, -1, -1) if reverse else range(steps)
-
-
-@torch.library.impl(_LIBRARY, 'loop_zoh', 'CompositeExplicitAutograd')
-def _loop_zoh(
-    start: Tensor,
+def scan_zoh(
     delta: Tensor,
     drive: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
+    start: Tensor | None,
     reverse: bool,
-) -> Tensor:
-    out, h = torch.empty_like(delta), start
-    for t in _order(len(delta), reverse):
-        h = torch.exp(delta[t].unsqueeze(-1) * A) * h
-        h = h + drive[t].unsqueeze(-1) * B[t].unsqueeze(-2)
-        out[t] = torch.matmul(h, C[t].unsqueeze(-1)).squeeze(-1)
-    return out
+) -> tuple[Tensor, Tensor]:
+    """The scan of 'zoh' over the second axis, as an opaque operator of an export.
+
+    Args:
+        delta: (b, l, ..., d).
+        drive: (b, l, ..., d), Δu.
+        A: (..., n, d).
+        B: (b, l, ..., n).
+        C: (b, l, ..., n).
+        start: State before the first step (b, ..., n, d), or None for zero.
+        reverse: Whether the last step comes first.
+
+    Returns:
+        y (b, l, ..., d) and the last state (b, ..., n, d).
+    """
+    return _opaque('ScanZoh', (delta, drive, A, B, C, start), C, delta.shape[-1], reverse)
 
 
-@torch.library.impl(_LIBRARY, 'loop_general', 'CompositeExplicitAutograd')
-def _loop_general(start: Tensor, a: Tensor, drive: Tensor, C: Tensor, reverse: bool) -> Tensor:
-    out, h = torch.empty_like(drive[..., 0]), start
-    for t in _order(len(drive), reverse):
-        h = a[t] * h + drive[t]
-        out[t] = torch.matmul(h, C[t].unsqueeze(-1)).squeeze(-1)
-    return out
+def scan_general(
+    a: Tensor, drive: Tensor, C: Tensor, start: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The same with precomputed decays and drives: a, drive (b, l, ..., n, d)."""
+    return _opaque('ScanGeneral', (a, drive, C, start), C, a.shape[-1], reverse)
 
 
-@torch.library.register_fake(f'{_NAMESPACE}::loop_zoh', lib=_LIBRARY)
-def _(start, delta, drive, A, B, C, reverse):
-    return delta.new_empty(delta.shape)
-
-
-@torch.library.register_fake(f'{_NAMESPACE}::loop_general', lib=_LIBRARY)
-def _(start, a, drive, C, reverse):
-    return drive.new_empty(drive.shape[:-1])
-
-
-_OPS = getattr(torch.ops, _NAMESPACE)
-
-
-def loop_zoh(
-    delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool
-) -> Tensor:
-    """Loop over the first axis of delta, drive (l, ..., d) and B, C (l, ..., n): y (l, ..., d)."""
-    start = delta.new_zeros((*delta.shape[1:], A.shape[-1]))
-    return _OPS.loop_zoh(start, delta, drive, A, B, C, reverse)
-
-
-def loop_general(a: Tensor, drive: Tensor, C: Tensor, reverse: bool) -> Tensor:
-    """The same with precomputed coefficients: a, drive (l, ..., d, n)."""
-    return _OPS.loop_general(drive.new_zeros(drive.shape[1:]), a, drive, C, reverse)
-
-
-def is_available() -> bool:
-    """Whether the exporter of this PyTorch accepts translations of operators."""
-    try:
-        from torch.onnx._internal.exporter import _core
-    except ImportError:
-        return False
-    return hasattr(_core, 'current_tracer')
-
-
-class _Body:
-    """Builder of a Scan's body, whose inputs are the state and one step of each tensor."""
-
-    def __init__(self, start: Any, iterated: tuple) -> None:
-        import onnx_ir as ir
-
-        self.ir = ir
-        self.nodes: list = []
-        kinds = [(start, start.shape), *((x, ir.Shape(x.shape[1:])) for x in iterated)]
-        self.inputs = [
-            ir.Value(name=f'{x.name}_step', shape=shape, type=ir.TensorType(x.dtype))
-            for x, shape in kinds
-        ]
-        self.prefix = f'{start.name}_{iterated[0].name}'
-
-    def __call__(self, kind: str, *inputs: Any) -> Any:
-        node = self.ir.Node('', kind, inputs, num_outputs=1)
-        node.outputs[0].name = f'{self.prefix}_{len(self.nodes)}'
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def axis(self, place: int) -> Any:
-        """The axes argument of (un)squeeze."""
-        tensor = self.ir.tensor([place], name=f'{self.prefix}_axis_{len(self.nodes)}')
-        attributes = self.ir.convenience.convert_attributes({'value': tensor})
-        node = self.ir.Node('', 'Constant', [], attributes)
-        node.outputs[0].name = tensor.name
-        self.nodes.append(node)
-        return node.outputs[0]
-
-    def finish(self, h: Any, C: Any) -> tuple:
-        """The new state and the step's output."""
-        column = self('Unsqueeze', C, self.axis(-1))
-        y = self('Squeeze', self('MatMul', h, column), self.axis(-1))
-        for value in (h, y):
-            value.dtype = self.inputs[0].dtype
-        h.shape = self.inputs[0].shape
-        return h, y
-
-
-def _scan(body: _Body, start: Any, iterated: tuple, outputs: tuple, reverse: bool) -> Any:
-    from torch.onnx._internal.exporter import _core
-
-    ir, tracer = body.ir, _core.current_tracer
-    graph = ir.Graph(body.inputs, outputs, nodes=body.nodes, name=f'{body.prefix}_body')
-    attributes = ir.convenience.convert_attributes(
-        {
-            'body': graph,
-            'num_scan_inputs': len(iterated),
-            'scan_input_directions': [int(reverse)] * len(iterated),
-            'scan_output_directions': [int(reverse)],
-        }
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), for which onnxruntime's own operator takes five times as long."""
+    return torch.onnx.ops.symbolic(
+        f'{DOMAIN}::FastSoftplus', (x,), dtype=torch.float32, shape=x.shape, version=1
     )
-    node = ir.Node(
-        '', 'Scan', [start, *iterated], attributes, num_outputs=2, version=tracer.opset.version
-    )
-    tracer.nodes.append(node)
-    return node.outputs[1]
 
 
-def _translate_zoh(start, delta, drive, A, B, C, reverse=False):
-    iterated = (delta, drive, B, C)
-    body = _Body(start, iterated)
-    h, delta_t, drive_t, B_t, C_t = body.inputs
-    decay = body('Exp', body('Mul', body('Unsqueeze', delta_t, body.axis(-1)), A))
-    new = body(
-        'Mul',
-        body('Unsqueeze', drive_t, body.axis(-1)),
-        body('Unsqueeze', B_t, body.axis(-2)),
-    )
-    h = body('Add', body('Mul', decay, h), new)
-    return _scan(body, start, iterated, body.finish(h, C_t), reverse)
-
-
-def _translate_general(start, a, drive, C, reverse=False):
-    iterated = (a, drive, C)
-    body = _Body(start, iterated)
-    h, a_t, drive_t, C_t = body.inputs
-    h = body('Add', body('Mul', a_t, h), drive_t)
-    return _scan(body, start, iterated, body.finish(h, C_t), reverse)
-
-
-def translations() -> dict:
-    """The ``custom_translation_table`` for ``torch.onnx.export``."""
-    return {
-        _OPS.loop_zoh.default: _translate_zoh,
-        _OPS.loop_general.default: _translate_general,
+def _opaque(
+    kind: str, inputs: tuple[Tensor | None, ...], C: Tensor, channels: int, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    batch, length, *groups, states = C.shape
+    attributes = {
+        'reverse': int(reverse),
+        'length': length if isinstance(length, int) else 0,
+        'groups': [1, *groups][-1],
+        'states': states,
+        'channels': channels,
     }
+    return torch.onnx.ops.symbolic_multi_out(
+        f'{DOMAIN}::{kind}',
+        inputs,
+        attributes,
+        dtypes=(torch.float32, torch.float32),
+        shapes=((batch, length, *groups, channels), (batch, *groups, states, channels)),
+        version=1,
+    )
+
+
+def expand(model: Any) -> Any:
+    """Replace the opaque scans of an ``onnx.ModelProto`` by standard operators.
+
+    Returns:
+        The new model; ``model`` is modified.
+    """
+    import onnx.inliner
+
+    functions = {}
+    # The inliner wants one version of the operators everywhere; 18 to 24 agree on those used here.
+    opsets = [entry for entry in model.opset_import if not entry.domain]
+    for node in model.graph.node:
+        if node.domain != DOMAIN:
+            continue
+        kind, count = node.op_type, _WRITERS[node.op_type][1]
+        has_start = len(node.input) > count and bool(node.input[count])
+        options = {x.name: x.i for x in node.attribute}
+        name = '_'.join(map(str, (kind, has_start, *options.values())))
+        if name not in functions:
+            functions[name] = _function(name, kind, has_start, options, opsets)
+        node.op_type = name
+        del node.attribute[:], node.input[count + has_start :]
+    model.functions.extend(functions.values())
+    model = onnx.inliner.inline_local_functions(model)
+    for entry in [x for x in model.opset_import if x.domain == DOMAIN]:
+        model.opset_import.remove(entry)
+    return model
+
+
+def _function(name: str, kind: str, has_start: bool, options: dict[str, int], opsets: list) -> Any:
+    from onnx import helper
+
+    write, count = _WRITERS[kind]
+    inputs = [f'input_{i}' for i in range(count + has_start)]
+    op = _Operators()
+    start = op.Unsqueeze(inputs[count], [1, 2]) if has_start else None
+    outputs = write(op, options, *inputs[:count], start)
+    return helper.make_function(DOMAIN, name, inputs, outputs, op.nodes, opsets)
+
+
+class _Operators:
+    """ONNX operators as functions of names of tensors, which write their nodes down.
+
+    A list of integers or a float among the inputs stands for a constant. The attribute ``outputs``
+    is the number of outputs, and makes the result a list.
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list = []
+        self._constants: dict = {}
+
+    def __getattr__(self, kind: str) -> Any:
+        return functools.partial(self._write, kind)
+
+    def _write(self, kind: str, *inputs: Any, outputs: int = 0, **attributes: Any) -> Any:
+        from onnx import helper
+
+        inputs = [x if isinstance(x, str) else self._constant(x) for x in inputs]
+        names = [f'{kind}_{len(self.nodes)}_{i}' for i in range(max(outputs, 1))]
+        self.nodes.append(helper.make_node(kind, inputs, names, **attributes))
+        return names if outputs else names[0]
+
+    def _constant(self, value: list[int] | float) -> str:
+        key = repr(value)
+        if key not in self._constants:
+            kind = {'value_float': value} if isinstance(value, float) else {'value_ints': value}
+            self._constants[key] = self.Constant(**kind)
+        return self._constants[key]
+
+
+def _write_zoh(op, options, delta, drive, A, B, C, start):
+    chunks = _Chunks(op, delta, **options)
+    delta, drive = (chunks.split(x, chunks.row) for x in (delta, drive))
+    B = chunks.split(B, chunks.column)
+    a = [op.Exp(op.Mul(x, A)) for x in delta]
+    v = [op.Mul(x, y) for x, y in zip(drive, B, strict=True)]
+    # The decay of a chunk costs less from the sum of its Δ than as a product of decays.
+    decay = op.Exp(op.Mul(functools.reduce(op.Add, delta), A))
+    return chunks.outputs(a, v, decay, C, start)
+
+
+def _write_softplus(op, options, x, start):
+    e = op.Exp(op.Neg(op.Abs(x)))
+    y = op.Add(e, 1.0)
+    # log(1 + e) is off by what the sum has lost of e, over 1 + e.
+    lost = op.Sub(e, op.Sub(y, 1.0))
+    return [op.Add(op.Add(op.Log(y), op.Div(lost, y)), op.Relu(x))]
+
+
+def _write_general(op, options, a, drive, C, start):
+    chunks = _Chunks(op, a, **options)
+    a, v = chunks.split(a, chunks.state, 1.0), chunks.split(drive, chunks.state)
+    return chunks.outputs(a, v, functools.reduce(op.Mul, a), C, start)
+
+
+_WRITERS = {
+    'ScanZoh': (_write_zoh, 5),
+    'ScanGeneral': (_write_general, 3),
+    'FastSoftplus': (_write_softplus, 1),
+}
+
+
+class _Chunks:
+    """A sequence (b, l, ...) as T tensors (b, K, 1, ...), one a step, in the order of the scan.
+
+    Reshapes name every axis they can: onnxruntime reuses memory only between tensors that it knows
+    to have the same shape.
+
+    Args:
+        op: ONNX operators.
+        x: A tensor (b, l, ...).
+        length: l, or 0 if it is not known.
+        reverse: Direction of the scan.
+        groups, states, channels: The other axes of a state.
+        level: Number of sequences of which this one is the chunks.
+    """
+
+    def __init__(
+        self,
+        op: Any,
+        x: Any,
+        *,
+        length: int,
+        reverse: int,
+        groups: int,
+        states: int,
+        channels: int,
+        level: int = 0,
+    ) -> None:
+        self.op, self.length, self.reverse, self.level = op, length, reverse, level
+        self.axes = dict(groups=groups, states=states, channels=channels)
+        group = [groups] if groups > 1 else []
+        self.state, self.row = [*group, states, channels], [*group, 1, channels]
+        self.column, self.weights = [*group, states, 1], [*group, 1, states]
+        self.output = [*group, channels]
+        self.steps, self.count, self.missing = MAX_STEPS, 0, [0, 0]
+        self.end = [length]
+        if length:
+            allowed = range(MIN_STEPS, MAX_STEPS + 1) if length > MAX_STEPS else [length]
+            self.steps = min(allowed, key=lambda steps: (-length % steps, -steps))
+            self.count = -(-length // self.steps)
+            self.missing[1] = -length % self.steps
+            return
+        self.end = op.Shape(x, start=1, end=2)
+        if level == 0:
+            # Out of bounds for a sequence that is too long.
+            index = op.Div(self.end, [MAX_DYNAMIC_LENGTH + 1])
+            self.end = op.Add(self.end, op.Gather([0], index))
+        missing = op.Mod(op.Neg(self.end), [self.steps])
+        self.missing = op.Concat([0], missing, axis=0)
+
+    def ordered(self, x: list) -> list:
+        """From the order of memory to that of the scan, and back."""
+        return x[::-1] if self.reverse else x
+
+    def pieces(self, x: Any, axis: int, count: int) -> list:
+        if count == 1:
+            return [x]
+        return self.ordered(self.op.Split(x, outputs=count, axis=axis, num_outputs=count))
+
+    def split(self, x: Any, rest: list[int], filler: float = 0.0) -> list:
+        """The steps of ``x``, each (b, K, 1, *rest), filled at the end of memory."""
+        if self.missing != [0, 0]:
+            x = self.op.Pad(x, self.missing, filler, [1])
+        x = self.op.Reshape(x, [0, self.count or -1, self.steps, *rest])
+        return self.pieces(x, 2, self.steps)
+
+    def join(self, steps: list, rest: list[int]) -> Any:
+        """The inverse of :meth:`split`."""
+        op = self.op
+        x = op.Concat(*self.ordered(steps), axis=2)
+        x = op.Reshape(x, [0, self.count * self.steps or -1, *rest])
+        return x if self.missing == [0, 0] else op.Slice(x, [0], self.end, [1])
+
+    def outputs(self, a: list, v: list, decay: Any, C: Any, start: Any) -> tuple:
+        """The sequence of the outputs C h, and the last state."""
+        op = self.op
+        C = self.split(C, self.weights)
+        states = self.states(a, v, decay, start)[1:]
+        # Last step first: onnxruntime walks back from the last node, which has it compute each
+        # output right after its state, while that is in the cache.
+        y = [op.MatMul(c, h) for c, h in zip(C[::-1], states[::-1], strict=True)]
+        y = self.join(y[::-1], self.output)
+        first, behind = (0, 1) if self.reverse else (-1, _END)
+        end = op.Slice(states[-1], [first], [behind], [1])
+        return y, op.Squeeze(end, [1, 2])
+
+    def states(self, a: list, v: list, decay: Any, start: Any) -> list:
+        """The states (b, K, 1, ...) before the first step and after each.
+
+        Args:
+            a: Decays of the steps.
+            v: Drives of the steps.
+            decay: Decay of the chunks.
+            start: State before the first chunk (b, 1, 1, ...), or None for zero.
+        """
+        if self.count != 1:
+            start = self.before_chunks(decay, self.run(a, v, None)[-1], start)
+        return self.run(a, v, start)
+
+    def run(self, a: list, v: list, h: Any) -> list:
+        """The states from ``h`` on; None is zero."""
+        states = [h]
+        for decay, drive in zip(a, v, strict=True):
+            h = drive if h is None else self.op.Add(self.op.Mul(decay, h), drive)
+            states.append(h)
+        return states
+
+    def before_chunks(self, decay: Any, end: Any, start: Any) -> Any:
+        """The state before each chunk, given those at their ends if they all began at zero."""
+        op = self.op
+        if 0 < self.count <= MAX_CHUNKS:
+            a, v = (self.pieces(x, 1, self.count) for x in (decay, end))
+            states = self.run(a[:-1], v[:-1], start)
+            if start is not None:
+                return op.Concat(*self.ordered(states), axis=1)
+            states = op.Concat(*self.ordered(states[1:]), axis=1)
+            return op.Pad(states, [0, 1] if self.reverse else [1, 0], 0.0, [1])
+        if not self.count and self.level == 1:
+            return self.double(decay, end, start)
+        chunks = _Chunks(
+            op, end, length=self.count, reverse=self.reverse, level=self.level + 1, **self.axes
+        )
+        a, v = chunks.split(decay, self.state, 1.0), chunks.split(end, self.state)
+        states = chunks.states(a, v, functools.reduce(op.Mul, a), start)
+        return op.Unsqueeze(chunks.join(states[:-1], self.state), [2])
+
+    def double(self, a: Any, v: Any, start: Any) -> Any:
+        """The same by doubling the number of chunks that each state covers."""
+        op = self.op
+        a = self.shifted(a, 1, 1.0)
+        if start is None:
+            v = self.shifted(v, 1, 0.0)
+        elif self.reverse:
+            v = op.Slice(op.Concat(v, start, axis=1), [1], [_END], [1])
+        else:
+            v = op.Slice(op.Concat(start, v, axis=1), [0], [-1], [1])
+        for power in range(DOUBLINGS):
+            v = op.Add(op.Mul(a, self.shifted(v, 2**power, 0.0)), v)
+            a = op.Mul(a, self.shifted(a, 2**power, 1.0))
+        return v
+
+    def shifted(self, x: Any, places: int, filler: float) -> Any:
+        """``x`` moved in the direction of the scan."""
+        op = self.op
+        if self.reverse:
+            return op.Slice(op.Pad(x, [0, places], filler, [1]), [places], [_END], [1])
+        return op.Slice(op.Pad(x, [places, 0], filler, [1]), [0], [-places], [1])

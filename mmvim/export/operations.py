@@ -8,6 +8,7 @@ direction runs the loop from its end.
 
 import functools
 from collections.abc import Callable
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -17,71 +18,97 @@ from mmvim.ops import intercept_ops
 from mmvim.ops._library import compute_dtype
 from mmvim.ops.discretization import coefficients
 
+from . import onnx_scan
+
 KINDS = ('graph', 'onnx', 'script')
 
-Loop = Callable[..., Tensor]
-
-
-class UnsupportedExport(NotImplementedError):
-    """A feature that an exported model cannot have; the message names it."""
+Loop = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _hold(h: Tensor, delta: Tensor, drive: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """One step of 'zoh': e^{ΔA} h + drive B. delta, drive (..., d), B (..., n)."""
-    return torch.exp(delta.unsqueeze(-1) * A) * h + drive.unsqueeze(-1) * B.unsqueeze(-2)
+    """One step of 'zoh': e^{ΔA} h + drive B. delta, drive (..., d), B (..., n), A (..., n, d)."""
+    return torch.exp(delta.unsqueeze(-2) * A) * h + drive.unsqueeze(-2) * B.unsqueeze(-1)
 
 
 def _graph_zoh(
-    delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool
-) -> Tensor:
-    """Loop over the first axis of delta, drive (l, ..., d) and B, C (l, ..., n): y (l, ..., d)."""
+    delta: Tensor,
+    drive: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    start: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Loop over the second axis of delta, drive (b, l, ..., d) and B, C (b, l, ..., n).
+
+    Returns:
+        y (b, l, ..., d), and the last state (b, ..., n, d).
+    """
     from torch._higher_order_ops.scan import scan
 
     def step(h: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         delta_t, drive_t, B_t, C_t = inputs
         h = _hold(h, delta_t, drive_t, A, B_t)
-        return h, torch.matmul(h, C_t.unsqueeze(-1)).squeeze(-1)
+        return h, torch.matmul(C_t.unsqueeze(-2), h).squeeze(-2)
 
-    start = delta.new_zeros((*delta.shape[1:], A.shape[-1]))
-    return scan(step, start, (delta, drive, B, C), dim=0, reverse=reverse)[1]
+    if start is None:
+        start = delta.new_zeros((B.shape[0], *B.shape[2:], delta.shape[-1]))
+    end, y = scan(step, start, (delta, drive, B, C), dim=1, reverse=reverse)
+    return y, end
 
 
-def _graph_general(a: Tensor, drive: Tensor, C: Tensor, reverse: bool) -> Tensor:
-    """The same with precomputed coefficients: a, drive (l, ..., d, n)."""
+def _graph_general(
+    a: Tensor, drive: Tensor, C: Tensor, start: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The same with precomputed coefficients: a, drive (b, l, ..., n, d)."""
     from torch._higher_order_ops.scan import scan
 
     def step(h: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         a_t, drive_t, C_t = inputs
         h = a_t * h + drive_t
-        return h, torch.matmul(h, C_t.unsqueeze(-1)).squeeze(-1)
+        return h, torch.matmul(C_t.unsqueeze(-2), h).squeeze(-2)
 
-    start = drive.new_zeros(drive.shape[1:])
-    return scan(step, start, (a, drive, C), dim=0, reverse=reverse)[1]
+    if start is None:
+        start = torch.zeros_like(drive[:, 0])
+    end, y = scan(step, start, (a, drive, C), dim=1, reverse=reverse)
+    return y, end
 
 
 def _script_zoh(
-    delta: Tensor, drive: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bool
-) -> Tensor:
-    steps = delta.size(0)
+    delta: Tensor,
+    drive: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    start: Optional[Tensor],  # noqa: UP045 (TorchScript)
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    steps = delta.size(1)
     out = torch.empty_like(delta)
-    h = torch.zeros_like(delta[0]).unsqueeze(-1) * A
+    h = torch.zeros_like(delta[:, 0]).unsqueeze(-2) * A if start is None else start
     for i in range(steps):
         t = steps - 1 - i if reverse else i
-        decay = torch.exp(delta[t].unsqueeze(-1) * A)
-        h = decay * h + drive[t].unsqueeze(-1) * B[t].unsqueeze(-2)
-        out[t] = torch.matmul(h, C[t].unsqueeze(-1)).squeeze(-1)
-    return out
+        decay = torch.exp(delta[:, t].unsqueeze(-2) * A)
+        h = decay * h + drive[:, t].unsqueeze(-2) * B[:, t].unsqueeze(-1)
+        out[:, t] = torch.matmul(C[:, t].unsqueeze(-2), h).squeeze(-2)
+    return out, h
 
 
-def _script_general(a: Tensor, drive: Tensor, C: Tensor, reverse: bool) -> Tensor:
-    steps = drive.size(0)
-    out = torch.empty_like(drive[..., 0])
-    h = torch.zeros_like(drive[0])
+def _script_general(
+    a: Tensor,
+    drive: Tensor,
+    C: Tensor,
+    start: Optional[Tensor],  # noqa: UP045 (TorchScript)
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    steps = drive.size(1)
+    out = torch.empty_like(drive[..., 0, :])
+    h = torch.zeros_like(drive[:, 0]) if start is None else start
     for i in range(steps):
         t = steps - 1 - i if reverse else i
-        h = a[t] * h + drive[t]
-        out[t] = torch.matmul(h, C[t].unsqueeze(-1)).squeeze(-1)
-    return out
+        h = a[:, t] * h + drive[:, t]
+        out[:, t] = torch.matmul(C[:, t].unsqueeze(-2), h).squeeze(-2)
+    return out, h
 
 
 @functools.cache
@@ -89,9 +116,7 @@ def _loops(kind: str) -> tuple[Loop, Loop]:
     if kind == 'graph':
         return _graph_zoh, _graph_general
     if kind == 'onnx':
-        from . import onnx_scan
-
-        return onnx_scan.loop_zoh, onnx_scan.loop_general
+        return onnx_scan.scan_zoh, onnx_scan.scan_general
     return torch.jit.script(_script_zoh), torch.jit.script(_script_general)
 
 
@@ -107,40 +132,60 @@ def _direction(
     delta_softplus: bool,
     method: str,
     reverse: bool,
-) -> Tensor:
-    """One direction without gate, in the compute dtype; shapes as in :mod:`mmvim.ops`."""
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One direction without gate, in the compute dtype, and its last state."""
     zoh, general = _loops(kind)
-    dtype = compute_dtype(u.dtype)
-    u, delta, B, C = (x.to(dtype).transpose(0, 1) for x in (u, delta, B, C))
+    dtype, groups, states = compute_dtype(u.dtype), *B.shape[2:]
+    u, delta, B, C = (x.to(dtype) for x in (u, delta, B, C))
     if delta_bias is not None:
         delta = delta + delta_bias
     if delta_softplus:
-        delta = F.softplus(delta)
-    groups = B.shape[2]
+        delta = (onnx_scan.softplus if kind == 'onnx' else F.softplus)(delta)
+
+    def inward(x: Tensor) -> Tensor:
+        """(..., d, n) to (..., g, n, d / g), or to (..., n, d) without groups."""
+        x = x if groups == 1 else x.unflatten(-2, (groups, -1))
+        return x.transpose(-1, -2).contiguous()
+
+    def outward(x: Tensor) -> Tensor:
+        x = x.transpose(-1, -2)
+        return x if groups == 1 else x.flatten(-3, -2)
+
+    A, start = inward(A), None
+    if initial_state is not None:
+        start = inward(initial_state[..., :states])
     if groups == 1:
         B, C = B.squeeze(2), C.squeeze(2)
         u_g, delta_g = u, delta
     else:
-        A = A.unflatten(0, (groups, -1))
         u_g, delta_g = (x.unflatten(-1, (groups, -1)) for x in (u, delta))
     if method == 'zoh':
-        y = zoh(*(x.contiguous() for x in (delta_g, delta_g * u_g, A, B, C)), reverse)
+        inputs = (x.contiguous() for x in (delta_g, delta_g * u_g, A, B, C))
+        y, end = zoh(*inputs, start, reverse)
+        end = outward(end)
     else:
-        step = delta_g.unsqueeze(-1)
+        step = delta_g.unsqueeze(-2)
         a, w0, w1 = coefficients(method, step, step * A)
-        v = u_g.unsqueeze(-1) * B.unsqueeze(-2)
+        v = u_g.unsqueeze(-2) * B.unsqueeze(-1)
         drive = w0 * v
         if w1 is not None:
-            # The previous drive in the order of the scan; none before the first step.
-            nothing = torch.zeros_like(v[:1])
-            before = (v[1:], nothing) if reverse else (nothing, v[:-1])
-            drive = drive + w1 * torch.cat(before)
-        y = general(a, drive, C.contiguous(), reverse)
+            # The previous drive in the order of the scan.
+            before = torch.zeros_like(v[:, :1])
+            if initial_state is not None and initial_state.shape[-1] > states:
+                before = inward(initial_state[..., states:]).unsqueeze(1)
+            drive = drive + w1 * torch.cat(
+                (v[:, 1:], before) if reverse else (before, v[:, :-1]), dim=1
+            )
+        y, end = general(a, drive, C.contiguous(), start, reverse)
+        end = outward(end)
+        if w1 is not None:
+            end = torch.cat((end, outward(v[:, 0] if reverse else v[:, -1])), dim=-1)
     if groups > 1:
         y = y.flatten(-2)
     if D is not None:
         y = y + u * D
-    return y.transpose(0, 1)
+    return y, end
 
 
 def _gated(y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -165,17 +210,16 @@ def _selective_scan(
     return_last_state,
     interval,
 ):
-    if initial_state is not None or return_last_state:
-        raise UnsupportedExport('a scan with states (streaming) cannot be exported')
-    y = _direction(kind, u, delta, A, B, C, D, delta_bias, delta_softplus, discretization, reverse)
+    inputs = u, delta, A, B, C, D, delta_bias
+    y, end = _direction(kind, *inputs, delta_softplus, discretization, reverse, initial_state)
     nothing = A.new_empty(0)
-    return _gated(y, z, u.dtype), nothing, nothing
+    return _gated(y, z, u.dtype), end if return_last_state else nothing, nothing
 
 
 def _bidirectional_scan(kind, _, *inputs):
     z, scale, delta_softplus, discretization = inputs[14:18]
     y, y_b = (
-        _direction(kind, *inputs[start : start + 7], delta_softplus, discretization, reverse)
+        _direction(kind, *inputs[start : start + 7], delta_softplus, discretization, reverse)[0]
         for start, reverse in ((0, False), (7, True))
     )
     y = y + y_b
@@ -200,7 +244,7 @@ def _cross_scan(kind, _, x, delta, delta_weight, A, B, C, D, delta_bias, *option
         inputs = sequence(x), step, A[k], sequence(B[:, :, :, k : k + 1])
         inputs = *inputs, sequence(C[:, :, :, k : k + 1])
         skip, bias = (None if t is None else t[k] for t in (D, delta_bias))
-        y = _direction(kind, *inputs, skip, bias, delta_softplus, discretization, route >= 2)
+        y, _ = _direction(kind, *inputs, skip, bias, delta_softplus, discretization, route >= 2)
         sums[by_column] = sums[by_column] + y if by_column in sums else y
     maps = [
         y.unflatten(1, (columns, rows)).transpose(1, 2)
@@ -212,18 +256,25 @@ def _cross_scan(kind, _, x, delta, delta_weight, A, B, C, D, delta_bias, *option
 
 
 def _causal_conv1d(_, x, weight, bias, initial_state, mode, silu, return_last_state):
-    if initial_state is not None or return_last_state:
-        raise UnsupportedExport('a convolution with states (streaming) cannot be exported')
     dtype = compute_dtype(x.dtype)
     reach = weight.shape[1] - 1
     left = {'causal': reach, 'reverse': 0, 'same': reach // 2}[mode]
     weight = weight.to(dtype)
     weight = (weight.flip(1) if mode == 'reverse' else weight).unsqueeze(1)
-    padded = F.pad(x.to(dtype).transpose(1, 2), (left, reach - left))
     bias = None if bias is None else bias.to(dtype)
+    padded = x.to(dtype).transpose(1, 2)
+    if initial_state is None:
+        padded = F.pad(padded, (left, reach - left))
+    elif mode == 'causal':
+        padded = torch.cat((initial_state.to(dtype), padded), dim=-1)
+    else:
+        padded = torch.cat((padded, initial_state.to(dtype).flip(-1)), dim=-1)
     out = F.conv1d(padded, weight, bias, groups=weight.shape[0])
-    out = F.silu(out) if silu else out
-    return out.transpose(1, 2).to(x.dtype), x.new_empty(0)
+    out = (F.silu(out) if silu else out).transpose(1, 2).to(x.dtype)
+    if not return_last_state:
+        return out, x.new_empty(0)
+    last = padded[..., :reach].flip(-1) if mode == 'reverse' else padded[..., -reach:]
+    return out, last.to((x if initial_state is None else initial_state).dtype)
 
 
 def _bidirectional_conv1d(_, x, weight_f, bias_f, weight_b, bias_b, silu):
@@ -250,7 +301,6 @@ def portable_ops(kind: str = 'graph') -> intercept_ops:
 
     Raises:
         ValueError: For another kind.
-        UnsupportedExport: From a call inside, of something an exported model cannot do.
     """
     if kind not in KINDS:
         raise ValueError(f'kind must be one of {KINDS}, got {kind!r}')

@@ -18,9 +18,21 @@ from mmvim.export.formats import (
     open_exported,
     quantize,
 )
-from mmvim.export.operations import UnsupportedExport, portable_ops
+from mmvim.export.operations import portable_ops
 from mmvim.models import MambaVision, VideoMamba, Vim, VMamba
 
+# The operators among ours that docs/operators.md of github.com/onnx/onnx-tensorrt calls supported:
+# LayerNormalization since TensorRT 8.6, the others since 8.5. Loop, Scan and If are left out.
+# fmt: off
+TENSORRT = {
+    'Abs', 'Add', 'Cast', 'Ceil', 'Clip', 'Concat', 'Constant', 'Conv', 'Div', 'Equal', 'Erf',
+    'Exp', 'Expand', 'Flatten', 'Floor', 'Gather', 'Gemm', 'GlobalAveragePool', 'Greater',
+    'Identity', 'LayerNormalization', 'Less', 'Log', 'MatMul', 'Max', 'Min', 'Mod', 'Mul',
+    'Neg', 'Pad', 'Pow', 'Range', 'Reciprocal', 'ReduceMean', 'ReduceSum', 'Relu', 'Reshape',
+    'Resize', 'Shape', 'Sigmoid', 'Slice', 'Softmax', 'Split', 'Sqrt', 'Squeeze', 'Sub', 'Tanh',
+    'Tile', 'Transpose', 'Unsqueeze', 'Where',
+}
+# fmt: on
 SMALL = dict(embed_dims=16, depth=1, d_state=4)
 FAMILIES = {
     'vim': (lambda: Vim(SMALL, img_size=64), (1, 3, 64, 64)),
@@ -43,19 +55,23 @@ def scan_inputs(groups=1, dtype=torch.float64):
     return u, delta, A, B, C, D, z, bias
 
 
-@pytest.mark.parametrize('kind', ['graph', 'onnx', 'script'])
+@pytest.mark.parametrize('kind', ['graph', 'script'])
 @pytest.mark.parametrize('method', ops.DISCRETIZATIONS)
 def test_portable_scan(kind, method):
     *inputs, z, bias = scan_inputs(groups=2)
-    for reverse in (False, True):
+    width = 3 * (2 if method in ops.TWO_TAP else 1)
+    for reverse, start in ((False, None), (True, None), (False, width), (True, 3)):
         kwargs = dict(delta_softplus=True, discretization=method, reverse=reverse)
+        if start is not None:
+            kwargs['initial_state'] = torch.randn(2, 6, start, dtype=torch.float64)
+            kwargs['return_last_state'] = True
         expected = ops.selective_scan(*inputs, z, bias, **kwargs)
         with portable_ops(kind):
             given = ops.selective_scan(*inputs, z, bias, **kwargs)
         torch.testing.assert_close(given, expected)
 
 
-@pytest.mark.parametrize('kind', ['graph', 'onnx', 'script'])
+@pytest.mark.parametrize('kind', ['graph', 'script'])
 @pytest.mark.parametrize('rank', [None, 2])
 def test_portable_cross_scan(kind, rank):
     b, h, w, k, d, n = 2, 3, 4, 4, 5, 2
@@ -96,6 +112,14 @@ def test_other_portable_ops(kind):
                 for mode in ('causal', 'reverse', 'same')
             ),
             *ops.bidirectional_conv1d(x, weight, None, weight, bias),
+            *(
+                part
+                for mode in ('causal', 'reverse')
+                for state in (None, z[:, :3].transpose(1, 2))
+                for part in ops.causal_conv1d(
+                    x, weight, bias, mode=mode, initial_state=state, return_last_state=True
+                )
+            ),
             *ops.add_rms_norm(x, bias, z),
             *ops.add_rms_norm(x.bfloat16(), bias.float()),
         )
@@ -107,11 +131,11 @@ def test_other_portable_ops(kind):
         torch.testing.assert_close(a, b)
 
 
-def test_streaming_is_refused():
-    inputs = scan_inputs()[:5]
-    with portable_ops(), pytest.raises(UnsupportedExport, match='states'):
-        ops.selective_scan(*inputs, return_last_state=True)
-    with pytest.raises(ValueError, match='kind must be one of'), portable_ops('lisp'):
+def test_unknown_kind():
+    with (
+        pytest.raises(ValueError, match='kind must be one of'),
+        portable_ops('lisp'),
+    ):
         pass
 
 
@@ -189,34 +213,10 @@ def test_onnx(family, tmp_path):
     assert {node.domain for node in model.graph.node} == {''}
     assert not model.functions
     assert str(Path(__file__).parents[2]).encode() not in (tmp_path / 'm.onnx').read_bytes()
-    scans = [node for node in model.graph.node if node.op_type == 'Scan']
-    assert len(scans) == {'vim': 2, 'videomamba': 2, 'mambavision': 2, 'vmamba': 8}[family]
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.op_type for node in model.graph.node} <= TENSORRT
+    assert all(entry.version <= 20 for entry in model.opset_import)
     assert json.loads({p.key: p.value for p in model.metadata_props}[METADATA]) == {'mean': [1.0]}
-
-
-@pytest.mark.parametrize('method', ['zoh', 'tustin'])
-@pytest.mark.parametrize('reverse', [False, True])
-def test_scan_in_onnx(method, reverse, tmp_path):
-    """The loop's own form: any batch and length, groups, and a Scan whatever the exporter."""
-    onnx = pytest.importorskip('onnx')
-    pytest.importorskip('onnxscript')
-    pytest.importorskip('onnxruntime')
-
-    class Scanned(torch.nn.Module):
-        def forward(self, x):
-            u, delta, b, c = x.flatten(2).transpose(1, 2).split((6, 6, 4, 4), dim=-1)
-            b, c = b.unflatten(-1, (2, 2)), c.unflatten(-1, (2, 2))
-            A = -torch.arange(1.0, 13.0).reshape(6, 2)
-            return ops.selective_scan(
-                u, delta, A, b, c, delta_softplus=True, discretization=method, reverse=reverse
-            )
-
-    path = tmp_path / 'm.onnx'
-    report = export_model(Scanned(), path, 'onnx', (2, 20, 3, 5), dynamic='batch')
-    assert max(report.differences.values()) < 1e-5
-    nodes = [node.op_type for node in onnx.load(path).graph.node]
-    assert nodes.count('Scan') == 1
-    assert 'Loop' not in nodes
 
 
 @pytest.mark.parametrize('opset', [18, 20, 22])
@@ -236,19 +236,6 @@ def test_onnx_of_any_size(family, tmp_path):
     pytest.importorskip('onnxscript')
     pytest.importorskip('onnxruntime')
     check(family, 'onnx', '.onnx', 'size', tmp_path)
-
-
-@pytest.mark.slow
-def test_onnx_does_not_grow_with_the_sequence(tmp_path):
-    onnx = pytest.importorskip('onnx')
-    pytest.importorskip('onnxscript')
-    pytest.importorskip('onnxruntime')
-    counts = []
-    for side in (32, 128):
-        model = Vim(SMALL, img_size=side)
-        export_model(model, tmp_path / f'{side}.onnx', 'onnx', (1, 3, side, side))
-        counts.append(len(onnx.load(tmp_path / f'{side}.onnx').graph.node))
-    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -281,7 +268,7 @@ def test_int8(tmp_path):
     export_model(model, tmp_path / 'm.onnx', 'onnx', (1, 3, 64, 64))
     quantize(tmp_path / 'm.onnx', tmp_path / 'int8.onnx')
     nodes = {node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node}
-    assert {'MatMulInteger', 'Scan'} <= nodes
+    assert {'MatMulInteger', 'Exp'} <= nodes
     assert (tmp_path / 'int8.onnx').stat().st_size < 0.8 * (tmp_path / 'm.onnx').stat().st_size
     x = np.random.default_rng(0).standard_normal((2, 3, 64, 64), np.float32)
     (a,), (b,) = (open_exported(tmp_path / name)(x) for name in ('m.onnx', 'int8.onnx'))
