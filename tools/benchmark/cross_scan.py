@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from csv_rows import open_rows
+from common import open_rows
 from ops import Clock, copy_rate, find_peers
 from torch import Tensor
 from torch.nn import functional as F

@@ -37,7 +37,6 @@ import csv
 import gc
 import importlib
 import itertools
-import platform
 import re
 import statistics
 import sys
@@ -51,13 +50,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from csv_rows import open_rows
+from common import describe, open_rows, positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmvim
 from mmvim.errors import UserError
-from mmvim.ops import backend_info, intercept_ops
+from mmvim.ops import intercept_ops
 
 CLASSES = 1000
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
@@ -362,25 +361,6 @@ def parse_args() -> argparse.Namespace:
     if args.profile and not args.device.startswith('cuda'):
         parser.error(f'--profile needs a CUDA device, got --device {args.device}')
     return args
-
-
-def positive(text: str) -> int:
-    """A positive integer."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'must be positive, got {value}')
-    return value
-
-
-def describe(device: torch.device) -> str:
-    """The machine and the versions."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor()
-    info = backend_info()
-    kernels = info.get(f'{device.type}_kernels', []) if info['loaded'] else []
-    return (
-        f'# {name or platform.machine()}, torch {torch.__version__}, mmvim {mmvim.__version__}, '
-        f'compiled ops: {", ".join(kernels) or "none"}'
-    )
 
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:

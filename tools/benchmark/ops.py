@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from csv_rows import open_rows
+from common import open_rows
 
 from mmvim.ops import DISCRETIZATIONS, backend_info
 from mmvim.ops.selective_scan import CHECKPOINT_INTERVAL

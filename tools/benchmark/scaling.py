@@ -31,9 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from csv_rows import open_rows
+from common import describe, open_rows, positive
 from mmengine.config import Config
-from models import describe, positive
 
 from mmvim._configs import settle_scope, type_name
 from mmvim.cli import flags

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from csv_rows import open_rows
+from common import open_rows
 from ops import CHECKPOINTS, Clock, find_peers, turned
 
 # name: (batch, channels, length, groups, gate)

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from csv_rows import open_rows
-from models import DTYPES, describe, positive, release
+from common import describe, open_rows, positive
+from models import DTYPES, release
 
 from mmvim.models import GraphedStream, StreamingVideoMamba
 

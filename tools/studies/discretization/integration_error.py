@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmark'))
 
 import torch
-from csv_rows import open_rows
+from common import open_rows
 
 from mmvim.ops import DISCRETIZATIONS, selective_scan
 
