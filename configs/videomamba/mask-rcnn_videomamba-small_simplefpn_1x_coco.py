@@ -4,7 +4,7 @@ model = dict(
     backbone=dict(
         arch='small',
         init_cfg=dict(
-            checkpoint='https://pjlab-gvm-data.oss-cn-shanghai.aliyuncs.com/videomamba/'
+            checkpoint='https://huggingface.co/OpenGVLab/VideoMamba/resolve/main/'
             'videomamba_s16_in1k_res224.pth',
         ),
     ),

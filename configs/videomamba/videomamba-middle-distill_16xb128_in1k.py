@@ -17,7 +17,7 @@ model = dict(
         out_type='raw',
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='https://pjlab-gvm-data.oss-cn-shanghai.aliyuncs.com/videomamba/'
+            checkpoint='https://huggingface.co/OpenGVLab/VideoMamba/resolve/main/'
             'videomamba_s16_in1k_res224.pth',
         ),
     ),

@@ -15,4 +15,7 @@ val_dataloader = dict(dataset=dict(pipeline=val_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
+param_scheduler = _base_.param_scheduler
+param_scheduler[0]['start_factor'] = 1e-2
+param_scheduler[1]['eta_min_ratio'] = 1e-2
 auto_scale_lr = dict(base_batch_size=128)

@@ -11,7 +11,7 @@ model = dict(
         drop_path_rate=0.8,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='https://pjlab-gvm-data.oss-cn-shanghai.aliyuncs.com/videomamba/'
+            checkpoint='https://huggingface.co/OpenGVLab/VideoMamba/resolve/main/'
             'videomamba_m16_in1k_res224.pth',
         ),
     ),

@@ -12,7 +12,7 @@ model = dict(
         drop_path_rate=0.35,
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='https://pjlab-gvm-data.oss-cn-shanghai.aliyuncs.com/videomamba/'
+            checkpoint='https://huggingface.co/OpenGVLab/VideoMamba/resolve/main/'
             'videomamba_s16_in1k_res224.pth',
         ),
     ),
@@ -23,5 +23,6 @@ optim_wrapper = dict(
     optimizer=dict(lr=1.6e-3, weight_decay=0.05),
 )
 param_scheduler = _base_.param_scheduler
-param_scheduler[1]['end'] = 30
+param_scheduler[0]['start_factor'] = 2.5e-3
+param_scheduler[1].update(eta_min_ratio=2.5e-3, end=30)
 train_cfg = dict(max_epochs=30)

@@ -10,7 +10,7 @@ model = dict(
     backbone=dict(
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='https://pjlab-gvm-data.oss-cn-shanghai.aliyuncs.com/videomamba/'
+            checkpoint='https://huggingface.co/OpenGVLab/VideoMamba/resolve/main/'
             'videomamba_t16_in1k_res224.pth',
         ),
     ),
@@ -24,5 +24,6 @@ train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 
 optim_wrapper = dict(optimizer=dict(lr=1.6e-3))
 param_scheduler = _base_.param_scheduler
-param_scheduler[1]['end'] = 35
+param_scheduler[0]['start_factor'] = 2.5e-3
+param_scheduler[1].update(eta_min_ratio=2.5e-3, end=35)
 train_cfg = dict(max_epochs=35)

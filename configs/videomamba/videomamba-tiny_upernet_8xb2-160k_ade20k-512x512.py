@@ -10,7 +10,7 @@ model = dict(
         type='mmvim.VideoMamba',
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='https://pjlab-gvm-data.oss-cn-shanghai.aliyuncs.com/videomamba/'
+            checkpoint='https://huggingface.co/OpenGVLab/VideoMamba/resolve/main/'
             'videomamba_t16_in1k_res224.pth',
         ),
     )

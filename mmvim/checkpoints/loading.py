@@ -186,8 +186,9 @@ def _report(
     names = {id(value): key for key, value in given.items()}
 
     def source_of(key: str, value: Tensor) -> str | None:
-        if id(value) in names:
-            return names[id(value)]
+        for tensor in (value, value._base):  # itself, or seen in another shape
+            if id(tensor) in names:
+                return names[id(tensor)]
         # Made from another tensor: the one of the same name, or of a name with the same end.
         return max((k for k in given if key == k or key.endswith(f'.{k}')), key=len, default=None)
 

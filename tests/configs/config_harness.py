@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
@@ -29,6 +30,11 @@ CONFIGS = sorted(p for p in CONFIG_ROOT.rglob('*.py') if '_base_' not in p.parts
 # Those that carry a published recipe.
 FAMILIES = [p for p in CONFIGS if not {'quickstart', 'studies'} & set(p.parts)]
 
+# What makes two configs the same for a miniature run.
+_OF_A_KIND = (
+    'model', 'train_dataloader', 'test_dataloader', 'optim_wrapper', 'train_cfg', 'custom_hooks',
+)  # fmt: skip
+_OF_NO_KIND = {'init_cfg', 'accumulative_counts', 'clip_grad'}
 # A large stride is one of sliding windows; patches have small ones.
 _SIZE_KEYS = {'scale', 'scales', 'crop_size', 'size', 'stride', 'pad_size_divisor'}
 
@@ -51,15 +57,17 @@ class MiniatureData:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._makers: dict[str, Callable[[Path], object]] = {
-            'data/imagenet': self._make('make_imagenet', 96),
-            'data/coco': self._make('make_coco', 160),
-            'data/ade/ADEChallengeData2016': self._make('make_ade20k', 160),
+            'data/imagenet': self._make('imagenet', 96),
+            'data/coco': self._make('coco', 160),
+            'data/ade/ADEChallengeData2016': self._make('ade20k', 160),
             'data/quickstart/cls': self._make_quickstart,
             'data/quickstart/det': self._make_quickstart,
             'data/quickstart/seg': self._make_quickstart,
             'data/quickstart/video': self._make_quickstart,
-            'data/kinetics400': self._make('make_kinetics400', 96),
-            'data/sthv2': self._make('make_sthv2', 96),
+            'data/kinetics400': self._make('kinetics400', 96),
+            'data/sthv2': self._make('sthv2', 96),
+            'data/breakfast': self._make('breakfast', 96),
+            'data/coin': self._make('coin', 96),
             'data/cifar10': self._make_cifar10,
         }
 
@@ -77,10 +85,10 @@ class MiniatureData:
         raise KeyError(f'no miniature data set for {path!r}: add one to {__file__}')
 
     @staticmethod
-    def _make(function: str, long_side: int) -> Callable[[Path], object]:
+    def _make(name: str, long_side: int) -> Callable[[Path], object]:
         def make(root: Path) -> None:
-            script = load_script('tools/misc/make_miniature_data.py')
-            getattr(script, function)(root, train_images=4, val_images=2, long_side=long_side)
+            write, _ = load_script('tools/misc/make_miniature_data.py').DATASETS[name]
+            write(root, train_images=4, val_images=2, long_side=long_side)
 
         return make
 
@@ -138,11 +146,41 @@ def shrink(cfg: Config, data: MiniatureData, work_dir: Path, shallow: bool = Tru
     loop.pop('dynamic_intervals', None)
     loop.pop('val_begin', None)
     loop.update({length: 1, 'val_interval': 1})
+    large = cfg.model.backbone.get('arch') == 'large3'  # 740 million parameters take 15 GB to train
     if shallow:
         cut_depth(cfg.model)
-    elif cfg.model.backbone.get('arch') == 'large3':
-        cut_width(cfg.model)  # 740 million parameters take 15 GB to train
+    elif large:
+        cut_width(cfg.model)
     return cfg
+
+
+def kinds(paths: list[Path]) -> list:
+    """Parameters for pytest: of configs that differ only in numbers and files all but one are slow.
+
+    A run of one says that the others run: the longer clips and larger frames of a recipe are
+    shrunk to the same size.
+    """
+    seen: set[str] = set()
+    parameters = []
+    for path in paths:
+        cfg = Config.fromfile(path).to_dict()
+        kind = repr([_kind(cfg.get(key)) for key in _OF_A_KIND])
+        known = kind in seen
+        seen.add(kind)
+        parameters.append(
+            pytest.param(path, id=config_id(path), marks=[pytest.mark.slow] if known else [])
+        )
+    return parameters
+
+
+def _kind(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _kind(v) for k, v in sorted(node.items()) if k not in _OF_NO_KIND}
+    if isinstance(node, list | tuple):
+        return [_kind(v) for v in node]
+    if isinstance(node, numbers.Real) and not isinstance(node, bool):
+        return 'number'
+    return node
 
 
 def _map(node: Any, data: MiniatureData, key: str = '') -> Any:
@@ -155,6 +193,8 @@ def _map(node: Any, data: MiniatureData, key: str = '') -> Any:
         return type(node)(_map(v, data, key) for v in node)
     if isinstance(node, str) and node.startswith('data/'):
         return data.locate(node)
+    if key == 'num_frames' and isinstance(node, int):
+        return min(node, 4)
     if key in _SIZE_KEYS and isinstance(node, int) and node > 128:
         return max(64, math.ceil(node / 8 / 16) * 16)
     if key == 'window_sizes' and isinstance(node, int):
@@ -193,13 +233,17 @@ def cut_depth(model: ConfigDict) -> None:
 
 
 def cut_width(model: ConfigDict) -> None:
-    """Narrow the MambaVision of a classifier, in which only one layer depends on the width."""
-    if 'head' not in model or 'in_channels' not in model.head:
+    """Narrow the MambaVision of a classifier or segmentor, of whose layers few have its width."""
+    widths = [32 * 2**i for i in range(4)]
+    if 'decode_head' in model:
+        model.decode_head.in_channels, model.auxiliary_head.in_channels = widths, widths[2]
+    elif 'in_channels' in model.get('head', ()):
+        model.head.in_channels = widths[3]
+    else:
         return
     arch = model.backbone.arch
     arch = dict(mmvim.MambaVision.arch_zoo[arch] if isinstance(arch, str) else arch)
-    model.backbone.arch = dict(arch, embed_dims=32, num_heads=(4, 8))
-    model.head.in_channels = 32 * 8
+    model.backbone.arch = dict(arch, embed_dims=widths[0], num_heads=(4, 8))
 
 
 def run(cfg: Config) -> dict[str, float]:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from config_harness import CONFIGS, config_id, shrink
+from config_harness import CONFIGS, kinds, shrink
 from mmengine.config import Config
 from PIL import Image
 from script_runner import run_script
@@ -13,7 +13,7 @@ from mmvim.apis.inferencers.pipeline import reads_videos
 from mmvim.apis.videos import VideoWriter
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=config_id)
+@pytest.mark.parametrize('path', kinds(CONFIGS))
 def test_demo(path, miniature_data, tmp_path):
     cfg = shrink(Config.fromfile(path), miniature_data, tmp_path)
     cfg.dump(tmp_path / 'config.py')

@@ -47,7 +47,8 @@ def test_readme_has_the_same_figures(path):
     assert {path.parent / link for link in links} == set(path.parent.glob('*.py'))
     rows = [line for line in readme.splitlines() if line.startswith('|')]
     for model in yaml.safe_load(path.read_text())['Models']:
-        (row,) = [row for row in rows if f'({model["Config"].rpartition("/")[2]})' in row]
+        (row,) = [row for row in rows if f'| `{model["Name"]}` |' in row]
+        assert f'({model["Config"].rpartition("/")[2]})' in row
         cells = [cell.strip() for cell in row.split('|')]
         expected = [f'{model["Metadata"]["Parameters"] / 1e6:.2f} M']
         if 'FLOPs' in model['Metadata']:

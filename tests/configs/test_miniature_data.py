@@ -183,6 +183,26 @@ def test_sthv2_loads(tmp_path):
     assert len(labels) > 2
 
 
+@pytest.mark.parametrize(('name', 'classes'), [('breakfast', 10), ('coin', 180)])
+def test_video_lists_load(name, classes, tmp_path):
+    from mmvim.datasets.video import VideoDataset, VideoReader
+
+    write, folder = script.DATASETS[name]
+    root = write(tmp_path / folder, 5, 2, long_side=64)
+    for split, count in (('train', 5), ('val', 2)):
+        dataset = VideoDataset(
+            f'annotations/{split}.csv',
+            data_root=str(root),
+            data_prefix='videos',
+            num_classes=classes,
+        )
+        infos = [dataset.get_data_info(index) for index in range(len(dataset))]
+        assert [info['gt_label'] for info in infos] == [i * classes // count for i in range(count)]
+        for info in infos:
+            with VideoReader(info['img_path']) as video:
+                assert len(video) >= 20
+
+
 def test_leaves_existing_data_alone(tmp_path):
     root = script.make_ade20k(tmp_path / 'mini', 1, 1, long_side=48)
     with pytest.raises(FileExistsError, match='--force'):

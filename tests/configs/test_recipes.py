@@ -41,9 +41,9 @@ def test_whatever_a_run_reads_is_compared():
 
     variables = {
         'augmentations', 'backend_args', 'bgr_mean', 'bgr_std', 'crop_size', 'data_root',
-        'dataset_type', 'image_size', 'img_ratios', 'label_file', 'mean', 'norm_cfg', 'num_classes',
-        'num_frames', 'scales', 'stage_ious', 'stage_stds', 'std', 'test_pipeline',
-        'train_pipeline', 'val_pipeline', 'vis_backends', 'pipeline',
+        'dataset_type', 'image_size', 'img_ratios', 'label_file', 'loader', 'mean', 'norm_cfg',
+        'num_classes', 'num_frames', 'pipeline', 'scales', 'stage_ious', 'stage_stds', 'std',
+        'step', 'test_pipeline', 'train_pipeline', 'val_pipeline', 'vis_backends',
     }  # fmt: skip
     for path in FAMILIES:
         assert set(Config.fromfile(path)) <= variables | set(READ), path

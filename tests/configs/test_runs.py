@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from config_harness import CONFIGS, config_id, run, shrink
+from config_harness import CONFIGS, config_id, kinds, run, shrink
 from mmengine.config import Config
 
 SAVE_BEST = {'mmpretrain': 'accuracy_top1', 'mmdet': 'coco_bbox_mAP', 'mmseg': 'mIoU'}
@@ -18,7 +18,7 @@ def check(path, data, work_dir, shallow):
     shutil.rmtree(work_dir)
 
 
-@pytest.mark.parametrize('path', CONFIGS, ids=config_id)
+@pytest.mark.parametrize('path', kinds(CONFIGS))
 def test_step_shallow(path, miniature_data, tmp_path):
     check(path, miniature_data, tmp_path, shallow=True)
 

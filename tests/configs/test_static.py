@@ -12,10 +12,11 @@ BATCH = r'\d+xb\d+'
 PATTERNS = {
     'mmpretrain': (
         rf'[a-z0-9-]+(_in(1|21)k-pre)?_{BATCH}(-\d+e)?_in1k(-\d+px)?'
-        rf'|[a-z0-9-]+_in1k-pre_{BATCH}-\d+x\d+-\d+e_(kinetics400|sthv2)'
+        r'|[a-z0-9-]+_((mask-)?(kinetics400|sthv2)|in1k|mask)-pre_'
+        rf'{BATCH}-\d+x\d+-\d+e_(kinetics400|sthv2|breakfast|coin)'
     ),
     'mmdet': rf'[a-z0-9-]+_[a-z0-9-]+_(simple)?fpn_((ms-crop-)?[13]x|{BATCH}(-lsj)?-\d+ep)_coco',
-    'mmseg': rf'[a-z0-9-]+_[a-z0-9-]+_{BATCH}-\d+k_ade20k-\d+x\d+',
+    'mmseg': rf'[a-z0-9-]+_(in21k-pre_)?[a-z0-9-]+_{BATCH}-\d+k_ade20k-\d+x\d+',
 }
 
 
@@ -48,7 +49,8 @@ def test_name_and_batch_agree(path):
     # mmdet's 1x and 3x mean 8 GPUs with two images each.
     gpus, images = map(int, batch.groups()) if batch else (8, 2)
     assert cfg.train_dataloader.batch_size == images
-    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=gpus * images)
+    steps = cfg.optim_wrapper.get('accumulative_counts', 1)
+    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=gpus * images * steps)
 
 
 @pytest.mark.parametrize('path', FAMILIES, ids=config_id)

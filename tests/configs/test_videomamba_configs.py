@@ -149,6 +149,24 @@ def test_the_teacher_is_no_part_of_the_model(tmp_path):
     torch.testing.assert_close(model.teacher.pos_embed, weights['pos_embed'])
 
 
+@pytest.mark.parametrize('with_head', [True, False])
+def test_distilled_file(with_head):
+    """Official files may hold the distillation head, which only training needs."""
+    source, model = small_distiller(), small_distiller()
+    torch.nn.init.normal_(source.distill_head[1].weight)
+    weights = {
+        k.removeprefix('backbone.').replace('head.fc.', 'head.'): v.clone()
+        for k, v in source.state_dict().items()
+        if with_head or not k.startswith('distill_head.')
+    }
+    own = model.distill_head[1].weight.clone()
+    assert not any(model.load_state_dict({'model': weights}, strict=True))
+    expected = source.distill_head[1].weight if with_head else own
+    torch.testing.assert_close(model.distill_head[1].weight, expected)
+    torch.testing.assert_close(model.head.fc.weight, source.head.fc.weight)
+    torch.testing.assert_close(model.backbone.pos_embed, source.backbone.pos_embed)
+
+
 def test_distillation_learns():
     model = small_distiller().train()
     x = torch.randn(4, 3, 32, 32)

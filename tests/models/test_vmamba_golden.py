@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from mmvim import ops
+from mmvim.apis import load_weights
 from mmvim.models import VMamba
 
 KEYS = Path(__file__).parents[1] / 'golden'
@@ -145,7 +146,7 @@ def projections(extra):
         for key, value in weights.items():
             if key.endswith(('x_proj_weight', 'dt_projs_weight')):
                 key = key.replace('_weight', '.weight')
-                value = value.flatten(0, 1)[(...,) + (None,) * extra]
+                value = value.flatten(0, 1)[(...,) + (None,) * extra].clone()
             renamed[key] = value
         return renamed
 
@@ -154,7 +155,7 @@ def projections(extra):
 
 def convolutions(weights):
     linear = ('in_proj.weight', 'out_proj.weight', 'fc1.weight', 'fc2.weight', 'reduction.weight')
-    return {k: v[..., None, None] if k.endswith(linear) else v for k, v in weights.items()}
+    return {k: v[..., None, None].clone() if k.endswith(linear) else v for k, v in weights.items()}
 
 
 SMALL = {'depths': (1, 1, 2, 1), 'embed_dims': 16}
@@ -183,7 +184,9 @@ def test_spellings(name, dense):
         parent.backbone = model
         parent.load_state_dict({f'backbone.{k}': v for k, v in given.items()})
     else:
-        model.load_state_dict({'model': given, 'epoch': 1})
+        report = load_weights(model, {'model': given, 'epoch': 1})
+        assert report.loaded == len(weights)
+        assert set(report.unexpected) == set(report.dropped) == {k for k in given if 'head.' in k}
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key]), key
 

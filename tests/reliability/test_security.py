@@ -76,6 +76,7 @@ def tools(tmp_path, harmful):
         ),
         'test': ('test.py', CONFIG, harmful, '--no-checks'),
         'convert': ('converters/convert_checkpoint.py', CONFIG, harmful, tmp_path / 'x.pth'),
+        'check': ('converters/check_checkpoint.py', CONFIG, harmful),
         'publish': ('publish.py', harmful, tmp_path / 'x.pth'),
         'demo': ('demo/image_demo.py', CONFIG, tmp_path / 'a.png', '--weights', harmful,
                  '--device', 'cpu'),

@@ -1,6 +1,7 @@
 """Generate miniatures in the exact layouts of public data sets.
 
-These are ImageNet-1K, COCO 2017, ADEChallengeData2016, Kinetics-400 and Something-Something V2.
+These are ImageNet-1K, COCO 2017, ADEChallengeData2016, Kinetics-400, Something-Something V2,
+Breakfast and COIN.
 
 The pictures are procedural (textured grounds with textured shapes on them); the folders, file
 names, identifiers and annotation formats are the real ones, so that a config or a data pipeline can
@@ -16,7 +17,8 @@ Below ``--out`` lie afterwards the folders that the configs name:
 - ``coco/{train2017,val2017}/*.jpg`` and ``coco/annotations/instances_{train,val}2017.json``;
 - ``ade/ADEChallengeData2016/{images,annotations}/{training,validation}/``;
 - ``kinetics400/annotations/kinetics_{train,val}.csv``, ``kinetics400/videos_{train,val}/<class>/``;
-- ``sthv2/annotations/something-something-v2-{train,validation,labels}.json``, ``sthv2/videos/``.
+- ``sthv2/annotations/something-something-v2-{train,validation,labels}.json``, ``sthv2/videos/``;
+- ``{breakfast,coin}/annotations/{train,val}.csv``, ``{breakfast,coin}/videos/``.
 
 The same arguments give the same pixels. Needs numpy and Pillow, and PyAV for the videos.
 """
@@ -30,6 +32,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -621,12 +624,49 @@ def make_sthv2(
     return root
 
 
+def make_video_list(
+    root: str | Path,
+    train_images: int = 16,
+    val_images: int = 8,
+    *,
+    classes: int,
+    long_side: int = 340,
+    force: bool = False,
+    seed: int = 0,
+    progress: Progress = _quiet,
+) -> Path:
+    """Write videos, and lists of their paths and labels, as VideoMamba reads Breakfast and COIN.
+
+    Arguments are those of :func:`make_kinetics400`, and:
+
+    Args:
+        classes: Number of classes, over which the labels spread.
+    """
+    root = Path(root)
+    with _new_dataset(root, force) as folder:
+        (folder / 'annotations').mkdir()
+        (folder / 'videos').mkdir()
+        for split, count in (('train', train_images), ('val', val_images)):
+            lines = []
+            for index in range(count):
+                rng = _rng(seed, f'{classes} classes/{split}/{index}')
+                label = index * classes // count if count < classes else index % classes
+                clip = _clip_of(rng, label, long_side, int(rng.integers(20, 40)))
+                _save_video(clip, folder / f'videos/{split}_{index}.mp4', 'mpeg4', 25)
+                lines.append(f'{split}_{index}.mp4,{label}\n')
+                progress(index + 1, count, f'{root.name}/{split}')
+            (folder / f'annotations/{split}.csv').write_text(''.join(lines))
+    return root
+
+
 DATASETS = {
     'imagenet': (make_imagenet, 'imagenet'),
     'coco': (make_coco, 'coco'),
     'ade20k': (make_ade20k, 'ade/ADEChallengeData2016'),
     'kinetics400': (make_kinetics400, 'kinetics400'),
     'sthv2': (make_sthv2, 'sthv2'),
+    'breakfast': (partial(make_video_list, classes=10), 'breakfast'),
+    'coin': (partial(make_video_list, classes=180), 'coin'),
 }
 
 

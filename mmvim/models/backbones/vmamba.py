@@ -306,5 +306,10 @@ class VMamba(HierarchicalBackbone):
                 continue
             shape = own[key]
             rows = (shape[:-1].numel(), shape[-1])
-            if tuple(given.shape) in (rows, (*rows, 1, 1), (*shape, 1, 1), (shape.numel(),)):
+            if given.shape != shape and tuple(given.shape) in (
+                rows,
+                (*rows, 1, 1),
+                (*shape, 1, 1),
+                (shape.numel(),),
+            ):
                 state_dict[prefix + key] = given.reshape(shape)

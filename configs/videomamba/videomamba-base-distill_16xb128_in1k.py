@@ -1,0 +1,3 @@
+_base_ = './videomamba-middle-distill_16xb128_in1k.py'
+
+model = dict(backbone=dict(arch='base'), head=dict(in_channels=768))
