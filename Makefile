@@ -16,7 +16,8 @@ SOURCES = $(wildcard setup.py) $(shell find csrc -type f ! -name '*.pyc' 2>/dev/
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart quickstart-mambavision quickstart-det quickstart-seg quickstart-video \
-	test test-slow test-reliability audit lint format docs cuda-compile clean distclean
+	test test-slow test-reliability audit lint format docs cuda-compile cuda-compile-all wheel clean \
+	distclean
 
 help: ## list the targets
 	@echo 'usage: make [PYTHON=python3.12] [VENV=.venv] TARGET'
@@ -89,6 +90,12 @@ docs: $(BUILT) ## build the documentation; warnings are errors
 
 cuda-compile: $(BUILT) ## compile the CUDA sources for sm_90 (no GPU needed; skipped without nvcc)
 	$(PY) csrc/build.py --check-cuda 9.0 --objects build/cuda-objects
+
+cuda-compile-all: $(BUILT) ## the same for every common architecture (an hour and more)
+	$(PY) csrc/build.py --check-cuda all --objects build/cuda-objects
+
+wheel: $(INSTALLED) ## a wheel with kernels for other machines, in dist (see tools/build_wheel.sh)
+	@PYTHON=$(PY) bash tools/build_wheel.sh
 
 clean: ## remove what was built, but not .venv, data and results
 	rm -rf build docs/_build .pytest_cache .ruff_cache .hypothesis

@@ -2,11 +2,16 @@
 
 Nothing here may stop an installation: without torch or a compiler mmvim installs as pure Python and
 keeps the reason for ``mmvim.ops.backend_info()``. ``MMVIM_SKIP_BUILD=1`` requests that;
-``MMVIM_FORCE_CUDA=1`` compiles the CUDA kernels without a GPU.
+``MMVIM_FORCE_CUDA=1`` compiles the CUDA kernels without a GPU, 0 leaves them out.
+
+``MMVIM_WHEEL=1`` makes a wheel for other machines (tools/build_wheel.sh): it fails without kernels,
+and it requires the torch that they were compiled against and names it in its version.
 """
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +30,7 @@ IGNORED = shutil.ignore_patterns('__pycache__', '*.py[cod]', '*.o', '*.so')
 # Name of mmvim/dropin/startup.pth among the installed packages.
 STARTUP = 'mmvim_dropin.pth'
 # Where OpenMMLab's tools look for the files of a package: `_base_ = 'mmvim::vim/...'`, mim.
+FOR_OTHERS = os.environ.get('MMVIM_WHEEL', '0') == '1'
 MIM = ('configs', 'tools', 'model-index.yml', 'dataset-index.yml')
 
 
@@ -97,6 +103,8 @@ class BuildLibrary(build_ext):
             builder.build(folder, objects=ROOT / 'build' / 'objects')
             self.files.append(folder / builder.LIBRARY_NAME)
         except Exception as error:
+            if FOR_OTHERS:
+                raise
             self.warn(f'mmvim installs without compiled kernels: {error}')
             library = folder / builder.LIBRARY_NAME
             if in_place and library.is_file():
@@ -122,8 +130,40 @@ class Wheel(bdist_wheel):
         self.root_is_pure = not compiled
         return 'py3', 'none', super().get_tag()[2] if compiled else 'any'
 
+    def egg2dist(self, egginfo_path, distinfo_path):
+        """Write the metadata; the library works with the torch that it was compiled against."""
+        super().egg2dist(egginfo_path, distinfo_path)
+        if not FOR_OTHERS:
+            return
+        info = json.loads((Path(self.bdist_dir) / 'mmvim' / '_build_info.json').read_text())
+        metadata = Path(distinfo_path) / 'METADATA'
+        text, found = re.subn(
+            r'^(Requires-Dist: torch)[ (<>=].*$',
+            rf'\1=={public(info["torch"])}',
+            metadata.read_text(encoding='utf-8'),
+            flags=re.MULTILINE,
+        )
+        if found != 1:
+            raise ValueError(f'{metadata} has {found} lines that require torch, not one')
+        metadata.write_text(text, encoding='utf-8')
+
+
+def public(version):
+    """A version without its local part: torch 2.14.1+cu130 is 2.14.1 to pip."""
+    return version.partition('+')[0]
+
+
+def version_tag():
+    """What the version of a wheel for others says of its library, such as +torch2.14.1.cu130."""
+    import torch
+
+    config, _ = load_builder().find_cuda()
+    kind = 'cpu' if config is None else f'cu{torch.version.cuda.replace(".", "")}'
+    return f'+torch{public(torch.__version__)}.{kind}'
+
 
 setup(
+    options={'egg_info': {'tag_build': version_tag()}} if FOR_OTHERS else {},
     ext_modules=[Extension('mmvim._C', sources=[])],
     cmdclass={'build_py': BuildPy, 'build_ext': BuildLibrary, 'bdist_wheel': Wheel},
 )

@@ -63,6 +63,10 @@ _NAMED_ARCHITECTURES = {
     'Blackwell': '10.0;12.0+PTX',
 }
 _DEFAULT_ARCHITECTURES = ('7.5', '8.0', '8.6', '8.9', '9.0', '10.0', '12.0')
+# nvcc 13 compiles causal convolutions for sm_103 to code that computes wrong results, code for
+# sm_100 is right and runs on the same GPUs: https://github.com/Dao-AILab/causal-conv1d/issues/105
+_MISCOMPILED = {'10.3': '10.0'}
+_MISCOMPILING_CUDA = '13'
 
 Report = Callable[[str], None]
 
@@ -215,15 +219,15 @@ def find_cuda(wanted: bool | None = None) -> tuple[CudaConfig | None, str]:
 
     Args:
         wanted: True requires them, False omits them, None takes them if there are nvcc and a GPU,
-            or with ``MMVIM_FORCE_CUDA=1``.
+            unless ``MMVIM_FORCE_CUDA`` decides: 1 requires, 0 omits them.
 
     Raises:
         BuildError: If they are required and cannot be compiled.
     """
     import torch
 
-    if wanted is None and os.environ.get('MMVIM_FORCE_CUDA', '0') == '1':
-        wanted = True
+    if wanted is None:
+        wanted = {'1': True, '0': False}.get(os.environ.get('MMVIM_FORCE_CUDA', ''))
     if wanted is False:
         return None, 'not requested'
     reason = None
@@ -257,7 +261,7 @@ def cuda_architectures(nvcc: Path) -> tuple[str, ...]:
     """From TORCH_CUDA_ARCH_LIST, else the GPUs of this machine, else all common ones.
 
     Raises:
-        BuildError: For a name that is not an architecture.
+        BuildError: For a name that is not an architecture, and for one that nvcc miscompiles.
     """
     import torch
 
@@ -271,10 +275,19 @@ def cuda_architectures(nvcc: Path) -> tuple[str, ...]:
                 raise BuildError(
                     f'TORCH_CUDA_ARCH_LIST must hold entries such as 9.0 or 8.6+PTX, got {value!r}'
                 )
+            good = _MISCOMPILED.get(re.match(r'\d+\.\d', value).group())
+            if good and nvcc_version(nvcc).startswith(_MISCOMPILING_CUDA):
+                raise BuildError(
+                    f'TORCH_CUDA_ARCH_LIST: nvcc {nvcc_version(nvcc)} makes code for {value} that '
+                    f'computes wrong convolutions; list {good}, which runs on the same GPUs'
+                )
         return result
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        return tuple(f'{major}.{minor}' for major, minor in sorted(found))
+        names = [f'{major}.{minor}' for major, minor in sorted(found)]
+        if nvcc_version(nvcc).startswith(_MISCOMPILING_CUDA):
+            names = [_MISCOMPILED.get(name, name) for name in names]
+        return tuple(dict.fromkeys(names))
     text = subprocess.run([str(nvcc), '--list-gpu-arch'], capture_output=True, text=True).stdout
     known = set(re.findall(r'compute_(\d+)', text))
     result = [a for a in _DEFAULT_ARCHITECTURES if a.replace('.', '') in known]
@@ -374,9 +387,13 @@ def _dependencies(source: Path, seen: set[Path] | None = None) -> set[Path]:
 
 
 def _object_name(unit: Unit, command: Sequence[str], compiler: str, out: Path) -> str:
-    """A name from everything it depends on, so that an existing object is up to date."""
+    """A name from everything it depends on, so that an existing object is up to date.
+
+    Not from where this folder lies: a copy of it finds the same objects.
+    """
     digest = hashlib.sha256(compiler.encode())
-    digest.update('\0'.join(str(c) for c in command if str(out) not in str(c)).encode())
+    words = [str(c).replace(str(ROOT), '') for c in command if str(out) not in str(c)]
+    digest.update('\0'.join(words).encode())
     for path in sorted(_dependencies(ROOT / unit.source)):
         digest.update(path.read_bytes())
     stem = re.sub(r'\W', '_', f'{unit.source}_{unit.isa}')
@@ -577,13 +594,15 @@ def main() -> int:
         nargs='?',
         const='9.0',
         metavar='ARCHITECTURE',
-        help='only compile the CUDA sources, for 9.0 or sm_90; without nvcc say so and succeed',
+        help='only compile the CUDA sources, for 9.0 or sm_90, or for all common ones; without '
+        'nvcc say so and succeed',
     )
     args = parser.parse_args()
     try:
         if args.check_cuda:
-            listed = re.sub(r'^sm_(\d+)(\d[af]?)$', r'\1.\2', args.check_cuda)
-            check_cuda(listed, args.objects)
+            one = re.sub(r'^sm_(\d+)(\d[af]?)$', r'\1.\2', args.check_cuda)
+            for listed in _DEFAULT_ARCHITECTURES if one == 'all' else (one,):
+                check_cuda(listed, args.objects)
         else:
             build(args.output, cuda=args.cuda, objects=args.objects)
     except BuildError as error:

@@ -155,6 +155,29 @@ def test_unknown_architecture_is_refused(builder, monkeypatch):
         builder.cuda_architectures(Path('nvcc'))
 
 
+@pytest.mark.skipif(os.name == 'nt', reason='shell scripts')
+def test_architectures_that_nvcc_miscompiles(builder, tmp_path, monkeypatch):
+    """sm_103, by nvcc 13: sm_100 instead, which runs there."""
+    nvcc = fake_toolkit(tmp_path / 'cuda')
+    for listed in ('9.0;10.3', '10.3a', '10.3+PTX'):
+        monkeypatch.setenv('TORCH_CUDA_ARCH_LIST', listed)
+        with pytest.raises(
+            builder.BuildError,
+            match=r'nvcc 13\.0 makes code for 10\.3\S* .* wrong convolutions; list 10\.0',
+        ):
+            builder.cuda_architectures(nvcc)
+        monkeypatch.setattr(builder, 'nvcc_version', lambda nvcc: '14.0')
+        assert builder.cuda_architectures(nvcc)
+        monkeypatch.undo()
+    monkeypatch.delenv('TORCH_CUDA_ARCH_LIST', raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    gpus = [(10, 3), (9, 0), (10, 0)]
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', gpus.__getitem__)
+    assert builder.cuda_architectures(nvcc) == ('9.0', '10.0')
+    assert not any('103' in flag for flag in builder._gencode(builder._DEFAULT_ARCHITECTURES))
+
+
 def test_gencode(builder):
     assert builder._gencode(['8.6', '12.0+PTX']) == [
         '-gencode=arch=compute_86,code=sm_86',
@@ -219,6 +242,8 @@ def test_cuda_is_left_out_with_a_reason(builder, tmp_path, monkeypatch):
         builder.find_cuda(True)
     monkeypatch.setattr(builder, 'find_cuda_home', lambda: None)
     monkeypatch.setenv('MMVIM_FORCE_CUDA', '0')
+    assert builder.find_cuda() == (None, 'not requested')
+    monkeypatch.delenv('MMVIM_FORCE_CUDA')
     assert 'no nvcc' in builder.find_cuda()[1]
 
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip('setuptools')
 
@@ -144,13 +146,99 @@ def test_editable_installation_from_any_folder(checkout, tmp_path):
             assert result.stdout.strip() == str(checkout / 'mmvim' / '__init__.py')
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_compiled_wheel(checkout, root, tmp_path):
+@pytest.fixture
+def with_objects(checkout, root):
+    """The checkout, with what an earlier installation compiled."""
     objects = root / 'build' / 'objects'
-    if objects.is_dir():  # what an earlier installation compiled
+    if objects.is_dir():
         (checkout / 'build').mkdir()
         (checkout / 'build' / 'objects').symlink_to(objects)
+    return checkout
+
+
+USE = """
+import torch, mmvim.ops, mamba_ssm
+info = mmvim.ops.backend_info()
+x = torch.randn(2, 5, 16)
+y = mamba_ssm.Mamba(16, bimamba_type='v2')(x)
+y.sum().backward()
+print(info['loaded'], tuple(y.shape), info['library'] or info['reason'])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(os.name == 'nt', reason='a shell script')
+def test_wheel_for_others(with_objects, tmp_path):
+    """Built, then installed in a new environment without a compiler, and used there."""
+    script = with_objects / 'tools' / 'build_wheel.sh'
+    dist = tmp_path / 'dist'
+    subprocess.run(
+        ['bash', script, '--cpu', dist],
+        check=True,
+        capture_output=True,
+        env={**os.environ, 'PYTHON': sys.executable},
+    )
+    (wheel,) = dist.glob('*.whl')
+    version = torch.__version__.partition('+')[0]
+    assert wheel.name.startswith(f'mmvim-0.1.0+torch{version}.cpu-py3-none-')
+    assert not wheel.name.endswith('-any.whl')
+    assert not list(with_objects.glob('*.egg-info'))
+
+    environment = tmp_path / 'environment'
+    subprocess.run([sys.executable, '-m', 'venv', '--without-pip', environment], check=True)
+    python = environment / 'bin' / 'python'
+    (site,) = environment.glob('lib/python3*/site-packages')
+    pip = [sys.executable, '-m', 'pip', '--python', python, 'install', '--no-deps', '-q', wheel]
+    without = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    subprocess.run(pip, check=True, env=without)
+    # torch of this environment, behind what is installed in the new one.
+    behind = str(Path(torch.__file__).parents[1])
+    (site / 'zz_torch.pth').write_text(f'import sys; sys.path.append({behind!r})')
+    metadata = next(site.glob('mmvim-*.dist-info')) / 'METADATA'
+    assert f'\nRequires-Dist: torch=={version}\n' in metadata.read_text()
+
+    def use():
+        result = subprocess.run(
+            [python, '-c', USE],
+            cwd=tmp_path,
+            env={'PATH': '/nowhere', 'HOME': str(tmp_path), 'MMVIM_DROPIN': '1'},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert use().startswith(f'True (2, 5, 16) {site}/mmvim/_C.')
+    info = site / 'mmvim' / '_build_info.json'
+    info.write_text(info.read_text().replace(torch.__version__, '2.0.0+cu118'))
+    assert use().startswith(
+        'False (2, 5, 16) the kernels were compiled for torch 2.0.0+cu118 and this is '
+        f'{torch.__version__}'
+    )
+
+
+def test_wheel_for_others_needs_kernels(checkout):
+    result = subprocess.run(
+        ['bash', checkout / 'tools' / 'build_wheel.sh', '--cpu'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHON': sys.executable, 'CXX': 'no-such-compiler'},
+    )
+    assert result.returncode != 0
+    assert 'no C++ compiler (no-such-compiler' in result.stderr
+    assert not list((checkout / 'dist').glob('*.whl'))
+    usage = subprocess.run(
+        ['bash', checkout / 'tools' / 'build_wheel.sh', '--gpu'], capture_output=True, text=True
+    )
+    assert usage.returncode == 2
+    assert '--cpu   without CUDA kernels' in usage.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_compiled_wheel(with_objects, tmp_path):
+    checkout = with_objects
     run_setup(checkout, 'bdist_wheel', MMVIM_FORCE_CUDA='0')
     wheel = wheel_of(checkout)
     tags = wheel.stem.split('-')[-3:]
