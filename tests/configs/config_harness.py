@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import own_data
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
@@ -28,7 +29,7 @@ CONFIG_ROOT = REPO / 'configs'
 BASES = sorted(CONFIG_ROOT.joinpath('_base_').rglob('*.py'))
 CONFIGS = sorted(p for p in CONFIG_ROOT.rglob('*.py') if '_base_' not in p.parts)
 # Those that carry a published recipe.
-FAMILIES = [p for p in CONFIGS if not {'quickstart', 'studies'} & set(p.parts)]
+FAMILIES = [p for p in CONFIGS if not {'own_data', 'quickstart', 'studies'} & set(p.parts)]
 
 # What makes two configs the same for a miniature run.
 _OF_A_KIND = (
@@ -69,6 +70,12 @@ class MiniatureData:
             'data/breakfast': self._make('breakfast', 96),
             'data/coin': self._make('coin', 96),
             'data/cifar10': self._make_cifar10,
+            'data/own_images': own_data.images,
+            'data/own_coco': own_data.coco,
+            'data/own_voc': own_data.voc,
+            'data/own_segmentation': own_data.segmentation,
+            'data/own_videos': own_data.videos,
+            'data/own_frames': own_data.frames,
         }
 
     def locate(self, path: str) -> str:
