@@ -63,6 +63,14 @@ void set_mode(ConvInput& in, const Filter& filter, std::string_view mode, bool h
   in.filter[0] = filter.arguments(left, mode == "reverse");
 }
 
+// Returns the numbers of the sequences, which have to outlive the call.
+OptTensor set_sequences(ConvInput& in, const OptTensor& seq_idx, const Tensor& x) {
+  check(seq_idx, "seq_idx", {x.size(0), x.size(1)}, at::kInt, at::kCPU);
+  const OptTensor numbers = contiguous(seq_idx);
+  if (numbers.has_value()) in.seq_idx = numbers->const_data_ptr<int32_t>();
+  return numbers;
+}
+
 // A contiguous state, checked: dtype of x or of the computation.
 ConvState state(const OptTensor& t, OptTensor& keep, const char* name, const Tensor& x,
                 int64_t width) {
@@ -86,11 +94,12 @@ bool is_double(const Tensor& x) { return x.scalar_type() == at::kDouble; }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                                    const OptTensor& initial_state, std::string_view mode, bool silu,
-                                   bool return_last_state) {
+                                   bool return_last_state, const OptTensor& seq_idx) {
   const Filter filter(weight, bias, x);
   const int64_t width = weight.size(1);
   ConvForwardArgs a;
   a.in = input(x, width, silu);
+  const OptTensor numbers = set_sequences(a.in, seq_idx, x);
   set_mode(a.in, filter, mode, initial_state.has_value() || return_last_state);
   OptTensor keep;
   a.in.initial = state(initial_state, keep, "initial_state", x, width);
@@ -126,11 +135,13 @@ struct FilterGradient {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& x, const Tensor& weight,
-    const OptTensor& bias, const OptTensor& initial_state, std::string_view mode, bool silu) {
+    const OptTensor& bias, const OptTensor& initial_state, std::string_view mode, bool silu,
+    const OptTensor& seq_idx) {
   const Filter filter(weight, bias, x);
   const int64_t width = weight.size(1);
   ConvBackwardArgs a;
   a.in = input(x, width, silu);
+  const OptTensor numbers = set_sequences(a.in, seq_idx, x);
   set_mode(a.in, filter, mode, initial_state.has_value() || grad_last_state.has_value());
   check(grad_out, "grad_out", x.sizes(), x.scalar_type(), at::kCPU);
   OptTensor keep_state, keep_grad;
@@ -194,8 +205,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
 }
 
 const bool known = [] {
-  direct::cpu.conv = forward;
-  direct::cpu.conv_backward = backward;
+  direct::enter<forward>(direct::cpu.conv);
+  direct::enter<backward>(direct::cpu.conv_backward);
   direct::cpu.two_convs = both_forward_into;
   direct::cpu.two_convs_backward = both_backward;
   return true;

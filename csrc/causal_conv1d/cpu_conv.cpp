@@ -107,10 +107,28 @@ class ConvWorker {
     return in_.filter[0].reverse ? reach_ - 1 - p : p - (in_.length - reach_);
   }
 
+  struct Taps {
+    int64_t begin, end;
+  };
+  // The taps of output t that meet inputs of its own sequence. What lies before and behind a row
+  // belongs to the sequences next to it.
+  Taps taps_of(const ConvTask& task, int f, int64_t t) const {
+    Taps taps{0, in_.width};
+    if (in_.seq_idx == nullptr) return taps;
+    const int64_t left = in_.filter[f].left, first = t - left;
+    while (taps.begin < left && !joined(task, first + taps.begin, t)) ++taps.begin;
+    while (taps.end > left + 1 && !joined(task, t, first + taps.end - 1)) --taps.end;
+    return taps;
+  }
+  // Whether position p belongs to the last sequence in scan order.
+  bool is_of_last(const ConvTask& task, int64_t p) const {
+    return in_.filter[0].reverse ? joined(task, 0, p) : joined(task, p, in_.length - 1);
+  }
+
   // Filter f at one vector of one output row whose first input row is `x`.
-  MMVIM_HD V convolve(const S* x, int f, int64_t c) const {
+  MMVIM_HD V convolve(const S* x, int f, const Taps& taps, int64_t c) const {
     V sum = load(bias_[f] + c);
-    for (int64_t k = 0; k < in_.width; ++k) {
+    for (int64_t k = taps.begin; k < taps.end; ++k) {
       sum = M::fma(load(x + k * kChannels + c), load(taps_[f] + k * kChannels + c), sum);
     }
     return sum;
@@ -124,6 +142,16 @@ class ConvWorker {
   S* bias_[2] = {nullptr, nullptr};
 
  private:
+  // Whether one sequence holds the positions [first, last].
+  bool joined(const ConvTask& task, int64_t first, int64_t last) const {
+    if (in_.seq_idx == nullptr) return true;
+    const int32_t* row = in_.seq_idx + task.batch * in_.length;
+    for (int64_t p = larger(first, 0) + 1; p <= smaller(last, in_.length - 1); ++p) {
+      if (row[p] != row[p - 1]) return false;
+    }
+    return true;
+  }
+
   void* state_at(const ConvTask& task, const ConvState& state, int64_t index) const {
     const int64_t at = (task.batch * in_.channels + task.channel) * reach_ + index;
     return static_cast<char*>(state.data) + at * element_size(state.dtype);
@@ -153,6 +181,9 @@ class ConvForward : ConvWorker<S> {
       const int64_t first = in.filter[0].reverse ? 0 : in.length - this->reach_;
       this->load_input(task, first, first + this->reach_);
       for (int64_t i = 0; i < this->reach_; ++i) {
+        if (!this->is_of_last(task, first + i)) {
+          fill(this->x_ + i * kChannels, S(0), this->padded_);
+        }
         this->store_state(task, a_.last, this->last_index(first + i), this->x_ + i * kChannels);
       }
     }
@@ -170,8 +201,9 @@ class ConvForward : ConvWorker<S> {
     for (int f = 0; f < in.filters; ++f) {
       for (int64_t t = begin; t < end; ++t) {
         const S* x = this->x_ + (t - begin + before - in.filter[f].left) * kChannels;
+        const typename Base::Taps taps = this->taps_of(task, f, t);
         for (int64_t c = 0; c < this->padded_; c += kLanes<S>) {
-          V y = this->convolve(x, f, c);
+          V y = this->convolve(x, f, taps, c);
           if (in.silu) y = y * M::sigmoid(y);
           store(this->line_ + c, y);
         }
@@ -235,7 +267,7 @@ class ConvBackward : ConvWorker<S> {
     const int64_t reach = this->reach_;
     this->load_input(task, begin - reach, end + reach);
     for (int64_t p = begin; p < end; ++p) {
-      const bool has_last = a_.grad_last.data != nullptr;
+      const bool has_last = a_.grad_last.data != nullptr && this->is_of_last(task, p);
       this->load_state(dx_ + (p - begin) * kChannels, task, a_.grad_last,
                        has_last ? this->last_index(p) : -1);
     }
@@ -263,15 +295,16 @@ class ConvBackward : ConvWorker<S> {
                   static_cast<int>(this->padded_));
       const S* x = this->x_ + (t - left - (begin - reach)) * kChannels;
       const bool own = t >= begin && t < end;
+      const typename Base::Taps taps = seen_[t - first] = this->taps_of(task, f, t);
       for (int64_t c = 0; c < this->padded_; c += kLanes<S>) {
         V v = load(g + c);
         if (in.silu) {
-          const V pre = this->convolve(x, f, c);
+          const V pre = this->convolve(x, f, taps, c);
           v = v * M::silu_slope(pre, M::sigmoid(pre));
           store(g + c, v);
         }
         if (!own) continue;
-        for (int64_t k = 0; k < width; ++k) {
+        for (int64_t k = taps.begin; k < taps.end; ++k) {
           S* sum = sums_[f] + k * kChannels + c;
           store(sum, M::fma(v, load(x + k * kChannels + c), load(sum)));
         }
@@ -284,6 +317,7 @@ class ConvBackward : ConvWorker<S> {
       for (int64_t k = 0; k < width; ++k) {
         const int64_t t = p + left - k;
         if (t < first || t >= last) continue;
+        if (k < seen_[t - first].begin || k >= seen_[t - first].end) continue;
         const S* g = dpre_ + (t - first) * kChannels;
         const S* tap = this->taps_[f] + k * kChannels;
         for (int64_t c = 0; c < this->padded_; c += kLanes<S>) {
@@ -297,6 +331,7 @@ class ConvBackward : ConvWorker<S> {
   S* partial_;
   Arena arena_;
   S *dpre_ = nullptr, *dx_ = nullptr;
+  typename Base::Taps seen_[kTile + kMaxWidth];  // by the outputs of a tile
   S* sums_[2] = {nullptr, nullptr};
 };
 

@@ -30,7 +30,8 @@ struct ConvInput {
   int filters = 1;
   ConvFilter filter[2];
   View x;
-  ConvState initial;  // absent with two filters and with a centred one
+  const int32_t* seq_idx = nullptr;  // (batch, length) or null: no tap reaches beyond a change
+  ConvState initial;                 // absent with two filters and with a centred one
 };
 
 struct ConvForwardArgs {

@@ -72,6 +72,11 @@ State state(const OptTensor& s, Tensor& keep, const Tensor& x, int64_t width, co
   return result;
 }
 
+OptTensor checked_numbers(const OptTensor& seq_idx, const Tensor& x) {
+  check(seq_idx, "seq_idx", {x.size(0), x.size(1)}, at::kInt, x.device());
+  return contiguous(seq_idx);
+}
+
 auto* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
 void launch(DType dtype, const Forward& p) {
@@ -98,7 +103,7 @@ Tensor gradient_of(const Tensor& grad, const Tensor& x, const char* name) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, const OptTensor& bias,
                                    const OptTensor& initial_state, std::string_view mode, bool silu,
-                                   bool return_last_state) {
+                                   bool return_last_state, const OptTensor& seq_idx) {
   check_input(x_in);
   const c10::cuda::CUDAGuard guard(x_in.device());
   const DType dtype = dtype_of(x_in, "x");
@@ -108,6 +113,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, con
   Tensor keep;
   Forward p;
   p.in = input(x, width, silu);
+  const OptTensor numbers = checked_numbers(seq_idx, x);
+  if (numbers.has_value()) p.seq_idx = numbers->const_data_ptr<int32_t>();
   p.taps[0] = own.taps;
   p.initial = state(initial_state, keep, x, width, "initial_state");
   Tensor out = Scratch::empty(x.sizes(), x.options());
@@ -181,12 +188,10 @@ void run_backward(Backward& p, DType dtype, const Tensor& x) {
   launch(dtype, p);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_in,
-                                                    const OptTensor& grad_last_state,
-                                                    const Tensor& x_in, const Tensor& weight,
-                                                    const OptTensor& bias,
-                                                    const OptTensor& initial_state,
-                                                    std::string_view mode, bool silu) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_in, const OptTensor& grad_last_state, const Tensor& x_in,
+    const Tensor& weight, const OptTensor& bias, const OptTensor& initial_state,
+    std::string_view mode, bool silu, const OptTensor& seq_idx) {
   check_input(x_in);
   const c10::cuda::CUDAGuard guard(x_in.device());
   const DType dtype = dtype_of(x_in, "x");
@@ -198,6 +203,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_in,
   Backward p;
   p.in = input(x, width, silu);
   p.in.vectorized = p.in.vectorized && rows_are_aligned(grad);
+  const OptTensor numbers = checked_numbers(seq_idx, x);
+  if (numbers.has_value()) p.seq_idx = numbers->const_data_ptr<int32_t>();
   p.taps[0] = own.taps;
   p.initial = state(initial_state, keep_state, x, width, "initial_state");
   p.grad_last = state(grad_last_state, keep_grad, x, width, "grad_last_state");
@@ -251,8 +258,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
 }
 
 const bool known = [] {
-  direct::cuda.conv = forward;
-  direct::cuda.conv_backward = backward;
+  direct::enter<forward>(direct::cuda.conv);
+  direct::enter<backward>(direct::cuda.conv_backward);
   direct::cuda.two_convs = both_forward_into;
   direct::cuda.two_convs_backward = both_backward;
   return true;

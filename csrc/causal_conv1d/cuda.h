@@ -56,6 +56,7 @@ struct Forward {
   void* out[2] = {};           // (b, l, d), contiguous
   void* last_state = nullptr;  // (b, d, width - 1); float if `last_is_float`
   bool last_is_float = false;
+  const int32_t* seq_idx = nullptr;  // only without `both`: (b, l), no tap reaches beyond a change
 };
 
 struct Backward {
@@ -71,6 +72,7 @@ struct Backward {
   float* partial = nullptr;  // (2 if both, slots, width + 1, d): sums of one block each
   TapGradients dtaps[2];
   int64_t slots = 0;
+  const int32_t* seq_idx = nullptr;
 };
 
 // Backward, windows and sums take so many registers that two channels a thread, and more threads,

@@ -89,6 +89,44 @@ __device__ __forceinline__ InputRow<T, kCount, kStates> load_input(const Column<
   }
 }
 
+// Where sequences start that are packed into one row: bit i stands for the position i behind the
+// first of the kCount that a sliding window holds.
+template <bool kPacked, int kCount>
+struct Starts {
+  const int32_t* row;
+  int length;
+  uint32_t bits = 0;
+
+  __device__ __forceinline__ Starts(const int32_t* seq_idx, int64_t b, int length_)
+      : row(seq_idx + (kPacked ? b * length_ : 0)), length(length_) {}
+
+  __device__ __forceinline__ void shift_in(int p) {
+    if constexpr (kPacked) {
+      const bool starts = p > 0 && p < length && row[p] != row[p - 1];
+      bits = bits >> 1 | (starts ? 1u << (kCount - 1) : 0u);
+    }
+  }
+  // Whether one sequence holds both positions. What lies before and behind a row belongs to the
+  // sequences next to it.
+  __device__ __forceinline__ bool join(int one, int two) const {
+    if (!kPacked) return true;
+    const int first = one < two ? one : two, last = one < two ? two : one;
+    return (bits & ((2u << last) - (2u << first))) == 0;
+  }
+};
+
+// The same for the position `at` and the last one in scan order.
+__device__ __forceinline__ bool joins_last(const int32_t* row, int length, bool reverse,
+                                           int64_t at) {
+  int64_t first = reverse ? 1 : at + 1;
+  if (first < 1) first = 1;
+  const int64_t last = reverse && at < length ? at : length - 1;
+  for (int64_t p = first; p <= last; ++p) {
+    if (row[p] != row[p - 1]) return false;
+  }
+  return true;
+}
+
 template <int kWidth, int kCount>
 __device__ __forceinline__ void load_taps(const Taps& taps, int64_t c, float (&w)[kWidth][kCount],
                                           float (&bias)[kCount]) {
@@ -134,6 +172,20 @@ __device__ __forceinline__ void shift(float (&x)[kRows][kCount]) {
   }
 }
 
+// The rows of a window that one sequence holds together with row `own`; others zero. Bit `first`
+// of the starts is that of row 0.
+template <int kWidth, int kCount, class S>
+__device__ __forceinline__ void select_joined(float (&seen)[kWidth][kCount],
+                                              const float (&x)[kWidth][kCount], const S& starts,
+                                              int own, int first) {
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) {
+    const bool joined = starts.join(first + k, first + own);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) seen[k][i] = joined ? x[k][i] : 0.f;
+  }
+}
+
 // Output from the rows kFirst .. of a window.
 template <int kFirst, class T, int kWidth, int kCount, int kRows>
 __device__ __forceinline__ void write_row(T* to, const float (&x)[kRows][kCount],
@@ -151,7 +203,7 @@ __device__ __forceinline__ void write_row(T* to, const float (&x)[kRows][kCount]
 }
 
 // Grid: (vectors times tiles, batch).
-template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
+template <class T, int kCount, int kWidth, bool kBoth, bool kStates, bool kPacked>
 __global__ void __launch_bounds__(kForwardThreads, kBoth ? 4 : 6)
     forward_kernel(Forward p, unsigned tile_rows, unsigned tiles) {
   const unsigned vectors = static_cast<unsigned>(p.in.channels / kCount);
@@ -176,8 +228,12 @@ __global__ void __launch_bounds__(kForwardThreads, kBoth ? 4 : 6)
       return load_input<kStates>(column, p.in, p.initial, p.taps[0].reverse, b, at, c);
     };
     float x[kWindow][kCount];
+    Starts<kPacked, kWindow> starts(p.seq_idx, b, length);
 #pragma unroll
-    for (int k = 0; k + 1 < kWindow; ++k) unpack(x[k + 1], load(first + k));
+    for (int k = 0; k + 1 < kWindow; ++k) {
+      unpack(x[k + 1], load(first + k));
+      starts.shift_in(first + k);
+    }
     const int64_t to = (b * length + begin) * p.in.channels + c;
     T* out = static_cast<T*>(p.out[0]) + to;
     T* out_b = kBoth ? static_cast<T*>(p.out[1]) + to : nullptr;
@@ -190,7 +246,14 @@ __global__ void __launch_bounds__(kForwardThreads, kBoth ? 4 : 6)
         if (t + r >= end) break;
         shift(x);
         unpack(x[kWindow - 1], rows[r]);
-        write_row<0, T>(out, x, w, bias, p.in.silu);
+        if constexpr (kPacked) {
+          starts.shift_in(t + r - p.taps[0].left + kWindow - 1);
+          float seen[kWidth][kCount];
+          select_joined(seen, x, starts, p.taps[0].left, 0);
+          write_row<0, T>(out, seen, w, bias, p.in.silu);
+        } else {
+          write_row<0, T>(out, x, w, bias, p.in.silu);
+        }
         out += p.in.channels;
         if constexpr (kBoth) {
           write_row<kWidth - 1, T>(out_b, x, w_b, bias_b, p.in.silu);
@@ -201,7 +264,7 @@ __global__ void __launch_bounds__(kForwardThreads, kBoth ? 4 : 6)
   }
 }
 
-template <class T>
+template <class T, bool kPacked>
 __global__ void last_state_kernel(Forward p) {
   const int64_t reach = p.in.width - 1;
   const int64_t index = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
@@ -219,6 +282,12 @@ __global__ void last_state_kernel(Forward p) {
     const int64_t old = (b * p.in.channels + c) * reach + slot + p.in.length;
     value = p.initial.is_float ? static_cast<const float*>(p.initial.data)[old]
                                : to_float(static_cast<const T*>(p.initial.data)[old]);
+  }
+  if constexpr (kPacked) {
+    const bool reverse = p.taps[0].reverse;
+    if (!joins_last(p.seq_idx + b * p.in.length, static_cast<int>(p.in.length), reverse, at)) {
+      value = 0.f;
+    }
   }
   if (p.last_is_float) {
     static_cast<float*>(p.last_state)[index] = value;
@@ -280,17 +349,33 @@ struct Branch {
       for (int k = 0; k < kWidth; ++k) dx[i] = fmaf(w[k][i], window[k][i], dx[i]);
     }
   }
+  // The same from outputs of the sequence of the window's position kWidth - 1 alone; tap k is that
+  // of the output `left - k` behind it.
+  template <class S>
+  __device__ __forceinline__ void add_to(float (&dx)[kCount], const S& starts, int left) const {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      const bool joined = starts.join(kWidth - 1, kWidth - 1 + left - k);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) dx[i] = fmaf(w[k][i], joined ? window[k][i] : 0.f, dx[i]);
+    }
+  }
 };
 
 // Gradient of the virtual input at position `at`, which may lie in the state.
-template <class T>
+template <class T, bool kPacked>
 __device__ __noinline__ void store_gradient(const Backward& p, int64_t b, int64_t at, int64_t c,
                                             float value) {
   const int64_t reach = p.in.width - 1;
   if (p.grad_last.data != nullptr) {
     const int64_t step = p.taps[0].reverse ? p.in.length - 1 - at : at;
     const int64_t slot = step - (p.in.length - reach);
-    if (slot >= 0 && slot < reach) {
+    bool counts = slot >= 0 && slot < reach;
+    if constexpr (kPacked) {
+      counts = counts && joins_last(p.seq_idx + b * p.in.length, static_cast<int>(p.in.length),
+                                    p.taps[0].reverse, at);
+    }
+    if (counts) {
       const int64_t i = (b * p.in.channels + c) * reach + slot;
       value += p.grad_last.is_float ? static_cast<const float*>(p.grad_last.data)[i]
                                     : to_float(static_cast<const T*>(p.grad_last.data)[i]);
@@ -326,8 +411,9 @@ __device__ __forceinline__ void prefetch_rows(const T* from, int64_t stride) {
 }
 
 // Block: (vectors of channels, work items); grid: (groups of vectors, slots).
-template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
-__global__ void __launch_bounds__(kBackwardShape[kBoth].threads, kBackwardShape[kBoth].residents)
+template <class T, int kCount, int kWidth, bool kBoth, bool kStates, bool kPacked>
+__global__ void __launch_bounds__(kBackwardShape[kBoth].threads,
+                                  kPacked ? 4 : kBackwardShape[kBoth].residents)
     backward_kernel(Backward p, int tile_rows, int tiles) {
   constexpr int kReach = kWidth - 1;
   constexpr int kBatch = kBackwardShape[kBoth].batch;
@@ -371,13 +457,36 @@ __global__ void __launch_bounds__(kBackwardShape[kBoth].threads, kBackwardShape[
     T* to = static_cast<T*>(p.dx) + (b * length + begin) * p.in.channels + c;
     const auto store = [&](int at, const float (&dx)[kCount]) {
       if (kStates && (p.grad_last.data != nullptr || at < 0 || at >= length)) {
-        for (int i = 0; i < kCount; ++i) store_gradient<T>(p, b, at, c + i, dx[i]);
+        for (int i = 0; i < kCount; ++i) store_gradient<T, kPacked>(p, b, at, c + i, dx[i]);
         return;
       }
       Packed<T, kCount> result;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) result.set(i, dx[i]);
       result.store(to);
+    };
+
+    Starts<kPacked, 2 * kWidth - 1> starts(p.seq_idx, b, length);
+#pragma unroll
+    for (int r = 0; r < 2 * kReach; ++r) starts.shift_in(begin - 2 * kReach + r);
+    // Takes the row of gradients that position `at` is the first input of.
+    const auto take = [&](int at, const float (&x)[kWidth][kCount], const Packed<T, kCount>& grad,
+                          bool own) {
+      if constexpr (kPacked) {
+        starts.shift_in(at + kReach);
+        float seen[kWidth][kCount];
+        select_joined(seen, x, starts, left, kReach);
+        first.take(seen, grad, own, p.in.silu);
+      } else {
+        first.take(x, grad, own, p.in.silu);
+      }
+    };
+    const auto add_to = [&](float (&dx)[kCount]) {
+      if constexpr (kPacked) {
+        first.add_to(dx, starts, left);
+      } else {
+        first.add_to(dx);
+      }
     };
 
     // The window's start: rows that another tile answers for, or none.
@@ -400,11 +509,11 @@ __global__ void __launch_bounds__(kBackwardShape[kBoth].threads, kBackwardShape[
       for (int r = 0; r < kReach; ++r) {
         shift(x);
         unpack(x[kReach], rows[kReach + r]);
-        first.take(x, grads[r], tile == 0, p.in.silu);
+        take(begin - kReach + r, x, grads[r], tile == 0);
         if constexpr (kBoth) second.take(x, grads_b[r], tile == 0, p.in.silu);
         if (kStates && tile == 0 && p.dinitial != nullptr) {
           float dx[kCount] = {};
-          first.add_to(dx);
+          add_to(dx);
           store(begin - kReach + r, dx);
         }
       }
@@ -442,8 +551,8 @@ __global__ void __launch_bounds__(kBackwardShape[kBoth].threads, kBackwardShape[
         float dx[kCount] = {};
         shift(x);
         unpack(x[kReach], rows[r]);
-        first.take(x, grads[r], true, p.in.silu);
-        first.add_to(dx);
+        take(at + r, x, grads[r], true);
+        add_to(dx);
         if constexpr (kBoth) {
           second.take(x, grads_b[r], true, p.in.silu);
           second.add_to(dx);
@@ -527,7 +636,7 @@ inline unsigned batch_blocks(int64_t batch) {
   return static_cast<unsigned>(batch < 65535 ? batch : 65535);
 }
 
-template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
+template <class T, int kCount, int kWidth, bool kBoth, bool kStates, bool kPacked>
 void forward_typed(const Forward& p, cudaStream_t stream) {
   // Long tiles waste less on the window's start and the taps, short ones give more threads.
   const int64_t vectors = p.in.channels / kCount;
@@ -538,12 +647,12 @@ void forward_typed(const Forward& p, cudaStream_t stream) {
   }
   const int64_t tiles = (p.in.length + tile_rows - 1) / tile_rows;
   const int64_t blocks = (vectors * tiles + kForwardThreads - 1) / kForwardThreads;
-  forward_kernel<T, kCount, kWidth, kBoth, kStates>
+  forward_kernel<T, kCount, kWidth, kBoth, kStates, kPacked>
       <<<dim3(static_cast<unsigned>(blocks), batch_blocks(p.in.batch)), kForwardThreads, 0,
          stream>>>(p, static_cast<unsigned>(tile_rows), static_cast<unsigned>(tiles));
 }
 
-template <class T, int kCount, int kWidth, bool kBoth, bool kStates>
+template <class T, int kCount, int kWidth, bool kBoth, bool kStates, bool kPacked>
 void backward_typed(const Backward& p, cudaStream_t stream) {
   const BackwardBlocks shape(p.in, kBoth);
   // Rows of a tile such that the last round of tiles is a full one, and the start of the window
@@ -560,7 +669,7 @@ void backward_typed(const Backward& p, cudaStream_t stream) {
     }
   }
   const int64_t tiles = p.in.length == 0 ? 1 : (p.in.length + best_rows - 1) / best_rows;
-  backward_kernel<T, kCount, kWidth, kBoth, kStates>
+  backward_kernel<T, kCount, kWidth, kBoth, kStates, kPacked>
       <<<dim3(static_cast<unsigned>(shape.groups), static_cast<unsigned>(p.slots)),
          dim3(shape.x, shape.y), 0, stream>>>(p, static_cast<int>(best_rows),
                                               static_cast<int>(tiles));
@@ -570,19 +679,21 @@ void backward_typed(const Backward& p, cudaStream_t stream) {
          dim3(kSumColumns, kSumRows), 0, stream>>>(p);
 }
 
-// Calls f.template run<kWidth, kBoth, kVectorized, kStates>() for the run-time values.
+// Calls f.template run<kWidth, kBoth, kVectorized, kStates, kPacked>() for the run-time values.
 template <class F>
-void with_shape(const Input& in, bool both, bool states, const F& f) {
+void with_shape(const Input& in, bool both, bool states, bool packed, const F& f) {
   auto with_width = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
     if (in.vectorized) {
-      both     ? f.template run<kWidth, true, true, false>()
-      : states ? f.template run<kWidth, false, true, true>()
-               : f.template run<kWidth, false, true, false>();
+      packed   ? f.template run<kWidth, false, true, true, true>()
+      : both   ? f.template run<kWidth, true, true, false, false>()
+      : states ? f.template run<kWidth, false, true, true, false>()
+               : f.template run<kWidth, false, true, false, false>();
     } else {
-      both     ? f.template run<kWidth, true, false, false>()
-      : states ? f.template run<kWidth, false, false, true>()
-               : f.template run<kWidth, false, false, false>();
+      packed   ? f.template run<kWidth, false, false, true, true>()
+      : both   ? f.template run<kWidth, true, false, false, false>()
+      : states ? f.template run<kWidth, false, false, true, false>()
+               : f.template run<kWidth, false, false, false, false>();
     }
   };
   switch (in.width) {
@@ -602,9 +713,9 @@ template <class T>
 struct RunForward {
   const Forward& p;
   cudaStream_t stream;
-  template <int kWidth, bool kBoth, bool kVectorized, bool kStates>
+  template <int kWidth, bool kBoth, bool kVectorized, bool kStates, bool kPacked>
   void run() const {
-    forward_typed<T, forward_vector<T, kVectorized>(), kWidth, kBoth, kStates>(p, stream);
+    forward_typed<T, forward_vector<T, kVectorized>(), kWidth, kBoth, kStates, kPacked>(p, stream);
   }
 };
 
@@ -612,20 +723,24 @@ template <class T>
 struct RunBackward {
   const Backward& p;
   cudaStream_t stream;
-  template <int kWidth, bool kBoth, bool kVectorized, bool kStates>
+  template <int kWidth, bool kBoth, bool kVectorized, bool kStates, bool kPacked>
   void run() const {
-    backward_typed<T, kVectorized ? kBackwardVector : 1, kWidth, kBoth, kStates>(p, stream);
+    backward_typed<T, kVectorized ? kBackwardVector : 1, kWidth, kBoth, kStates, kPacked>(p,
+                                                                                          stream);
   }
 };
 
 template <class T>
 int forward_launch(const Forward& p, cudaStream_t stream) {
   if (p.in.batch * p.in.length * p.in.channels > 0) {
-    with_shape(p.in, p.both, p.initial.data != nullptr, RunForward<T>{p, stream});
+    with_shape(p.in, p.both, p.initial.data != nullptr, p.seq_idx != nullptr,
+               RunForward<T>{p, stream});
   }
   const int64_t states = p.in.batch * p.in.channels * (p.in.width - 1);
   if (p.last_state != nullptr && states > 0) {
-    last_state_kernel<T><<<static_cast<unsigned>((states + 255) / 256), 256, 0, stream>>>(p);
+    auto* const kernel =
+        p.seq_idx != nullptr ? last_state_kernel<T, true> : last_state_kernel<T, false>;
+    kernel<<<static_cast<unsigned>((states + 255) / 256), 256, 0, stream>>>(p);
   }
   return static_cast<int>(cudaGetLastError());
 }
@@ -634,7 +749,9 @@ template <class T>
 int backward_launch(const Backward& p, cudaStream_t stream) {
   const bool states =
       p.initial.data != nullptr || p.grad_last.data != nullptr || p.dinitial != nullptr;
-  if (p.in.channels > 0) with_shape(p.in, p.both, states, RunBackward<T>{p, stream});
+  if (p.in.channels > 0) {
+    with_shape(p.in, p.both, states, p.seq_idx != nullptr, RunBackward<T>{p, stream});
+  }
   return static_cast<int>(cudaGetLastError());
 }
 

@@ -4,6 +4,7 @@
 
 #include <string_view>
 #include <tuple>
+#include <utility>
 
 #include "glue.h"
 
@@ -72,6 +73,14 @@ struct Functions {
 
   void (*convert)(const Segments& segments, bool is_double) = nullptr;
 };
+
+// Makes an op's function an entry, which lacks its last argument: mixers pack no sequences.
+template <auto kOp, class Result, class... Arguments>
+void enter(Result (*&entry)(Arguments...)) {
+  entry = [](Arguments... arguments) -> Result {
+    return kOp(std::forward<Arguments>(arguments)..., OptTensor());
+  };
+}
 
 inline Functions cpu;
 inline Functions cuda;

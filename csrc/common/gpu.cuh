@@ -64,6 +64,11 @@ MMVIM_DEVICE float exchange_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
 
+// The lanes of the warp for which x is true, as bits; the lowest and the highest set bit.
+MMVIM_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
+MMVIM_DEVICE int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
+MMVIM_DEVICE int highest_bit(uint32_t x) { return 31 - __clz(static_cast<int>(x)); }
+
 MMVIM_DEVICE void add_to_global(float* address, float x) { atomicAdd(address, x); }
 
 // Brings 32 bytes closer that will be read soon.

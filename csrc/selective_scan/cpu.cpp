@@ -100,6 +100,15 @@ std::vector<int64_t> state_sizes(const ScanShape& s, int64_t parts) {
   return {s.batch, s.channels, parts * s.states};
 }
 
+// The numbers of the sequences, checked and contiguous.
+OptTensor numbers_of(const OptTensor& seq_idx, const Inputs& in) {
+  check(seq_idx, "seq_idx", {in.u.size(0), in.u.size(1)}, at::kInt, at::kCPU);
+  return contiguous(seq_idx);
+}
+const int32_t* integers(const OptTensor& t) {
+  return t.has_value() ? t->const_data_ptr<int32_t>() : nullptr;
+}
+
 struct InitialState {
   OptTensor state;
   int64_t parts = 0;
@@ -117,11 +126,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
                                            const OptTensor& z, const OptTensor& delta_bias,
                                            const OptTensor& initial_state, bool delta_softplus,
                                            std::string_view discretization, bool reverse,
-                                           bool return_last_state, int64_t checkpoint_interval) {
+                                           bool return_last_state, int64_t checkpoint_interval,
+                                           const OptTensor& seq_idx) {
   const Inputs in(u, delta, A, B, C, D, delta_bias);
   check(z, "z", u.sizes(), in.type, at::kCPU);
+  const OptTensor numbers = numbers_of(seq_idx, in);
   ScanForwardArgs a;
   a.shape = in.shape(discretization, delta_softplus);
+  a.shape.seq_idx = integers(numbers);
   const InitialState initial(initial_state, a.shape, in.compute);
   a.inputs[0] = in.arguments(reverse);
   a.initial_state = data(initial.state);
@@ -193,13 +205,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& u, const Tensor& delta,
     const Tensor& A, const Tensor& B, const Tensor& C, const OptTensor& D, const OptTensor& z,
     const OptTensor& delta_bias, const OptTensor& initial_state, const Tensor& checkpoints,
-    bool delta_softplus, std::string_view discretization, bool reverse,
-    int64_t checkpoint_interval) {
+    bool delta_softplus, std::string_view discretization, bool reverse, int64_t checkpoint_interval,
+    const OptTensor& seq_idx) {
   const Inputs in(u, delta, A, B, C, D, delta_bias);
   check(z, "z", u.sizes(), in.type, at::kCPU);
   check(grad_out, "grad_out", u.sizes(), in.type, at::kCPU);
+  const OptTensor numbers = numbers_of(seq_idx, in);
   ScanBackwardArgs a;
   a.shape = in.shape(discretization, delta_softplus);
+  a.shape.seq_idx = integers(numbers);
   const InitialState initial(initial_state, a.shape, in.compute);
   check(grad_last_state, "grad_last_state", state_sizes(a.shape, a.shape.state_parts()), in.compute,
         at::kCPU);
@@ -245,11 +259,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
     const Tensor& C_f, const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
     const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b, const Tensor& C_b,
     const OptTensor& D_b, const OptTensor& delta_bias_b, const OptTensor& z, double scale,
-    bool delta_softplus, std::string_view discretization, int64_t checkpoint_interval) {
+    bool delta_softplus, std::string_view discretization, int64_t checkpoint_interval,
+    const OptTensor& seq_idx) {
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
   check(z, "z", u_f.sizes(), f.type, at::kCPU);
+  const OptTensor numbers = numbers_of(seq_idx, f);
   ScanForwardArgs a = pair_arguments(f, b, discretization, delta_softplus);
+  a.shape.seq_idx = integers(numbers);
   a.z = view(z);
   a.scale = scale;
   a.checkpoint_interval = checkpoint_interval;
@@ -278,9 +295,10 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
                             const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
                             const Tensor& checkpoints_b, double scale, bool delta_softplus,
                             std::string_view discretization, int64_t checkpoint_interval,
-                            const direct::ScanPlaces* places) {
+                            const direct::ScanPlaces* places, const OptTensor& seq_idx) {
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
+  const OptTensor numbers = numbers_of(seq_idx, f);
   check(z, "z", u_f.sizes(), f.type, at::kCPU);
   check(grad_out, "grad_out", u_f.sizes(), f.type, at::kCPU);
   Tensor dz = empty_like(z, f.compute);
@@ -294,6 +312,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
       for (const Tensor& t : saved) check(t, "checkpoints", {0}, f.compute, at::kCPU);
       interval = kOwnInterval;
       ScanForwardArgs again = pair_arguments(f, b, discretization, delta_softplus);
+      again.shape.seq_idx = integers(numbers);
       again.checkpoint_interval = interval;
       sum = empty(u_f.sizes(), f.compute);
       again.out = output(sum);
@@ -320,6 +339,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
     const direct::ScanPlaces* place = places == nullptr ? nullptr : places + reverse;
     ScanBackwardArgs a;
     a.shape = in.shape(discretization, delta_softplus);
+    a.shape.seq_idx = integers(numbers);
     a.inputs = in.arguments(reverse);
     a.grad_out = view(grad_out);
     a.z = view(z);
@@ -345,18 +365,19 @@ bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& 
                        const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
                        const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
                        const Tensor& checkpoints_b, double scale, bool delta_softplus,
-                       std::string_view discretization, int64_t checkpoint_interval) {
+                       std::string_view discretization, int64_t checkpoint_interval,
+                       const OptTensor& seq_idx) {
   return bidirectional_backward_into(grad_out, u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f, u_b,
                                      delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, pregate,
                                      checkpoints_f, checkpoints_b, scale, delta_softplus,
-                                     discretization, checkpoint_interval, nullptr);
+                                     discretization, checkpoint_interval, nullptr, seq_idx);
 }
 
 const bool known = [] {
-  direct::cpu.scan = forward;
-  direct::cpu.scan_backward = backward;
-  direct::cpu.two_scans = bidirectional_forward;
-  direct::cpu.two_scans_backward = bidirectional_backward_into;
+  direct::enter<forward>(direct::cpu.scan);
+  direct::enter<backward>(direct::cpu.scan_backward);
+  direct::enter<bidirectional_forward>(direct::cpu.two_scans);
+  direct::enter<bidirectional_backward_into>(direct::cpu.two_scans_backward);
   return true;
 }();
 

@@ -15,6 +15,7 @@ struct ScanShape {
   int64_t batch = 0, length = 0, channels = 0, states = 0, groups = 1;
   Discretization method = Discretization::kZoh;
   bool delta_softplus = false;
+  const int32_t* seq_idx = nullptr;  // (batch, length) or null: a change starts the states anew
 
   int64_t state_parts() const { return is_two_tap(method) ? 2 : 1; }
 };

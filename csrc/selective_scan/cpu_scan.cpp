@@ -83,6 +83,27 @@ class TileReader {
 
   int64_t row_of(int64_t step) const { return in_.reverse ? shape_.length - 1 - step : step; }
 
+  // Whether a sequence begins with this step where another one ends.
+  bool starts_sequence(int64_t step) const {
+    if (shape_.seq_idx == nullptr || step == 0) return false;
+    const int32_t* row = shape_.seq_idx + block_.batch * shape_.length;
+    return row[row_of(step)] != row[row_of(step - 1)];
+  }
+  // Of the steps [first, end), those up to the next such step.
+  int64_t up_to_sequence(int64_t first, int64_t end) const {
+    if (shape_.seq_idx == nullptr) return end;
+    int64_t step = first + 1;
+    while (step < end && !starts_sequence(step)) ++step;
+    return step;
+  }
+  // Of the steps [first, end), those from the last such step on.
+  int64_t from_sequence(int64_t first, int64_t end) const {
+    if (shape_.seq_idx == nullptr) return first;
+    int64_t step = end - 1;
+    while (step > first && !starts_sequence(step)) --step;
+    return step;
+  }
+
   // `slope`, where wanted, receives d(delta) / d(raw delta); u is left out where `u` is null.
   void read(int64_t first, int64_t steps, S* u, S* delta, S* slope, S* B, S* C,
             const S* bias) const {
@@ -246,6 +267,11 @@ class ForwardTask {
     for (int64_t first = 0; first < length;) {
       int64_t steps = smaller(kForwardSteps, length - first);
       if (interval > 0) steps = smaller(steps, interval - first % interval);
+      steps = reader.up_to_sequence(first, first + steps) - first;
+      if (reader.starts_sequence(first)) {
+        fill(h_, S(0), n_ * padded_);
+        fill(v_, S(0), n_ * padded_);
+      }
       const Rows u = rows_of_u(reader, in, first);
       reader.read(first, steps, u.data == u_ ? u_ : nullptr, delta_, nullptr, B_, C_, bias_);
       for (int64_t v = 0; v < vectors_; ++v) {
@@ -390,10 +416,11 @@ class BackwardTask {
       if (parts == 2) load_states(dv_, s, n_, 2, 1, block.count, vectors_);
     }
 
-    for (int64_t segment = divide_up(length, interval) - 1; segment >= 0; --segment) {
-      const int64_t first = segment * interval, end = smaller(first + interval, length);
+    // Segments start at a checkpoint or with a sequence.
+    for (int64_t end = length, first; end > 0; end = first) {
+      first = reader.from_sequence((end - 1) / interval * interval, end);
       const int64_t tiles = divide_up(end - first, steps_);
-      load_start(block, segment);
+      load_start(reader, block, first);
       for (int64_t k = 0; k + 1 < tiles; ++k) {
         const int64_t at = first + k * steps_;
         reader.read(at, steps_, u_, delta_, nullptr, B_, C_, bias_);
@@ -406,6 +433,10 @@ class BackwardTask {
       for (int64_t k = tiles - 1; k >= 0; --k) {
         const int64_t at = first + k * steps_;
         tile(block, reader, at, smaller(steps_, end - at), start(k));
+      }
+      if (reader.starts_sequence(first)) {
+        fill(dh_, S(0), n_ * padded_);
+        fill(dv_, S(0), n_ * padded_);
       }
     }
     store_sums(block);
@@ -433,10 +464,13 @@ class BackwardTask {
 
   S* start(int64_t tile) const { return starts_ + tile * n_ * padded_; }
 
-  void load_start(const Block& block, int64_t segment) {
-    if (segment > 0) {
+  void load_start(const TileReader<S>& reader, const Block& block, int64_t first) {
+    if (reader.starts_sequence(first)) {
+      fill(start(0), S(0), n_ * padded_);
+    } else if (first > 0) {
+      const int64_t interval = a_.checkpoint_interval;
       const S* saved = checkpoint_at<S>(const_cast<void*>(a_.checkpoints), a_.shape, block,
-                                        a_.checkpoint_interval, segment - 1);
+                                        interval, first / interval - 1);
       load_states(start(0), saved, n_, 1, 0, block.count, vectors_);
     } else if (a_.initial_state != nullptr) {
       const S* s = state_at<S>(a_.initial_state, a_.shape, block, a_.initial_parts);
@@ -448,9 +482,9 @@ class BackwardTask {
 
   void load_tap(const TileReader<S>& reader, const Block& block, int64_t first) {
     if (!two_tap_) return;
-    if (first > 0) {
+    if (first > 0 && !reader.starts_sequence(first)) {
       reader.read_tap(first, v_, line_, sums_);
-    } else if (a_.initial_parts == 2) {
+    } else if (first == 0 && a_.initial_parts == 2) {
       const S* s = state_at<S>(a_.initial_state, a_.shape, block, 2);
       load_states(v_, s, n_, 2, 1, block.count, vectors_);
     } else {

@@ -209,6 +209,7 @@ struct ChunkMemory {
 // Everything that does not depend on the part of the states that a launch handles.
 struct ForwardCall {
   const Inputs* in[2] = {};
+  OptTensor seq_idx;
   int directions = 1;
   bool reverse = false;  // of a single direction
   bool softplus = false;
@@ -231,7 +232,8 @@ struct ForwardCall {
     if (z.has_value()) p.z = Inputs::rows(*z, unit);
     p.scale = static_cast<float>(scale);
     p.interval = static_cast<int>(interval);
-    const Plan plan = plan_forward(p.size, directions, multiprocessor_count());
+    if (seq_idx.has_value()) p.seq_idx = seq_idx->const_data_ptr<int32_t>();
+    const Plan plan = plan_forward(p.size, directions, seq_idx.has_value(), multiprocessor_count());
     p.directions = plan.joint == Joint::kNo ? 1 : 2;
     const int64_t limit = kMaxStates;
     const Tensor* results[2] = {out.defined() ? &out : nullptr, nullptr};
@@ -306,6 +308,11 @@ OptTensor checked_gate(const OptTensor& z, const Inputs& in) {
   return z.has_value() ? OptTensor(with_rows(*z)) : OptTensor();
 }
 
+OptTensor checked_numbers(const OptTensor& seq_idx, const Inputs& in) {
+  check(seq_idx, "seq_idx", {in.u.size(0), in.u.size(1)}, at::kInt, in.u.device());
+  return contiguous(seq_idx);
+}
+
 // The state when there is nothing to scan.
 void continue_state(Tensor& last, const OptTensor& initial) {
   last.zero_();
@@ -322,7 +329,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
                                            const OptTensor& z, const OptTensor& delta_bias,
                                            const OptTensor& initial_state, bool delta_softplus,
                                            std::string_view discretization, bool reverse,
-                                           bool return_last_state, int64_t checkpoint_interval) {
+                                           bool return_last_state, int64_t checkpoint_interval,
+                                           const OptTensor& seq_idx) {
   const c10::cuda::CUDAGuard guard(u.device());
   const Inputs in(u, delta, A, B, C, D, delta_bias);
   const Discretization method = method_of(discretization);
@@ -333,6 +341,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
   call.softplus = delta_softplus;
   call.z = checked_gate(z, in);
   call.initial_state = checked_initial(initial_state, s, method, u);
+  call.seq_idx = checked_numbers(seq_idx, in);
   call.interval = checkpoint_interval;
   const auto parameters = u.options().dtype(at::kFloat);
   call.out = kept(u.sizes(), u.options(), checkpoint_interval);
@@ -355,7 +364,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
     const Tensor& C_f, const OptTensor& D_f, const OptTensor& delta_bias_f, const Tensor& u_b,
     const Tensor& delta_b, const Tensor& A_b, const Tensor& B_b, const Tensor& C_b,
     const OptTensor& D_b, const OptTensor& delta_bias_b, const OptTensor& z, double scale,
-    bool delta_softplus, std::string_view discretization, int64_t checkpoint_interval) {
+    bool delta_softplus, std::string_view discretization, int64_t checkpoint_interval,
+    const OptTensor& seq_idx) {
   const c10::cuda::CUDAGuard guard(u_f.device());
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
@@ -368,6 +378,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
   call.in[1] = &b;
   call.directions = 2;
   call.softplus = delta_softplus;
+  call.seq_idx = checked_numbers(seq_idx, f);
   call.z = checked_gate(z, f);
   call.scale = scale;
   call.interval = checkpoint_interval;
@@ -404,6 +415,7 @@ struct Gradients {
 
 struct BackwardCall {
   const Inputs* in[2] = {};
+  OptTensor seq_idx;
   Gradients* grads[2] = {};
   int directions = 1;
   bool reverse = false;
@@ -432,6 +444,7 @@ struct BackwardCall {
     call.softplus = softplus;
     call.initial_state = initial_state;
     call.interval = kInterval;
+    call.seq_idx = seq_idx;
     if (needs_pregate)
       call.pregate = pregate = Scratch::empty(in[0]->u.sizes(), in[0]->u.options());
     call.run(op, method);
@@ -455,7 +468,9 @@ struct BackwardCall {
     const int64_t limit = kMaxStates;
     p.size.states = static_cast<int>(std::min(states, limit));
     const bool plain = method == Discretization::kZoh && !z.has_value();
-    const Plan plan = plan_backward(p.size, directions, plain, multiprocessor_count());
+    if (seq_idx.has_value()) p.seq_idx = seq_idx->const_data_ptr<int32_t>();
+    const Plan plan =
+        plan_backward(p.size, directions, plain, seq_idx.has_value(), multiprocessor_count());
     const Tensor* results[2] = {&grads[0]->u, &grads[0]->delta};
     const ChunkMemory workspace(p.chunks, plan, p.size, directions, is_two_tap(method), like,
                                 results);
@@ -556,8 +571,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& u, const Tensor& delta,
     const Tensor& A, const Tensor& B, const Tensor& C, const OptTensor& D, const OptTensor& z,
     const OptTensor& delta_bias, const OptTensor& initial_state, const Tensor& checkpoints,
-    bool delta_softplus, std::string_view discretization, bool reverse,
-    int64_t checkpoint_interval) {
+    bool delta_softplus, std::string_view discretization, bool reverse, int64_t checkpoint_interval,
+    const OptTensor& seq_idx) {
   const c10::cuda::CUDAGuard guard(u.device());
   const Inputs in(u, delta, A, B, C, D, delta_bias);
   const Discretization method = method_of(discretization);
@@ -576,6 +591,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.z = checked_gate(z, in);
   call.initial_state = checked_initial(initial_state, s, method, u);
   call.grad_last = contiguous(grad_last_state);
+  call.seq_idx = checked_numbers(seq_idx, in);
   call.checkpoints[0] = checkpoints.contiguous();
   call.interval = checkpoint_interval;
   const Tensor dz = z.has_value() ? Scratch::empty(z->sizes(), z->options()) : like_or_empty({}, u);
@@ -604,7 +620,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
                             const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
                             const Tensor& checkpoints_b, double scale, bool delta_softplus,
                             std::string_view discretization, int64_t checkpoint_interval,
-                            const direct::ScanPlaces* places) {
+                            const direct::ScanPlaces* places, const OptTensor& seq_idx) {
   const c10::cuda::CUDAGuard guard(u_f.device());
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
@@ -621,6 +637,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
   call.directions = 2;
   call.softplus = delta_softplus;
   call.grad_out = checked_gradient(grad_out, f);
+  call.seq_idx = checked_numbers(seq_idx, f);
   call.z = checked_gate(z, f);
   call.scale = scale;
   call.interval = checkpoint_interval;
@@ -659,18 +676,19 @@ bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& 
                        const Tensor& C_b, const OptTensor& D_b, const OptTensor& delta_bias_b,
                        const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
                        const Tensor& checkpoints_b, double scale, bool delta_softplus,
-                       std::string_view discretization, int64_t checkpoint_interval) {
+                       std::string_view discretization, int64_t checkpoint_interval,
+                       const OptTensor& seq_idx) {
   return bidirectional_backward_into(grad_out, u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f, u_b,
                                      delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, pregate,
                                      checkpoints_f, checkpoints_b, scale, delta_softplus,
-                                     discretization, checkpoint_interval, nullptr);
+                                     discretization, checkpoint_interval, nullptr, seq_idx);
 }
 
 const bool known = [] {
-  direct::cuda.scan = forward;
-  direct::cuda.scan_backward = backward;
-  direct::cuda.two_scans = bidirectional_forward;
-  direct::cuda.two_scans_backward = bidirectional_backward_into;
+  direct::enter<forward>(direct::cuda.scan);
+  direct::enter<backward>(direct::cuda.scan_backward);
+  direct::enter<bidirectional_forward>(direct::cuda.two_scans);
+  direct::enter<bidirectional_backward_into>(direct::cuda.two_scans_backward);
   return true;
 }();
 

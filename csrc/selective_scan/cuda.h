@@ -82,6 +82,7 @@ struct Forward {
   float* checkpoints[2] = {};  // (b, floor((l - 1) / interval), d, n) or null
   int interval = 0;
   Chunks chunks;
+  const int32_t* seq_idx = nullptr;  // (b, l) or null: a change starts the states anew
 };
 
 struct Backward {
@@ -110,6 +111,7 @@ struct Backward {
   float* dinitial_drive[2] = {};
   int dinitial_pitch = 0;
   Chunks chunks;
+  const int32_t* seq_idx = nullptr;  // (b, l) or null
 };
 
 // Second pass of backward: sums the partial sums in a fixed order.
@@ -140,9 +142,10 @@ struct Plan {
   Joint joint = Joint::kNo;
   bool few = false;  // one or two states, whose tiles run side by side
 };
-Plan plan_forward(const Sizes& size, int directions, int multiprocessors);
+// `packed`: several sequences in a row, for which there are kernels of 32 channels, not joint.
+Plan plan_forward(const Sizes& size, int directions, bool packed, int multiprocessors);
 // `plain`: zero-order hold without a gate.
-Plan plan_backward(const Sizes& size, int directions, bool plain, int multiprocessors);
+Plan plan_backward(const Sizes& size, int directions, bool plain, bool packed, int multiprocessors);
 // Blocks of channels that share one group of B and C.
 int blocks_per_group(const Sizes& size, int groups, int block_channels);
 

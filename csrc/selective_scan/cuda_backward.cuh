@@ -382,7 +382,7 @@ MMVIM_DEVICE void run_group(int first, int count, bool needs_y, float (&h)[kCpt]
   }
 }
 
-template <class T, Discretization kMethod, int kCpt>
+template <class T, Discretization kMethod, int kCpt, bool kPacked = false>
 MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
     backward_kernel(const MMVIM_GRID_CONSTANT Backward p) {
   using R = Rule<kMethod, GpuMath>;
@@ -491,13 +491,20 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
   Quad dD = Quad::of([](int) { return 0.f; });
   Quad dbias = dD;
 
+  const Sequences<kPacked> sequences(p.seq_idx, b, size, reverse);
+  int stop = end;
   for (int at = (end - 1) / kTile * kTile; at >= begin; at -= kTile) {
-    const int count = smaller(kTile, end - at);
+    // A tile of packed sequences starts with one, if one starts there.
+    if (kPacked) at = sequences.last_start(at, stop, lane);
+    const bool fresh = sequences.start_at(at);
+    const int count = kPacked ? stop - at : smaller(kTile, end - at);
     const int groups = (count + kGroup - 1) / kGroup;
 
     // State, and v for two taps, before the tile.
     const auto load_start = [&] {
-      if (at > 0) {
+      if (fresh) {
+        clear_states(h);
+      } else if (at > 0) {
         const int64_t kept = (size.length - 1) / kInterval;
         load_states(h, p.checkpoints[direction], b * kept + at / kInterval - 1, size.pitch, size,
                     channels, lane, slice);
@@ -508,7 +515,9 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
       }
     };
     const auto load_start_drive = [&](float (&v)[kCpt][kSlice]) {
-      if (R::kTwoTap && at > 0) {
+      if (fresh) {
+        clear_states(v);
+      } else if (R::kTwoTap && at > 0) {
         load_drive<T>(v, scan, size, b, time_of(at - 1), channels, lane, slice);
       } else if (R::kTwoTap && scan.initial_drive != nullptr) {
         load_states(v, scan.initial_drive, b, scan.initial_pitch, size, channels, lane, slice);
@@ -617,7 +626,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
         }).store(columns + (slice * kTile + r) * 2 * kSlice + lane % 2 * kSlice);
       }
       // The tile that comes next.
-      if (at > begin) {
+      if (at > begin && (!kPacked || at >= kTile)) {
         const int first = reverse ? time_of(at - 1) : at - kTile;
         const auto bring_closer = [&](const Rows& rows) {
           prefetch_rows<T, kChannels>(rows, b, channels, first, 1, kTile, index, threads);
@@ -626,7 +635,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
         bring_closer(scan.delta);
         bring_closer(p.grad_out);
         if (gated) bring_closer(p.z);
-        if (at > kTile) {
+        if (!kPacked && at > kTile) {
           const int64_t kept = (size.length - 1) / kInterval;
           prefetch_states(p.checkpoints[direction], b * kept + at / kInterval - 2, size, channels,
                           index, threads);
@@ -683,6 +692,14 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
                                    shared, layout, writes_dz, needs_y, in_parts, dD, dbias);
       }
       gpu::sync_block();
+    }
+    if (kPacked) {
+      if (fresh) {
+        clear_states(gradient);
+        clear_states(carry);
+      }
+      stop = at;
+      at = (at + kTile - 1) / kTile * kTile;
     }
   }
 

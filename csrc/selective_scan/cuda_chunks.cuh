@@ -37,6 +37,7 @@ struct Local {
   Chunks chunks;
   // Whether chunks are counted along time or, as in backward, in scan order.
   bool in_scan_order = false;
+  const int32_t* seq_idx = nullptr;
 };
 
 // Positions [begin, end) of a chunk.
@@ -54,7 +55,7 @@ struct ChunkRange {
   }
 };
 
-template <class T, Discretization kMethod, int kCpt, bool kAdjoint>
+template <class T, Discretization kMethod, int kCpt, bool kAdjoint, bool kPacked = false>
 MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Local p) {
   using R = Rule<kMethod, GpuMath>;
   constexpr int kChannels = 32 * kCpt;
@@ -96,6 +97,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     return reverse ? size.length - 1 - position : position;
   };
 
+  const Sequences<kPacked> sequences(p.seq_idx, b, size, reverse);
   const int group = channels.group(size, scan.groups);
 
   const Rows& input = kAdjoint ? p.grad_out : scan.u;
@@ -160,7 +162,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
       decay[k][j] = 1.f;
     }
   }
-  if (!kAdjoint && R::kTwoTap) {
+  if (!kAdjoint && R::kTwoTap && !sequences.start_at(range.begin)) {
     if (range.begin > 0) {
       load_drive<T>(v, scan, size, b, time_of(range.begin - 1), channels, lane, slice);
     } else if (scan.initial_drive != nullptr) {
@@ -168,7 +170,12 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     }
   }
 
-  int count = smaller(kTile, range.end - range.begin);
+  const auto count_from = [&](int at) {
+    return sequences.up_to_start(at, smaller(kTile, range.end - at), lane);
+  };
+  // Whether the chunk holds the start of a sequence, which what enters does not get past.
+  bool cut = false;
+  int count = count_from(range.begin);
   load(range.begin, count);
   load_parameters<kChannels>(parameters, scan.delta_bias, channels, index, threads);
   for (int at = range.begin; at < range.end;) {
@@ -177,7 +184,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     prepare(count);
     gpu::sync_block();
     const int next = at + count;
-    const int next_count = smaller(kTile, range.end - next);
+    const int next_count = count_from(next);
     if (next_count > 0) load(next, next_count);
 
     const float* step = deltas + lane * kCpt;
@@ -218,6 +225,13 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
     });
     at = next;
     count = next_count;
+    if (sequences.start_at(at)) {
+      cut = true;
+      clear_states(h);
+      clear_states(v);
+      clear_states(last_w1);
+      clear_states(decay);
+    }
   }
   if (R::kDecaysExponentially) {
     MMVIM_UNROLL
@@ -228,6 +242,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(80) local_kernel(const MMVIM_GRID_CONSTANT Loc
       }
     }
   }
+  if (cut) clear_states(decay);
   const int64_t to = (static_cast<int64_t>(direction) * p.chunks.count + chunk) * size.batch + b;
   store_states(h, p.chunks.state, to, size.pitch, size, channels, lane, slice);
   store_states(decay, p.chunks.decay, to, size.pitch, size, channels, lane, slice);

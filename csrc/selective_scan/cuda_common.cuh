@@ -83,6 +83,36 @@ struct Walk {
   }
 };
 
+// Sequences packed into one row, seen from a walk along it. All lanes of a warp call together.
+template <bool kPacked>
+struct Sequences {
+  const int32_t* row;
+  int length;
+  bool reverse;
+
+  MMVIM_DEVICE Sequences(const int32_t* seq_idx, int64_t b, const Sizes& size, bool reverse_)
+      : row(seq_idx + (kPacked ? b * size.length : 0)), length(size.length), reverse(reverse_) {}
+
+  // Whether a sequence starts at the position where another one ends.
+  MMVIM_DEVICE bool start_at(int position) const {
+    if (!kPacked || position <= 0 || position >= length) return false;
+    const int t = reverse ? length - 1 - position : position;
+    return row[t] != row[reverse ? t + 1 : t - 1];
+  }
+  // Of at most 32 positions [first, first + count), the number of those up to the next start.
+  MMVIM_DEVICE int up_to_start(int first, int count, int lane) const {
+    if (!kPacked) return count;
+    const uint32_t starts = gpu::ballot(lane > 0 && lane < count && start_at(first + lane));
+    return starts == 0 ? count : gpu::lowest_bit(starts);
+  }
+  // Of at most 32 positions [first, end), the first of those from the last start on.
+  MMVIM_DEVICE int last_start(int first, int end, int lane) const {
+    if (!kPacked) return first;
+    const uint32_t starts = gpu::ballot(lane > 0 && first + lane < end && start_at(first + lane));
+    return starts == 0 ? first : first + gpu::highest_bit(starts);
+  }
+};
+
 // Copies tiles of inputs to shared rows of kChannels, row r from time `time + r * step`. What lies
 // past the last channel is left as it is.
 template <class T, int kChannels>

@@ -41,7 +41,8 @@ struct ForwardShared {
   }
 };
 
-template <class T, Discretization kMethod, int kCpt, bool kPair, int kRegisters>
+template <class T, Discretization kMethod, int kCpt, bool kPair, int kRegisters,
+          bool kPacked = false>
 MMVIM_KERNEL void MMVIM_REGISTERS(kRegisters) forward_kernel(const MMVIM_GRID_CONSTANT Forward p) {
   using R = Rule<kMethod, GpuMath>;
   constexpr int kChannels = 32 * kCpt;
@@ -82,7 +83,8 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kRegisters) forward_kernel(const MMVIM_GRID_CO
   const int end = reverse ? size.length - time_begin : time_end;
   // Of a pair: the positions that are left to the other direction end here.
   const int half = kPair ? begin + (end - begin + (direction == 0 ? 1 : 0)) / 2 : end;
-  Walk own(begin, end, half, interval, kTile);
+  const Sequences<kPacked> sequences(p.seq_idx, b, size, reverse);
+  Walk own(begin, end, half, interval, sequences.up_to_start(begin, kTile, lane));
   const auto time_of = [&](int position) {
     return reverse ? size.length - 1 - position : position;
   };
@@ -238,9 +240,13 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kRegisters) forward_kernel(const MMVIM_GRID_CO
       prefetch_rows<float, kChannels>(rows, b, channels, time_of(first), time_step, count, index,
                                       threads);
     }
-    own.advance(interval, kTile);
+    own.advance(interval, sequences.up_to_start(own.stop, kTile, lane));
     load(u_tiles + (kTile * kChannels - u_at));
 
+    if (sequences.start_at(first)) {
+      clear_states(h);
+      clear_states(v);
+    }
     const float* step = deltas + lane * kCpt;
     const float* column = columns + slice * kTile * 2 * kSlice;
     float* output = outputs + slice * kTile * kChannels + lane * kCpt;

@@ -7,7 +7,7 @@
 namespace mmvim {
 namespace scan {
 
-template <class T, Discretization kMethod, int kCpt>
+template <class T, Discretization kMethod, int kCpt, bool kPacked = false>
 int launch_forward_as(const Plan& plan, Forward p, CUstream_st* stream) {
   const int slices = slices_of(p.size);
   const gpu::Grid grid = grid_of(p.size, 32 * kCpt, p.directions, plan.chunks);
@@ -18,6 +18,7 @@ int launch_forward_as(const Plan& plan, Forward p, CUstream_st* stream) {
     local.size = p.size;
     local.directions = p.directions;
     local.chunks = p.chunks;
+    local.seq_idx = p.seq_idx;
     Carry carry;
     carry.size = p.size;
     carry.directions = p.directions;
@@ -29,13 +30,13 @@ int launch_forward_as(const Plan& plan, Forward p, CUstream_st* stream) {
       carry.initial[d] = p.scan[d].initial;
     }
     const LocalShared shared(sizeof(T), slices, 32 * kCpt);
-    int error = gpu::launch(local_kernel<T, kMethod, kCpt, false>, grid, 32 * slices, shared.total,
-                            stream, local);
+    int error = gpu::launch(local_kernel<T, kMethod, kCpt, false, kPacked>, grid, 32 * slices,
+                            shared.total, stream, local);
     if (error == 0) error = launch_carry(carry, stream);
     if (error != 0) return error;
   }
-  auto* kernel = forward_kernel<T, kMethod, kCpt, false, kSingleRegisters>;
-  if constexpr (kCpt == 1) {
+  auto* kernel = forward_kernel<T, kMethod, kCpt, false, kSingleRegisters, kPacked>;
+  if constexpr (kCpt == 1 && !kPacked) {
     if (plan.joint == Joint::kWide) kernel = forward_kernel<T, kMethod, 1, true, kWideRegisters>;
     if (plan.joint == Joint::kTight) kernel = forward_kernel<T, kMethod, 1, true, kTightRegisters>;
   }
@@ -49,8 +50,9 @@ int launch_forward_of(Discretization method, const Plan& plan, const Forward& p,
   int error = 0;
   with_discretization(method, [&](auto tag) {
     constexpr Discretization kMethod = decltype(tag)::value;
-    error = plan.channels == 64 ? launch_forward_as<T, kMethod, 2>(plan, p, stream)
-                                : launch_forward_as<T, kMethod, 1>(plan, p, stream);
+    error = p.seq_idx != nullptr  ? launch_forward_as<T, kMethod, 1, true>(plan, p, stream)
+            : plan.channels == 64 ? launch_forward_as<T, kMethod, 2>(plan, p, stream)
+                                  : launch_forward_as<T, kMethod, 1>(plan, p, stream);
   });
   return error;
 }

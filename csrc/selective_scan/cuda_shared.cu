@@ -173,6 +173,7 @@ struct Pass {
   int registers[2], shared_bytes[2];
   // Chunks, which do most of the scan twice, pay if blocks fill less of the GPU's rounds than this.
   double worth_chunks;
+  bool packed;
 
   // Blocks that run at a time.
   int64_t capacity(int channels, int slices, int multiprocessors) const {
@@ -212,7 +213,14 @@ int64_t best_tiles(int64_t tiles, int64_t least, int64_t blocks, int64_t capacit
 
 Plan plan_of(const Sizes& size, int directions, int multiprocessors, const Pass& pass) {
   Plan plan;
-  if (plan_from_environment(size, directions, pass.granularity, &plan)) return plan;
+  if (plan_from_environment(size, directions, pass.granularity, &plan)) {
+    if (pass.packed) {
+      plan.channels = 32;
+      plan.joint = Joint::kNo;
+    }
+    return plan;
+  }
+  const int widest = pass.packed ? 32 : 64;
   const int slices = slices_of(size);
   const auto blocks = [&](int channels) { return size.batch * channel_blocks(size, channels); };
   const int64_t capacity = pass.capacity(32, slices, multiprocessors);
@@ -222,7 +230,8 @@ Plan plan_of(const Sizes& size, int directions, int multiprocessors, const Pass&
   };
   // Side by side, two directions fill a GPU that one alone leaves idle; to meet costs as much as
   // many steps, and more than chunks of one direction.
-  if (directions == 2 && size.length >= 2 * pass.chunk_steps && !worth_chunks(2 * blocks(32))) {
+  if (directions == 2 && !pass.packed && size.length >= 2 * pass.chunk_steps &&
+      !worth_chunks(2 * blocks(32))) {
     for (const Joint joint : {Joint::kTight, Joint::kWide}) {
       const int64_t room = pass.joint_capacity(joint, slices, multiprocessors);
       if (2 * blocks(32) <= room) plan.joint = joint;
@@ -233,14 +242,14 @@ Plan plan_of(const Sizes& size, int directions, int multiprocessors, const Pass&
   // Two channels a thread share loads of B and C, but one channel a thread makes twice the warps,
   // and a GPU that is half empty, or blocks of few warps, need those.
   if (slices > 2 && 2 * blocks(64) >= pass.capacity(64, slices, multiprocessors)) {
-    plan.channels = 64;
+    plan.channels = widest;
   }
   if (!worth_chunks(blocks(32))) return plan;
-  plan.channels = 64;
+  plan.channels = widest;
   set_chunks_of(
       size,
       best_tiles(divide_up(size.length, pass.granularity), pass.chunk_steps / pass.granularity,
-                 blocks(64), pass.capacity(64, slices, multiprocessors)),
+                 blocks(widest), pass.capacity(widest, slices, multiprocessors)),
       pass.granularity, &plan);
   return plan;
 }
@@ -251,7 +260,7 @@ int blocks_per_group(const Sizes& size, int groups, int block_channels) {
   return channel_blocks(size, block_channels) / groups;
 }
 
-Plan plan_forward(const Sizes& size, int directions, int multiprocessors) {
+Plan plan_forward(const Sizes& size, int directions, bool packed, int multiprocessors) {
   const int slices = slices_of(size);
   const int shared[2] = {ForwardShared(2, slices, 32).total, ForwardShared(2, slices, 64).total};
   return plan_of(size, directions, multiprocessors,
@@ -259,14 +268,16 @@ Plan plan_forward(const Sizes& size, int directions, int multiprocessors) {
                   4 * kForwardTile,
                   {kSingleRegisters, kSingleRegisters},
                   {shared[0], shared[1]},
-                  0.4});
+                  0.4,
+                  packed});
 }
 
-Plan plan_backward(const Sizes& size, int directions, bool plain, int multiprocessors) {
+Plan plan_backward(const Sizes& size, int directions, bool plain, bool packed,
+                   int multiprocessors) {
   // Without blocks for all multiprocessors it is better to cut the length; two states of short
   // scans are faster as scans of many are.
   const bool few = size.pitch == 1 || (size.pitch <= kFewStates && size.length > 1024);
-  if (plain && few && directions == 1 && std::getenv("MMVIM_SCAN_PLAN") == nullptr &&
+  if (plain && few && !packed && directions == 1 && std::getenv("MMVIM_SCAN_PLAN") == nullptr &&
       size.batch * channel_blocks(size, 32) >= multiprocessors) {
     Plan plan;
     plan.chunk_length = size.length;
@@ -283,7 +294,8 @@ Plan plan_backward(const Sizes& size, int directions, bool plain, int multiproce
                   2 * kBackwardTile,
                   {kBackwardRegisters<1>, kBackwardRegisters<2>},
                   {shared[0], shared[1]},
-                  0.7});
+                  0.7,
+                  packed});
 }
 
 int launch_carry(const Carry& p, CUstream_st* stream) {

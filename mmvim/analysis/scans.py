@@ -111,8 +111,15 @@ def _recorded(model: nn.Module, scans: list[Scan]) -> Iterator[None]:
             *parts,
         )
 
+    def refuse_packed(seq_idx: Sequence[Tensor | None]) -> None:
+        if any(x is not None for x in seq_idx):
+            raise ValueError(
+                'a row of packed sequences (seq_idx) has no hidden attention: give each a row'
+            )
+
     def selective_scan(op: Callable, *args: Any) -> Any:
-        u, delta, A, B, C, D, _, bias, state, softplus, method, reverse, *_ = args
+        u, delta, A, B, C, D, _, bias, state, softplus, method, reverse = args[:12]
+        refuse_packed(args[14:])
         if state is not None:
             raise ValueError('a scan that continues from a state has no hidden attention')
         line(reverse, softplus, method, u, delta, A, B, C, D, bias)
@@ -120,6 +127,7 @@ def _recorded(model: nn.Module, scans: list[Scan]) -> Iterator[None]:
 
     def bidirectional_scan(op: Callable, *args: Any) -> Any:
         softplus, method = args[16], args[17]
+        refuse_packed(args[19:])
         line(False, softplus, method, *args[:7])
         line(True, softplus, method, *args[7:14])
         return op(*args)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mmvim.ops import intercept_ops
 from mmvim.ops._library import compute_dtype
+from mmvim.ops.causal_conv1d import of_last, padded_numbers, taps_before, within
 from mmvim.ops.discretization import coefficients
 
 from . import onnx_scan
@@ -133,6 +134,7 @@ def _direction(
     method: str,
     reverse: bool,
     initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One direction without gate, in the compute dtype, and its last state."""
     zoh, general = _loops(kind)
@@ -160,7 +162,7 @@ def _direction(
         u_g, delta_g = u, delta
     else:
         u_g, delta_g = (x.unflatten(-1, (groups, -1)) for x in (u, delta))
-    if method == 'zoh':
+    if method == 'zoh' and seq_idx is None:
         inputs = (x.contiguous() for x in (delta_g, delta_g * u_g, A, B, C))
         y, end = zoh(*inputs, start, reverse)
         end = outward(end)
@@ -169,6 +171,9 @@ def _direction(
         a, w0, w1 = coefficients(method, step, step * A)
         v = u_g.unsqueeze(-2) * B.unsqueeze(-1)
         drive = w0 * v
+        if seq_idx is not None:
+            same = _continues(seq_idx, v, reverse)
+            a, w1 = a * same, None if w1 is None else w1 * same
         if w1 is not None:
             # The previous drive in the order of the scan.
             before = torch.zeros_like(v[:, :1])
@@ -186,6 +191,13 @@ def _direction(
     if D is not None:
         y = y + u * D
     return y, end
+
+
+def _continues(seq_idx: Tensor, like: Tensor, reverse: bool) -> Tensor:
+    """1 for the steps of ``like`` (b, l, ...) that continue a sequence, 0 for its first."""
+    same = (seq_idx[:, 1:] == seq_idx[:, :-1]).to(like.dtype)
+    same = F.pad(same, (0, 1) if reverse else (1, 0), value=1.0)
+    return same.reshape(*same.shape, *(1,) * (like.dim() - 2))
 
 
 def _gated(y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -209,17 +221,20 @@ def _selective_scan(
     reverse,
     return_last_state,
     interval,
+    seq_idx=None,
 ):
     inputs = u, delta, A, B, C, D, delta_bias
-    y, end = _direction(kind, *inputs, delta_softplus, discretization, reverse, initial_state)
+    options = delta_softplus, discretization, reverse, initial_state, seq_idx
+    y, end = _direction(kind, *inputs, *options)
     nothing = A.new_empty(0)
     return _gated(y, z, u.dtype), end if return_last_state else nothing, nothing
 
 
 def _bidirectional_scan(kind, _, *inputs):
-    z, scale, delta_softplus, discretization = inputs[14:18]
+    z, scale, delta_softplus, discretization, _, seq_idx = (*inputs, None)[14:20]
+    options = delta_softplus, discretization
     y, y_b = (
-        _direction(kind, *inputs[start : start + 7], delta_softplus, discretization, reverse)[0]
+        _direction(kind, *inputs[start : start + 7], *options, reverse, None, seq_idx)[0]
         for start, reverse in ((0, False), (7, True))
     )
     y = y + y_b
@@ -255,10 +270,10 @@ def _cross_scan(kind, _, x, delta, delta_weight, A, B, C, D, delta_bias, *option
     return sum(maps[1:], maps[0]).to(x.dtype), A.new_empty(0)
 
 
-def _causal_conv1d(_, x, weight, bias, initial_state, mode, silu, return_last_state):
+def _causal_conv1d(_, x, weight, bias, initial_state, mode, silu, return_last_state, seq_idx=None):
     dtype = compute_dtype(x.dtype)
     reach = weight.shape[1] - 1
-    left = {'causal': reach, 'reverse': 0, 'same': reach // 2}[mode]
+    left, length = taps_before(reach + 1, mode), x.shape[1]
     weight = weight.to(dtype)
     weight = (weight.flip(1) if mode == 'reverse' else weight).unsqueeze(1)
     bias = None if bias is None else bias.to(dtype)
@@ -269,11 +284,23 @@ def _causal_conv1d(_, x, weight, bias, initial_state, mode, silu, return_last_st
         padded = torch.cat((initial_state.to(dtype), padded), dim=-1)
     else:
         padded = torch.cat((padded, initial_state.to(dtype).flip(-1)), dim=-1)
-    out = F.conv1d(padded, weight, bias, groups=weight.shape[0])
+    numbers = padded_numbers(seq_idx, reach + 1, mode)
+    if numbers is None:
+        out = F.conv1d(padded, weight, bias, groups=weight.shape[0])
+    else:
+        # Tap by tap: zeros in the place of other sequences' inputs.
+        steps = padded.transpose(1, 2)
+        parts = [
+            within(steps[:, k : k + length], numbers, k, left) * weight[:, 0, k]
+            for k in range(reach + 1)
+        ]
+        out = sum(parts[1:], parts[0] if bias is None else parts[0] + bias).transpose(1, 2)
     out = (F.silu(out) if silu else out).transpose(1, 2).to(x.dtype)
     if not return_last_state:
         return out, x.new_empty(0)
-    last = padded[..., :reach].flip(-1) if mode == 'reverse' else padded[..., -reach:]
+    last, own = of_last(padded.transpose(1, 2), numbers, length, mode)
+    last = (last if own is None else last.where(own, 0)).transpose(1, 2)
+    last = last.flip(-1) if mode == 'reverse' else last
     return out, last.to((x if initial_state is None else initial_state).dtype)
 
 

@@ -58,6 +58,19 @@ def _no_double_backward(name: str) -> Callable:
     return backward
 
 
+def _complete(function: Callable, op: torch._ops.OpOverload) -> Callable:
+    """``function`` with None for arguments at the end that the dispatcher leaves out: defaults."""
+    arguments = op._schema.arguments
+    if not arguments[-1].has_default_value():
+        return function
+
+    @functools.wraps(function)
+    def call(*args):
+        return function(*args, *(None,) * (len(arguments) - len(args)))
+
+    return call
+
+
 def _differentiable(
     op: torch._ops.OpOverload, setup_context: Callable | None, formula: Callable
 ) -> Callable:
@@ -101,7 +114,8 @@ def define(
     """Define an op in both namespaces.
 
     Args:
-        schema: ``name(arguments) -> returns``; the first argument is a tensor.
+        schema: ``name(arguments) -> returns``; the first argument is a tensor. Arguments at the end
+            may have the default None, so that calls and files from before them stay valid.
         implementation: The PyTorch implementation (no autograd inside).
         fake: Shapes, dtypes and strides of the results, including symbolic shapes.
         composite: Whether ``implementation`` calls other ops: it gets their namespace first, before
@@ -114,16 +128,18 @@ def define(
     for namespace, library in _LIBRARIES.items():
         ops = getattr(torch.ops, namespace)
         library.define(schema)
+        op = getattr(ops, name).default
         function = functools.partial(implementation, ops) if composite else implementation
-        library.impl(name, without_autocast(function), 'CompositeExplicitAutograd')
+        function = _complete(without_autocast(function), op)
+        library.impl(name, function, 'CompositeExplicitAutograd')
         qualified = f'{namespace}::{name}'
-        torch.library.register_fake(qualified, fake, lib=library)
+        torch.library.register_fake(qualified, _complete(fake, op), lib=library)
         if backward is None:
             formula = _no_double_backward(name)
         else:
             formula = functools.partial(backward, ops)
-        op = getattr(ops, name).default
-        library.impl(name, _differentiable(op, setup_context, formula), 'Autograd')
+        kernel = _complete(_differentiable(op, setup_context, formula), op)
+        library.impl(name, kernel, 'Autograd')
 
 
 def define_compiled(schema: str, fake: Callable) -> None:

@@ -90,6 +90,15 @@ def check_dtype(name: str, value: Tensor, *allowed: torch.dtype, why: str) -> No
         raise TypeError(f'{name} must be {names} ({why}), got {value.dtype}')
 
 
+def check_seq_idx(seq_idx: object, first: str, x: Tensor) -> None:
+    """Refuse what does not number the sequences of x (b, l, d), the argument ``first``."""
+    name = 'seq_idx'
+    check_tensor(name, seq_idx)
+    check_shape(name, seq_idx, 'b l', x.shape[:2])
+    check_dtype(name, seq_idx, torch.int32, why='it numbers sequences')
+    check_device(name, seq_idx, first, x.device)
+
+
 def check_scan(
     u: Tensor,
     delta: Tensor,

@@ -34,6 +34,7 @@ def bidirectional_scan(
     scale: float = 1.0,
     delta_softplus: bool = False,
     discretization: str = 'zoh',
+    seq_idx: Tensor | None = None,
     backend: str | None = None,
     check_values: bool = True,
 ) -> Tensor:
@@ -50,6 +51,8 @@ def bidirectional_scan(
         scale: Factor of the sum, e.g. 0.5 for the mean.
         delta_softplus: Apply softplus to delta (+ delta_bias), in both directions.
         discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
+        seq_idx: Number of the sequence that each step belongs to, (b, l), int32: wherever it
+            changes, both directions start anew, as in :func:`mmvim.ops.selective_scan`.
         backend, check_values: See :func:`mmvim.ops.selective_scan`.
 
     Returns:
@@ -96,6 +99,8 @@ def bidirectional_scan(
         check.check_shape('z', z, 'b l d', first.shape)
         check.check_dtype('z', z, first.dtype, why='as u of forward')
         check.check_device('z', z, 'u of forward', first.device)
+    if seq_idx is not None:
+        check.check_seq_idx(seq_idx, 'u of forward', first)
     ops = resolve(backend, 'bidirectional_scan', first)
     return ops.bidirectional_scan(
         *forward,
@@ -105,6 +110,7 @@ def bidirectional_scan(
         delta_softplus,
         discretization,
         checkpoint_interval(*forward, *backward, z),
+        seq_idx,
     )[0]
 
 
@@ -137,9 +143,10 @@ def _split(inputs):
 
 
 def _forward(*inputs):
-    forward, backward, (z, scale, delta_softplus, discretization, interval) = _split(inputs)
+    forward, backward, rest = _split(inputs)
+    z, scale, delta_softplus, discretization, interval, seq_idx = rest
     results = [
-        scan_forward(*x, None, delta_softplus, discretization, reverse, False, interval)
+        scan_forward(*x, None, delta_softplus, discretization, reverse, False, interval, seq_idx)
         for x, reverse in ((forward, False), (backward, True))
     ]
     (y, _, checkpoints_f), (y_b, _, checkpoints_b) = results
@@ -155,7 +162,7 @@ def _forward(*inputs):
 
 
 def _forward_fake(*inputs):
-    forward, backward, (z, _, _, _, interval) = _split(inputs)
+    forward, backward, (z, _, _, _, interval, _) = _split(inputs)
     u, A = forward.u, forward.A
     return (
         u.new_empty(u.shape),
@@ -167,7 +174,8 @@ def _forward_fake(*inputs):
 
 def _backward(grad_out, *inputs):
     forward, backward, rest = _split(inputs)
-    z, pregate, checkpoints_f, checkpoints_b, scale, delta_softplus, discretization, interval = rest
+    z, pregate, checkpoints_f, checkpoints_b = rest[:4]
+    scale, delta_softplus, discretization, interval, seq_idx = rest[4:]
     dtype = compute_dtype(grad_out.dtype)
     grad_y = grad_out.to(dtype)
     if scale != 1:
@@ -188,6 +196,7 @@ def _backward(grad_out, *inputs):
             reverse,
             interval,
             need_y,
+            seq_idx,
         )
         for x, checkpoints, reverse in (
             (forward, checkpoints_f, False),
@@ -213,17 +222,19 @@ def _backward_fake(grad_out, *inputs):
 def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:15], *output[1:])
-    ctx.options = inputs[15:]
+    *options, seq_idx = inputs[15:]
+    ctx.save_for_backward(*inputs[:15], *output[1:], seq_idx)
+    ctx.options = options
 
 
 def _autograd(ops, ctx, grad_out, *_):
     if grad_out is None:
-        return (None,) * 19
-    grads = ops.bidirectional_scan_backward(grad_out, *ctx.saved_tensors, *ctx.options)
+        return (None,) * 20
+    *tensors, seq_idx = ctx.saved_tensors
+    grads = ops.bidirectional_scan_backward(grad_out, *tensors, *ctx.options, seq_idx)
     return tuple(
         grad if needed else None
-        for grad, needed in zip((*grads, *(None,) * 4), ctx.needs_input_grad, strict=True)
+        for grad, needed in zip((*grads, *(None,) * 5), ctx.needs_input_grad, strict=True)
     )
 
 
@@ -237,7 +248,10 @@ _GRADIENTS = ', '.join(
     f'Tensor dD_{x}, Tensor ddelta_bias_{x}'
     for x in 'fb'
 )
-_OPTIONS = 'float scale, bool delta_softplus, str discretization, int checkpoint_interval'
+_OPTIONS = (
+    'float scale, bool delta_softplus, str discretization, int checkpoint_interval, '
+    'Tensor? seq_idx=None'
+)
 define(
     f'bidirectional_scan_backward(Tensor grad_out, {_INPUTS}, Tensor? z, Tensor pregate, '
     f'Tensor checkpoints_f, Tensor checkpoints_b, {_OPTIONS}) -> ({_GRADIENTS}, Tensor dz)',

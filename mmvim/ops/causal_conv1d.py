@@ -22,6 +22,7 @@ def causal_conv1d(
     mode: str = 'causal',
     initial_state: Tensor | None = None,
     return_last_state: bool = False,
+    seq_idx: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Depthwise convolution over time, with bias and SiLU fused.
@@ -40,6 +41,10 @@ def causal_conv1d(
             first in the order of the scan, (b, d, w−1); dtype of x or float32. Not for ``'same'``.
         return_last_state: Also return the last w−1 inputs in the order of the scan, for the next
             call. Not for ``'same'``.
+        seq_idx: Number of the sequence that each step belongs to, (b, l), int32, for sequences
+            packed into one row. A step sees no input beyond a change of the number, whatever the
+            values. The initial state lies before the sequence that comes first in the order of the
+            scan, the last state is that of the last one, whose missing inputs are zero.
         backend: See :func:`mmvim.ops.selective_scan`.
 
     Returns:
@@ -75,9 +80,11 @@ def causal_conv1d(
             name, initial_state, x.dtype, compute_dtype(x.dtype), why=f'x is {x.dtype}'
         )
         check.check_device(name, initial_state, 'x', x.device)
+    if seq_idx is not None:
+        check.check_seq_idx(seq_idx, 'x', x)
     ops = resolve(backend, 'causal_conv1d', x)
     out, last_state = ops.causal_conv1d(
-        x, weight, bias, initial_state, mode, silu, return_last_state
+        x, weight, bias, initial_state, mode, silu, return_last_state, seq_idx
     )
     return (out, last_state) if return_last_state else out
 
@@ -155,11 +162,16 @@ def check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = '
         check.check_device(name, value, 'x', x.device)
 
 
+def taps_before(width: int, mode: str) -> int:
+    """Number of inputs before its own that a step sees."""
+    return {'causal': width - 1, 'reverse': 0, 'same': (width - 1) // 2}[mode]
+
+
 def _padded(x: Tensor, width: int, initial_state: Tensor | None, mode: str) -> Tensor:
     """x in the compute dtype with the inputs before and after it, (b, l + w - 1, d)."""
     b, length, d = x.shape
     reach = width - 1
-    left = {'causal': reach, 'reverse': 0, 'same': reach // 2}[mode]
+    left = taps_before(width, mode)
     out = torch.empty((b, length + reach, d), dtype=compute_dtype(x.dtype), device=x.device)
     before, after = out[:, :left], out[:, left + length :]
     before.zero_()
@@ -180,60 +192,105 @@ def _taps(weight: Tensor, mode: str, dtype: torch.dtype) -> list[Tensor]:
     return taps[::-1] if mode == 'reverse' else taps
 
 
-def _preactivation(padded: Tensor, taps: list[Tensor], bias: Tensor | None, length: int) -> Tensor:
-    out = padded[:, :length] * taps[0]
+def padded_numbers(seq_idx: Tensor | None, width: int, mode: str) -> Tensor | None:
+    """Growing numbers of the sequences, (b, l + w - 1, 1), as those of the padded input."""
+    if seq_idx is None or seq_idx.shape[1] == 0:
+        return None
+    left = taps_before(width, mode)
+    changes = (seq_idx[:, 1:] != seq_idx[:, :-1]).cumsum(1)
+    numbers = F.pad(changes, (left + 1, 0))
+    after = numbers[:, -1:].expand(-1, width - 1 - left)
+    return torch.cat((numbers, after), 1).unsqueeze(-1)
+
+
+def within(values: Tensor, numbers: Tensor | None, tap: int, left: int) -> Tensor:
+    """``values`` (b, l, d) of each step, zero where the tap meets another sequence's input."""
+    if numbers is None:
+        return values
+    length = values.shape[1]
+    own, met = (numbers[:, first : first + length] for first in (left, tap))
+    return values.where(met == own, 0)
+
+
+def _preactivation(
+    padded: Tensor,
+    numbers: Tensor | None,
+    taps: list[Tensor],
+    bias: Tensor | None,
+    length: int,
+    left: int,
+) -> Tensor:
+    out = within(padded[:, :length], numbers, 0, left) * taps[0]
     for k in range(1, len(taps)):
-        out.addcmul_(padded[:, k : k + length], taps[k])
+        out.addcmul_(within(padded[:, k : k + length], numbers, k, left), taps[k])
     return out if bias is None else out.add_(bias)
 
 
-def _forward(x, weight, bias, initial_state, mode, silu, return_last_state):
+def of_last(
+    padded: Tensor, numbers: Tensor | None, length: int, mode: str
+) -> tuple[Tensor, Tensor | None]:
+    """The last inputs, (b, w - 1, d), and which of them are of the last sequence, in scan order."""
+    reach = padded.shape[1] - length
+    place, last = (slice(reach), 0) if mode == 'reverse' else (slice(length, None), -1)
+    own = None if numbers is None else numbers[:, place] == numbers[:, last, None]
+    return padded[:, place], own
+
+
+def _forward(x, weight, bias, initial_state, mode, silu, return_last_state, seq_idx=None):
     length, width = x.shape[1], weight.shape[1]
+    left = taps_before(width, mode)
     padded = _padded(x, width, initial_state, mode)
-    out = _preactivation(padded, _taps(weight, mode, padded.dtype), bias, length)
+    numbers = padded_numbers(seq_idx, width, mode)
+    out = _preactivation(padded, numbers, _taps(weight, mode, padded.dtype), bias, length, left)
     if silu:
         out = F.silu(out, inplace=True)
     state_dtype = x.dtype if initial_state is None else initial_state.dtype
     if not return_last_state:
         return out.to(x.dtype), x.new_empty(0, dtype=state_dtype)
-    state = padded[:, : width - 1].flip(1) if mode == 'reverse' else padded[:, length:]
+    state, own = of_last(padded, numbers, length, mode)
+    if own is not None:
+        state = state.where(own, 0)
+    if mode == 'reverse':
+        state = state.flip(1)
     last_state = torch.empty(
         (x.shape[0], x.shape[2], width - 1), dtype=state_dtype, device=x.device
     ).copy_(state.transpose(1, 2))
     return out.to(x.dtype), last_state
 
 
-def _forward_fake(x, weight, bias, initial_state, mode, silu, return_last_state):
+def _forward_fake(x, weight, bias, initial_state, mode, silu, return_last_state, seq_idx=None):
     state_dtype = x.dtype if initial_state is None else initial_state.dtype
     shape = (x.shape[0], x.shape[2], weight.shape[1] - 1) if return_last_state else (0,)
     return x.new_empty(x.shape), x.new_empty(shape, dtype=state_dtype)
 
 
-def _backward(grad_out, grad_last_state, x, weight, bias, initial_state, mode, silu):
+def _backward(grad_out, grad_last_state, x, weight, bias, initial_state, mode, silu, seq_idx=None):
     length, width = x.shape[1], weight.shape[1]
+    left = taps_before(width, mode)
     padded = _padded(x, width, initial_state, mode)
+    numbers = padded_numbers(seq_idx, width, mode)
     dtype = padded.dtype
     taps = _taps(weight, mode, dtype)
     grad = grad_out.to(dtype)
     if silu:
-        pre = _preactivation(padded, taps, bias, length)
+        pre = _preactivation(padded, numbers, taps, bias, length, left)
         sigmoid = torch.sigmoid(pre)
         # silu′(p) = σ(p) (1 + p (1 − σ(p)))
         grad = torch.addcmul(sigmoid, pre.mul_(sigmoid), 1 - sigmoid).mul_(grad)
     dpadded = torch.zeros_like(padded)
     dtaps = []
     for k, tap in enumerate(taps):
-        dpadded[:, k : k + length].addcmul_(grad, tap)
-        dtaps.append((padded[:, k : k + length] * grad).sum((0, 1)))
+        back = within(grad, numbers, k, left)
+        dpadded[:, k : k + length].addcmul_(back, tap)
+        dtaps.append((padded[:, k : k + length] * back).sum((0, 1)))
     if mode == 'reverse':
         dtaps.reverse()
     if grad_last_state is not None:
         dstate = grad_last_state.transpose(1, 2).to(dtype)
         if mode == 'reverse':
-            dpadded[:, : width - 1] += dstate.flip(1)
-        else:
-            dpadded[:, length:] += dstate
-    left = {'causal': width - 1, 'reverse': 0, 'same': (width - 1) // 2}[mode]
+            dstate = dstate.flip(1)
+        place, own = of_last(dpadded, numbers, length, mode)
+        place += dstate if own is None else dstate.where(own, 0)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dx.copy_(dpadded[:, left : left + length])
     dweight = torch.stack(dtaps, 1).to(weight.dtype)
@@ -248,7 +305,9 @@ def _backward(grad_out, grad_last_state, x, weight, bias, initial_state, mode, s
     return dx, dweight, dbias, dinitial
 
 
-def _backward_fake(grad_out, grad_last_state, x, weight, bias, initial_state, mode, silu):
+def _backward_fake(
+    grad_out, grad_last_state, x, weight, bias, initial_state, mode, silu, seq_idx=None
+):
     return tuple(_gradient_fake(value, x) for value in (x, weight, bias, initial_state))
 
 
@@ -259,22 +318,22 @@ def _gradient_fake(value: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, mode, silu, return_last_state = inputs
+    *tensors, mode, silu, return_last_state, seq_idx = inputs
     ctx.set_materialize_grads(False)
     if not return_last_state:
         ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, seq_idx)
     ctx.options = (mode, silu)
 
 
 def _autograd(ops, ctx, grad_out, grad_last_state):
     if grad_out is None and grad_last_state is None:
-        return (None,) * 7
-    tensors = ctx.saved_tensors
+        return (None,) * 8
+    *tensors, seq_idx = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(tensors[0])
-    grads = ops.causal_conv1d_backward(grad_out, grad_last_state, *tensors, *ctx.options)
-    return _wanted(ctx, (*grads, None, None, None))
+    grads = ops.causal_conv1d_backward(grad_out, grad_last_state, *tensors, *ctx.options, seq_idx)
+    return _wanted(ctx, (*grads, *(None,) * 4))
 
 
 def _wanted(ctx, grads):
@@ -321,13 +380,15 @@ def _both_autograd(ops, ctx, grad_f, grad_b):
 
 _INPUTS = 'Tensor x, Tensor weight, Tensor? bias, Tensor? initial_state, str mode, bool silu'
 define(
-    f'causal_conv1d_backward(Tensor grad_out, Tensor? grad_last_state, {_INPUTS}) '
+    f'causal_conv1d_backward(Tensor grad_out, Tensor? grad_last_state, {_INPUTS}, '
+    'Tensor? seq_idx=None) '
     '-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_state)',
     _backward,
     _backward_fake,
 )
 define(
-    f'causal_conv1d({_INPUTS}, bool return_last_state) -> (Tensor out, Tensor last_state)',
+    f'causal_conv1d({_INPUTS}, bool return_last_state, Tensor? seq_idx=None) '
+    '-> (Tensor out, Tensor last_state)',
     _forward,
     _forward_fake,
     setup_context=_setup_context,

@@ -25,6 +25,7 @@ def selective_scan_fn(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """mamba_ssm's ``selective_scan_fn``: channels before time.
 
@@ -40,6 +41,7 @@ def selective_scan_fn(
         delta_bias: (d,), dtype of A.
         delta_softplus: Apply softplus to delta + delta_bias.
         return_last_state: Also return the last state.
+        seq_idx: Not in mamba_ssm: see :func:`mmvim.ops.selective_scan`.
 
     Returns:
         (b, d, l) in the dtype of u; with ``return_last_state`` also (b, d, n) in the dtype of A.
@@ -63,6 +65,7 @@ def selective_scan_fn(
         delta_bias,
         delta_softplus=delta_softplus,
         return_last_state=return_last_state,
+        seq_idx=seq_idx,
     )
     if return_last_state:
         return out[0].transpose(1, 2).to(dtype), out[1]
@@ -168,9 +171,11 @@ def causal_conv1d_fn(
         x: (b, d, l).
         weight: (d, w), w = 2, 3 or 4.
         bias: (d,).
-        seq_idx: Not supported: must be None.
-        initial_states: (b, d, w-1).
-        return_final_states: Also return the last w-1 inputs.
+        seq_idx: Number of the sequence that each step belongs to, (b, l), int32, for sequences
+            packed into one row, as in :func:`mmvim.ops.causal_conv1d`. Steps of a negative number
+            are padding: their output is 0.
+        initial_states: (b, d, w-1); with ``seq_idx`` the inputs before the first sequence.
+        return_final_states: Also return the last w-1 inputs, with ``seq_idx`` of the last sequence.
         final_states_out: Written to and returned as the final states, (b, d, w-1).
         activation: None, ``'silu'`` or ``'swish'``, the same.
 
@@ -178,12 +183,9 @@ def causal_conv1d_fn(
         (b, d, l), dtype of x; with ``return_final_states`` also (b, d, w-1).
 
     Raises:
-        NotImplementedError: If ``seq_idx`` is given.
         TypeError: For a wrong type or dtype.
         ValueError: For a wrong shape, device, activation or combination.
     """
-    if seq_idx is not None:
-        raise NotImplementedError('seq_idx is not supported: give each sequence a row of its own')
     return_final_states = check.as_flag('return_final_states', return_final_states)
     if final_states_out is not None:
         if not return_final_states:
@@ -198,14 +200,18 @@ def causal_conv1d_fn(
         activation='silu' if is_silu(activation) else None,
         initial_state=initial_states,
         return_last_state=return_final_states,
+        seq_idx=seq_idx,
     )
+    out, states = out if return_final_states else (out, None)
+    out = out.transpose(1, 2)
+    if seq_idx is not None:
+        out = out.masked_fill((seq_idx < 0).unsqueeze(1), 0)
     if not return_final_states:
-        return out.transpose(1, 2)
-    out, states = out
+        return out
     if final_states_out is not None:
         check.check_shape('final_states_out', final_states_out, 'b d w-1', states.shape)
         states = final_states_out.copy_(states)
-    return out.transpose(1, 2), states
+    return out, states
 
 
 def _check_rows(indices: Tensor, rows: int) -> None:

@@ -72,6 +72,7 @@ def selective_scan(
     delta_softplus: bool = False,
     discretization: str = 'zoh',
     reverse: bool = False,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 2 of Gu and Dao (arXiv 2312.00752): the output (b, l, d) and the last state."""
     b, length, d = u.shape
@@ -88,7 +89,11 @@ def selective_scan(
         if initial_state.shape[-1] == 2 * n:
             v = initial_state[..., n:]
     y = [None] * length
-    for t in reversed(range(length)) if reverse else range(length):
+    steps = list(reversed(range(length)) if reverse else range(length))
+    for last, t in zip((steps[:1] + steps)[:length], steps, strict=True):
+        if seq_idx is not None:
+            same = (seq_idx[:, t] == seq_idx[:, last]).view(b, 1, 1)
+            h, v = h * same, v * same
         a, w0, w1 = coefficients(discretization, delta[:, t, :, None], A)
         before, v = v, B[:, t] * u[:, t, :, None]
         h = a * h + w0 * v + w1 * before
@@ -108,7 +113,7 @@ def bidirectional_scan(forward, backward, z=None, *, scale=1.0, **options) -> Te
         forward, backward: u, delta, A, B, C, D and delta_bias of each direction.
         z: Gate (b, l, d), or None.
         scale: Factor of the sum.
-        **options: delta_softplus and discretization.
+        **options: delta_softplus, discretization and seq_idx.
     """
     y = 0
     for (*inputs, delta_bias), reverse in ((forward, False), (backward, True)):
@@ -162,12 +167,18 @@ def causal_conv1d(
     *,
     activation: str | None = None,
     mode: str = 'causal',
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output (b, l, d) and the last state (b, d, w − 1), by torch's own convolution."""
     length, width = x.shape[1], weight.shape[1]
     if mode == 'reverse':
-        y, state = causal_conv1d(x.flip(1), weight, bias, initial_state, activation=activation)
+        seq_idx = None if seq_idx is None else seq_idx.flip(1)
+        y, state = causal_conv1d(
+            x.flip(1), weight, bias, initial_state, activation=activation, seq_idx=seq_idx
+        )
         return y.flip(1), state
+    if seq_idx is not None and length:
+        return _one_by_one(x, weight, bias, initial_state, activation, mode, seq_idx)
     x = x.transpose(1, 2)
     if mode == 'same':
         left = (width - 1) // 2
@@ -179,6 +190,23 @@ def causal_conv1d(
     y = F.conv1d(x, weight.unsqueeze(1), bias, groups=x.shape[1]) if length else x[..., :0]
     y = F.silu(y) if activation == 'silu' else y
     return y.transpose(1, 2), x[..., length:]
+
+
+def _one_by_one(x, weight, bias, state, activation, mode, seq_idx) -> tuple[Tensor, Tensor]:
+    """A convolution of each sequence of each row; only the first has a state before it."""
+    rows = []
+    for i, numbers in enumerate(seq_idx.tolist()):
+        starts = [t for t, n in enumerate(numbers) if t == 0 or n != numbers[t - 1]]
+        before, pieces = None if state is None else state[i : i + 1], []
+        for start, stop in zip(starts, [*starts[1:], len(numbers)], strict=True):
+            piece = x[i : i + 1, start:stop]
+            y, last = causal_conv1d(piece, weight, bias, before, activation=activation, mode=mode)
+            pieces.append(y)
+            before = None
+        rows.append((torch.cat(pieces, 1), last))
+    if not rows:
+        return x * 1, x.new_zeros(0, x.shape[2], weight.shape[1] - 1)
+    return tuple(torch.cat(parts) for parts in zip(*rows, strict=True))
 
 
 def bidirectional_conv1d(x, weight_f, bias_f, weight_b, bias_b, *, activation=None):

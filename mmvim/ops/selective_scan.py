@@ -31,6 +31,7 @@ def selective_scan(
     return_last_state: bool = False,
     discretization: str = 'zoh',
     reverse: bool = False,
+    seq_idx: Tensor | None = None,
     backend: str | None = None,
     check_values: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -64,6 +65,11 @@ def selective_scan(
         discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
         reverse: Scan from the last step to the first. The initial state then enters at the last
             step, and the last state is the one after the first step.
+        seq_idx: Number of the sequence that each step belongs to, (b, l), int32, for sequences
+            packed into one row. Wherever it changes from one step to the next, whatever the values,
+            the state starts anew, from zero: outputs and gradients are those of a call for each
+            sequence. The initial state is that of the sequence that the scan meets first, the last
+            state that of the one it meets last.
         backend: ``'compiled'`` or ``'torch'``; None or ``'auto'`` leave it to
             :func:`mmvim.ops.use_backend`, :func:`mmvim.ops.set_backend` and ``MMVIM_BACKEND``.
         check_values: Look at the values of A, once for each version of the tensor. A GPU has to be
@@ -91,6 +97,8 @@ def selective_scan(
     check.check_flag('return_last_state', return_last_state)
     if initial_state is not None:
         _check_initial_state(initial_state, u, A, discretization)
+    if seq_idx is not None:
+        check.check_seq_idx(seq_idx, 'u', u)
     ops = resolve(backend, 'selective_scan', u)
     out, last_state, _ = ops.selective_scan(
         u,
@@ -107,6 +115,7 @@ def selective_scan(
         reverse,
         return_last_state,
         checkpoint_interval(u, delta, A, B, C, D, z, delta_bias, initial_state),
+        seq_idx,
     )
     return (out, last_state) if return_last_state else out
 
@@ -158,6 +167,7 @@ def _forward(
     reverse,
     return_last_state,
     interval,
+    seq_idx,
 ):
     y, last_state, checkpoints = scan_forward(
         u,
@@ -173,6 +183,7 @@ def _forward(
         reverse,
         return_last_state,
         interval,
+        seq_idx,
     )
     if z is not None:
         y.mul_(F.silu(z.to(y.dtype)))
@@ -194,6 +205,7 @@ def _forward_fake(
     reverse,
     return_last_state,
     interval,
+    seq_idx,
 ):
     b, _, d = u.shape
     n = A.shape[1]
@@ -231,6 +243,7 @@ def _backward(
     discretization,
     reverse,
     interval,
+    seq_idx,
 ):
     dtype = compute_dtype(u.dtype)
     grad_y = grad_out.to(dtype)
@@ -253,6 +266,7 @@ def _backward(
         reverse,
         interval,
         need_y=z is not None,
+        seq_idx=seq_idx,
     )
     if z is None:
         dz = A.new_empty(0)
@@ -278,6 +292,7 @@ def _backward_fake(
     discretization,
     reverse,
     interval,
+    seq_idx,
 ):
     return tuple(
         A.new_empty(0) if x is None else x.new_empty(x.shape)
@@ -286,27 +301,27 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, delta_softplus, discretization, reverse, return_last_state, interval = inputs
+    *tensors, delta_softplus, discretization, reverse, return_last_state, interval, seq_idx = inputs
     _, last_state, checkpoints = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(checkpoints,) if return_last_state else (last_state, checkpoints))
-    ctx.save_for_backward(*tensors, checkpoints)
+    ctx.save_for_backward(*tensors, checkpoints, seq_idx)
     ctx.options = (delta_softplus, discretization, reverse, interval)
 
 
 def _autograd(ops, ctx, grad_out, grad_last_state, _):
-    *tensors, checkpoints = ctx.saved_tensors
-    nothing = (None,) * 14
+    *tensors, checkpoints, seq_idx = ctx.saved_tensors
+    nothing = (None,) * 15
     if grad_out is None and grad_last_state is None:
         return nothing
     if grad_out is None:
         grad_out = torch.zeros_like(tensors[0])
     grads = ops.selective_scan_backward(
-        grad_out, grad_last_state, *tensors, checkpoints, *ctx.options
+        grad_out, grad_last_state, *tensors, checkpoints, *ctx.options, seq_idx
     )
     return tuple(
         grad if needed else None
-        for grad, needed in zip((*grads, *nothing[:5]), ctx.needs_input_grad, strict=True)
+        for grad, needed in zip((*grads, *nothing[:6]), ctx.needs_input_grad, strict=True)
     )
 
 
@@ -317,14 +332,14 @@ _INPUTS = (
 define(
     f'selective_scan_backward(Tensor grad_out, Tensor? grad_last_state, {_INPUTS}, '
     'Tensor checkpoints, bool delta_softplus, str discretization, bool reverse, '
-    'int checkpoint_interval) -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, '
-    'Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)',
+    'int checkpoint_interval, Tensor? seq_idx=None) -> (Tensor du, Tensor ddelta, Tensor dA, '
+    'Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, Tensor dinitial_state)',
     _backward,
     _backward_fake,
 )
 define(
     f'selective_scan({_INPUTS}, bool delta_softplus, str discretization, bool reverse, '
-    'bool return_last_state, int checkpoint_interval) '
+    'bool return_last_state, int checkpoint_interval, Tensor? seq_idx=None) '
     '-> (Tensor out, Tensor last_state, Tensor checkpoints)',
     _forward,
     _forward_fake,

@@ -98,7 +98,9 @@ def _tree_scan_(a: Tensor, x: Tensor, reverse: bool) -> None:
 class _Direction:
     """The inputs of one direction, in chunks with the layout of this module."""
 
-    def __init__(self, u, delta, A, B, C, D, delta_bias, delta_softplus, method, reverse):
+    def __init__(
+        self, u, delta, A, B, C, D, delta_bias, delta_softplus, method, reverse, seq_idx=None
+    ):
         self.u, self.delta, self.B, self.C = u, delta, B, C
         self.batch, self.length, self.channels = u.shape
         self.groups, self.states = B.shape[2:]
@@ -109,11 +111,39 @@ class _Direction:
         self.delta_bias = None if delta_bias is None else delta_bias.to(self.dtype)
         self.delta_softplus, self.method, self.reverse = delta_softplus, method, reverse
         self.two_tap = method in TWO_TAP
+        self.kept = None if seq_idx is None else self._kept(seq_idx)
         self.exact_matmul = self.dtype == torch.float64 or _full_precision_matmul()
         self.per_step = self.batch * self.channels * self.states
         budget = _CHUNK_VALUES_CPU if u.device.type == 'cpu' else _CHUNK_VALUES
         self.chunk = max(budget // max(self.per_step, 1), 1)
         self._workspace = {}
+
+    def _kept(self, seq_idx: Tensor) -> Tensor:
+        """1 for each step (l, b, 1, 1, 1) that continues a sequence, 0 for one that starts one."""
+        same = torch.ones(seq_idx.shape, dtype=self.dtype, device=seq_idx.device)
+        steps = same[:, :-1] if self.reverse else same[:, 1:]
+        steps.copy_(seq_idx[:, 1:] == seq_idx[:, :-1])
+        return same.t()[:, :, None, None, None]
+
+    def coefficients(
+        self, where: slice, delta: Tensor, z: Tensor, phi: list[Tensor] | None, overwrite: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """a, w0 and w1 of a chunk; where a sequence starts, nothing of what was before counts."""
+        a, w0, w1 = coefficients(self.method, delta, z, phi, overwrite=overwrite)
+        if self.kept is None:
+            return a, w0, w1
+        return a * self.kept[where], w0, None if w1 is None else w1 * self.kept[where]
+
+    def derivatives(self, chunk: '_Chunk') -> tuple[Tensor | None, ...]:
+        """Those of :func:`derivatives`, of the coefficients of :meth:`coefficients`."""
+        a_z, w0_delta, w0_z, w1_delta, w1_z = derivatives(
+            self.method, chunk.delta, chunk.z, chunk.a, chunk.phi
+        )
+        if self.kept is not None:
+            a_z, w1_delta, w1_z = (
+                None if x is None else x * self.kept[chunk.where] for x in (a_z, w1_delta, w1_z)
+            )
+        return a_z, w0_delta, w0_z, w1_delta, w1_z
 
     def buffer(self, name: str, steps: int) -> Tensor:
         """Uninitialised (t, b, g, n, m); the same name reuses the same memory.
@@ -208,12 +238,8 @@ class _Chunk:
         self.z = torch.mul(self.delta, scan.A, out=scan.buffer('z', steps))
         self.phi = phi_of(scan.method, self.z, for_derivatives=not last_use)
         # Without a backward pass z is not needed again; that of 'zoh' needs only a.
-        self.coefficients = a, w0, w1 = coefficients(
-            scan.method,
-            self.delta,
-            self.z,
-            self.phi,
-            overwrite=last_use or scan.method == 'zoh',
+        self.coefficients = a, w0, w1 = scan.coefficients(
+            where, self.delta, self.z, self.phi, overwrite=last_use or scan.method == 'zoh'
         )
         first, self.last = (steps, 0) if scan.reverse else (0, steps)
         self.now = slice(0, -1) if scan.reverse else slice(1, None)
@@ -296,9 +322,10 @@ def scan_forward(
     reverse: bool,
     return_last_state: bool,
     checkpoint_interval: int,
+    seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction, ungated: y (b, l, d) in the compute dtype, last state, checkpoints."""
-    scan = _Direction(u, delta, A, B, C, D, delta_bias, delta_softplus, method, reverse)
+    scan = _Direction(u, delta, A, B, C, D, delta_bias, delta_softplus, method, reverse, seq_idx)
     y = u.new_empty(u.shape, dtype=scan.dtype)
     checkpoints = u.new_empty(
         checkpoint_shape(u, scan.states, checkpoint_interval), dtype=scan.dtype
@@ -352,12 +379,13 @@ def scan_backward(
     reverse: bool,
     checkpoint_interval: int,
     need_y: bool,
+    seq_idx: Tensor | None = None,
 ) -> ScanGradients:
     """Gradients of :func:`scan_forward`, given that of its y (in the compute dtype).
 
     States are recomputed chunk by chunk from the checkpoints, last chunk first.
     """
-    scan = _Direction(u, delta, A, B, C, D, delta_bias, delta_softplus, method, reverse)
+    scan = _Direction(u, delta, A, B, C, D, delta_bias, delta_softplus, method, reverse, seq_idx)
     states = scan.states
     new = {'dtype': scan.dtype, 'device': u.device}
     carry_shape = (scan.batch, scan.groups, states, scan.width)
@@ -399,9 +427,7 @@ def scan_backward(
         linear_scan_(inner.clone() if _in_tree(inner) else inner, g, not reverse)
         carry = a[first] * g[first]
 
-        a_z, w0_delta, w0_z, w1_delta, w1_z = derivatives(
-            method, chunk.delta, chunk.z, a, chunk.phi
-        )
+        a_z, w0_delta, w0_z, w1_delta, w1_z = scan.derivatives(chunk)
         # Gradient with respect to z, and to Δ where it does not act through z.
         gz = torch.mul(g, h_before, out=scan.buffer('gz', stop - start)).mul_(a_z)
         if w0_z is None:

@@ -131,6 +131,44 @@ def test_other_portable_ops(kind):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize('kind', ['graph', 'script'])
+def test_portable_packed_sequences(kind):
+    *inputs, z, bias = scan_inputs(groups=2)
+    x = inputs[0]
+    weight = torch.randn(x.shape[2], 4, dtype=torch.float64)
+    taps = torch.randn(x.shape[0], x.shape[2], 3, dtype=torch.float64)
+    states = torch.randn(x.shape[0], *inputs[2].shape, dtype=torch.float64)
+    direction = ops.ScanInputs(*inputs, bias)
+    seq_idx = (torch.arange(x.shape[1]) // 2).int().expand(x.shape[:2])
+    options = {'return_last_state': True, 'seq_idx': seq_idx}
+
+    def run():
+        results = [
+            ops.bidirectional_scan(direction, direction, z, delta_softplus=True, seq_idx=seq_idx),
+            ops.causal_conv1d(x, weight, mode='same', seq_idx=seq_idx),
+        ]
+        for method, reverse in (('zoh', False), ('tustin', True)):
+            results += ops.selective_scan(
+                *inputs,
+                z,
+                bias,
+                delta_softplus=True,
+                initial_state=states,
+                discretization=method,
+                reverse=reverse,
+                **options,
+            )
+            mode = 'reverse' if reverse else 'causal'
+            results += ops.causal_conv1d(x, weight, mode=mode, initial_state=taps, **options)
+        return results
+
+    expected = run()
+    with portable_ops(kind):
+        given = run()
+    for a, b in zip(given, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_unknown_kind():
     with (
         pytest.raises(ValueError, match='kind must be one of'),

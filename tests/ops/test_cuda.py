@@ -24,11 +24,21 @@ pytestmark = [
 LARGE = 2**31
 
 
-def scan(groups=None, length=197, channels=160, method='zoh'):
+def sequences(b, length):
+    """Several sequences in each row; two begin where tiles and chunks do."""
+    cuts = torch.zeros(b, length, dtype=torch.int32, device='cuda')
+    for at in (1, 64, 99, 128):
+        cuts[:, at + torch.arange(b, device='cuda') * (at > 64)] += 1
+    return cuts.cumsum(1, dtype=torch.int32)
+
+
+def scan(groups=None, length=197, channels=160, method='zoh', packed=False):
     tensors = scan_inputs(2, length, channels, 16, groups, dtype=torch.bfloat16, device='cuda')
     tensors = {k: v.requires_grad_() for k, v in tensors.items()}
-    out = selective_scan(**tensors, delta_softplus=True, discretization=method, backend='compiled')
-    return [out], list(tensors.values())
+    leaves = list(tensors.values())
+    seq_idx = sequences(2, length) if packed else None
+    options = {'discretization': method, 'seq_idx': seq_idx, 'backend': 'compiled'}
+    return [selective_scan(**tensors, delta_softplus=True, **options)], leaves
 
 
 def few_states(states):
@@ -38,7 +48,7 @@ def few_states(states):
     return [selective_scan(**x, delta_softplus=True, backend='compiled')], list(x.values())
 
 
-def both_scans(length=197):
+def both_scans(length=197, packed=False):
     parts, leaves = [], []
     for seed in (0, 1):
         x = scan_inputs(2, length, 160, 16, dtype=torch.bfloat16, device='cuda', seed=seed)
@@ -46,18 +56,21 @@ def both_scans(length=197):
         z = x.pop('z')
         parts.append(ScanInputs(**x))
         leaves += x.values()
-    out = bidirectional_scan(*parts, z, scale=0.5, delta_softplus=True, backend='compiled')
+    options = {'seq_idx': sequences(2, length) if packed else None, 'backend': 'compiled'}
+    out = bidirectional_scan(*parts, z, scale=0.5, delta_softplus=True, **options)
     return [out], [*leaves, z]
 
 
-def conv(both=False):
+def conv(both=False, packed=False):
     x = torch.randn(3, 197, 160, device='cuda', dtype=torch.bfloat16, requires_grad=True)
     w, w_b = (torch.randn(160, 4, device='cuda', requires_grad=True) for _ in range(2))
     bias = torch.randn(160, device='cuda', requires_grad=True)
     if both:
         out = bidirectional_conv1d(x, w, bias, w_b, bias, activation='silu', backend='compiled')
         return list(out), [x, w, w_b, bias]
-    return [causal_conv1d(x, w, bias, activation='silu', backend='compiled')], [x, w, bias]
+    seq_idx = sequences(3, 197) if packed else None
+    out = causal_conv1d(x, w, bias, activation='silu', seq_idx=seq_idx, backend='compiled')
+    return [out], [x, w, bias]
 
 
 def norm():
@@ -73,10 +86,14 @@ CASES = {
     'scan-one-state': lambda: few_states(1),
     'scan-two-states': lambda: few_states(2),
     'scan-chunks': lambda: scan(length=1500, channels=64),
+    'scan-packed': lambda: scan(packed=True),
+    'scan-packed-chunks': lambda: scan(length=1500, channels=64, method='tustin', packed=True),
     'bidirectional': both_scans,
     'bidirectional-chunks': lambda: both_scans(1500),
+    'bidirectional-packed': lambda: both_scans(packed=True),
     'conv': conv,
     'conv-both': lambda: conv(both=True),
+    'conv-packed': lambda: conv(packed=True),
     'norm': norm,
 }
 

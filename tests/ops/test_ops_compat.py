@@ -169,6 +169,28 @@ def test_causal_conv1d_fn(backend, device, width, activation):
     torch.testing.assert_close(plain.cpu(), naive_conv(*exact[:3], zeros, activation)[0])
 
 
+def test_causal_conv1d_fn_with_sequences_and_padding():
+    x, weight, bias, _ = conv_inputs('cpu')
+    x = x.requires_grad_()
+    seq_idx = torch.tensor([[0] * 2 + [1] * 6 + [-1]] * x.shape[0], dtype=torch.int32)
+    out = causal_conv1d_fn(x, weight, bias, seq_idx, activation='silu')
+    pieces = [causal_conv1d_fn(x[..., part], weight, bias, activation='silu')
+              for part in (slice(2), slice(2, 8))]  # fmt: skip
+    torch.testing.assert_close(out, torch.cat((*pieces, torch.zeros_like(x[..., :1])), -1))
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert not grad[..., -1].any()
+
+
+def test_selective_scan_fn_with_sequences():
+    tensors = mamba_inputs('plain', 'plain')
+    seq_idx = torch.tensor([[0] * 4 + [1] * (L - 4)] * B, dtype=torch.int32)
+    pieces = [
+        selective_scan_fn(**{k: v[..., part] if v.dim() == 3 else v for k, v in tensors.items()})
+        for part in (slice(4), slice(4, None))
+    ]
+    torch.testing.assert_close(selective_scan_fn(**tensors, seq_idx=seq_idx), torch.cat(pieces, -1))
+
+
 def test_causal_conv1d_fn_writes_final_states():
     x, weight, bias, state = conv_inputs('cpu')
     target = torch.full_like(state, float('nan'))
@@ -180,7 +202,7 @@ def test_causal_conv1d_fn_writes_final_states():
 @pytest.mark.parametrize(
     ('options', 'error', 'message'),
     [
-        ({'seq_idx': torch.zeros(B, 9)}, NotImplementedError, 'seq_idx is not supported'),
+        ({'seq_idx': torch.zeros(B, 9)}, TypeError, 'seq_idx must be torch.int32'),
         ({'final_states_out': torch.zeros(B, D, 3)}, ValueError, 'needs return_final_states'),
         ({'activation': 'gelu'}, ValueError, "activation must be None, 'silu' or 'swish', got"),
         (

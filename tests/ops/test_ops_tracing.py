@@ -11,6 +11,10 @@ from mmvim import ops
 NAMESPACES = ('mmvim', 'mmvim_torch')
 
 
+def sequences(length):
+    return torch.tensor([[0] * 4 + [1] * (length - 4), [2] * length], dtype=torch.int32)
+
+
 def scan_cases():
     for method, reverse, with_state, interval in (
         ('zoh', False, True, 4),
@@ -23,6 +27,7 @@ def scan_cases():
         n = 6 if method in ('foh_hold', 'tustin') else 3
         state = randn(2, 4, n, dtype=torch.float32).requires_grad_() if with_state else None
         yield *values, state, True, method, reverse, with_state, interval
+        yield *values, state, True, method, reverse, with_state, interval, sequences(9)
     bare = list(scan_inputs(2, 9, 4, 3, 1, dtype=torch.float32, optional=False).values())
     yield *bare, None, None, None, None, True, 'zoh', False, False, 0
 
@@ -34,6 +39,7 @@ def bidirectional_cases():
         one = [x.requires_grad_() for x in tensors.values()]
         two = [x.detach().clone().requires_grad_() for x in one]
         yield *one, *two, z if gated else None, 0.5, True, 'zoh', interval
+    yield *one, *two, z, 0.5, True, 'zoh', 4, sequences(9)
 
 
 def cross_cases():
@@ -60,6 +66,7 @@ def conv_cases():
     yield x, weight, bias, None, 'same', True, False
     half = x.detach().bfloat16().requires_grad_()
     yield half, weight, bias, state, 'reverse', True, True
+    yield x, weight, bias, state, 'causal', True, True, sequences(7)
 
 
 def both_conv_cases():

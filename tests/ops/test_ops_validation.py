@@ -70,6 +70,22 @@ SCAN_ERRORS = [
     ({'backend': 'gpu'}, ValueError, r"^backend must be one of .*got 'gpu'"),
     ({'B': t(2, 5, 3, device='meta')}, ValueError, r'^all tensors .*: u is on cpu, B on meta'),
     ({'A': t(4, 3, device='meta')}, ValueError, r'^all tensors .*: u is on cpu, A on meta'),
+    ({'seq_idx': [[0] * 5] * 2}, TypeError, r'^seq_idx must be a tensor, got list'),
+    *[
+        (
+            {'seq_idx': t(*shape, dtype=torch.int32)},
+            ValueError,
+            r'^seq_idx must have shape \(b, l\)',
+        )
+        for shape in ((5,), (1, 5), (2, 4), (2, 5, 1))
+    ],
+    ({'seq_idx': t(2, 5, dtype=torch.int64)}, TypeError, r'^seq_idx must be torch.int32 .*int64'),
+    ({'seq_idx': t(2, 5)}, TypeError, r'^seq_idx must be torch.int32 .*got torch.float32'),
+    (
+        {'seq_idx': t(2, 5, dtype=torch.int32, device='meta')},
+        ValueError,
+        r'^all tensors .*: u is on cpu, seq_idx on meta',
+    ),
 ]
 
 
@@ -114,6 +130,8 @@ def test_bidirectional_directions_must_agree():
         bidirectional_scan(one, half)
     with pytest.raises(ValueError, match=r'^z must have shape .*\(2, 5, 4\), got'):
         bidirectional_scan(one, one, t(2, 5, 3))
+    with pytest.raises(ValueError, match=r'^seq_idx must have shape \(b, l\) = \(2, 5\), got'):
+        bidirectional_scan(one, one, seq_idx=t(1, 5, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +192,12 @@ def test_cross_scan(changes, error, message):
         ({'bias': t(4, device='meta')}, ValueError, r'x is on cpu, bias on meta'),
         ({'activation': 'relu'}, ValueError, r"^activation must be 'silu' or None, got 'relu'"),
         ({'mode': 'full'}, ValueError, r"^mode must be one of .*got 'full'"),
+        (
+            {'seq_idx': t(2, 4, dtype=torch.int32)},
+            ValueError,
+            r'^seq_idx must have .*\(2, 5\), got',
+        ),
+        ({'seq_idx': t(2, 5, dtype=torch.int64)}, TypeError, r'^seq_idx must be torch.int32'),
         ({'initial_state': t(2, 4, 4)}, ValueError, r'^initial_state must have .*\(2, 4, 3\)'),
         ({'initial_state': t(2, 4, 3).half()}, TypeError, r'^initial_state must be torch.float32'),
         ({'mode': 'same', 'return_last_state': True}, ValueError, r"^mode 'same' has no states"),
