@@ -17,10 +17,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from fastapi import UploadFile
-from fastapi.responses import JSONResponse
-from litserve import LitAPI, LitServer
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+try:
+    from fastapi import UploadFile
+    from fastapi.responses import JSONResponse
+    from litserve import LitAPI, LitServer
+except ImportError:
+    # Enough for --help.
+    LitAPI, LitServer, UploadFile, JSONResponse = object, None, None, None
 
 MAX_PIXELS = 64_000_000
 
@@ -125,6 +130,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the server until it is interrupted."""
     args = parse_args()
+    if LitServer is None:
+        raise SystemExit("the server needs LitServe: pip install 'mmvim[serve]'")
     service = Service(
         args.model,
         True if args.weights == 'zoo' else args.weights,
