@@ -42,6 +42,7 @@ class Console(Hook):
         self._notes: list[str] = []
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
+        self._streams: list[logging.StreamHandler] = []
 
     @contextlib.contextmanager
     def watch(self) -> Iterator['Console']:
@@ -50,7 +51,6 @@ class Console(Hook):
         A runner writes its config as soon as it has made its logger, before any hook can run.
         """
         initialise = MMLogger.__init__
-        streams: list[logging.StreamHandler] = []
 
         def wrapped(logger: MMLogger, *args: Any, **kwargs: Any) -> None:
             initialise(logger, *args, **kwargs)
@@ -60,18 +60,17 @@ class Console(Hook):
             for handler in logger.handlers:
                 if type(handler) is logging.StreamHandler:
                     handler.addFilter(self.shows)
-                    streams.append(handler)
+                    self._streams.append(handler)
 
         for logger in list(MMLogger._instance_dict.values()):
             adopt(logger)
-        self._streams = streams
         MMLogger.__init__ = wrapped
         try:
             yield self
         finally:
             MMLogger.__init__ = initialise
             self._close()
-            for handler in streams:
+            for handler in self._streams:
                 handler.removeFilter(self.shows)
 
     def shows(self, record: logging.LogRecord) -> bool:
@@ -208,10 +207,12 @@ def _model(model: nn.Module) -> str:
 
 
 def _device() -> str:
-    kind = get_device()
-    name = torch.cuda.get_device_name() if kind == 'cuda' else f'{torch.get_num_threads()} threads'
-    count = get_world_size()
-    return f'{kind} ({name})' + (f', {count} processes' if count > 1 else '')
+    kind, count = get_device(), get_world_size()
+    if kind == 'cuda':
+        kind += f' ({torch.cuda.get_device_name()})'
+    elif kind == 'cpu':
+        kind += f' ({torch.get_num_threads()} threads)'
+    return kind + (f', {count} processes' if count > 1 else '')
 
 
 def _operators() -> str:
@@ -239,7 +240,8 @@ def _data(loader: Any) -> str:
     dataset = loader.dataset
     meta = getattr(dataset, 'metainfo', None) or {}
     classes = meta.get('classes') or ()
+    size = f', {len(dataset)} samples' if hasattr(dataset, '__len__') else ''
     named = f', {len(classes)} classes' if classes else ''
     batch = f'batches of {loader.batch_size}' if getattr(loader, 'batch_size', None) else 'batches'
     workers = getattr(loader, 'num_workers', 0)
-    return f'{type(dataset).__name__}, {len(dataset)} samples{named}, {batch}, {workers} workers'
+    return f'{type(dataset).__name__}{size}{named}, {batch}, {workers} workers'

@@ -96,6 +96,8 @@ def test_tool(tmp_path):
     assert "x.png' exists; --overwrite replaces it" in again.stderr
     assert run(work_dir, '--out', tmp_path / 'x.png', '--overwrite').returncode == 0
     assert run(work_dir, '--out', tmp_path / 'y.png', '--keys', 'top9').returncode == 2
+    flat = run(work_dir, '--out', tmp_path / 'y.png', '--smooth', 0)
+    assert '--smooth must be at least 1, not 0' in flat.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ['run', 'x.png']
     assert json.loads(run(work_dir, '--json').stdout)[0]['iterations'] == 60
 

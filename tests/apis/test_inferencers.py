@@ -1,6 +1,7 @@
 """Images in, pictures and plain data out, for each task."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -326,6 +327,17 @@ def test_class_names_of_any_script(task, photos, root):
         drawn.append(inferencer.draw(result))
     assert not np.array_equal(drawn[0], drawn[1])
     assert np.array_equal(drawn[0], drawn[2])
+
+
+def test_the_largest_area_comes_first(photos):
+    pytest.importorskip('mmseg')
+    inferencer = make_inferencer(CONFIGS['seg'])
+    labels = torch.zeros(1, 6, 6, dtype=torch.long)
+    labels[0, 0], labels[0, 1, :2] = 4, 7
+    sample = SimpleNamespace(pred_sem_seg=SimpleNamespace(data=labels))
+    areas = inferencer._plain(sample)['areas']
+    assert [area['label'] for area in areas] == [0, 4, 7]
+    assert [area['share'] for area in areas] == [0.777778, 0.166667, 0.055556]
 
 
 def test_fonts(caplog):

@@ -117,6 +117,10 @@ def test_find_videos(videos):
     names = [str(videos / f'{name}.mp4') for name in 'ab']
     assert find_videos(videos) == names
     assert find_videos([videos / 'b.mp4', str(videos / '*.mp4')]) == [names[1], *names]
+    for name in ('A.MP4', 'a.txt'):
+        (videos / name).touch()
+    assert find_videos(videos) == [str(videos / 'A.MP4'), *names]
+    (videos / 'A.MP4').unlink()
     with pytest.raises(VideoSampleError, match='no file matches'):
         find_videos(str(videos / '*.mkv'))
     with pytest.raises(VideoSampleError, match='does not exist'):

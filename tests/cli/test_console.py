@@ -5,9 +5,12 @@ import os
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import forks
 import pytest
+
+from mmvim.cli import console
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'tools'))
 import task_configs
@@ -101,6 +104,11 @@ def test_what_is_known_about_a_run(tmp_path):
     assert f'weights of {work / "iter_1.pth"}' in tuned
     assert 'M of them trained' in tuned
     assert 'operators   PyTorch' in tuned
+
+
+def test_data_without_a_length():
+    loader = SimpleNamespace(dataset=object(), batch_size=2, num_workers=0)
+    assert console._data(loader) == 'object, batches of 2, 0 workers'
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='needs a pseudo-terminal')

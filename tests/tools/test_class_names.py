@@ -156,6 +156,11 @@ def test_ignored_label(data, fails):
     assert 'has ignore_index=0, but model.decode_head.ignore_index is 255' in found
     found = line('model.data_preprocessor.seg_pad_val=0')
     assert 'seg_pad_val is 0, but model.decode_head.ignore_index is 255' in found
+    main_train(['config.py'])
+    options = ('--cfg-options', 'test_evaluator.ignore_index=0')
+    for more in ((), ('--tta',)):
+        found = fails(main_test, 'config.py', 'work_dirs/config/iter_1.pth', *more, *options)
+        assert 'has ignore_index=0, but model.decode_head.ignore_index is 255' in found
 
 
 @pytest.mark.parametrize('data', ['mmdet'], indirect=True)

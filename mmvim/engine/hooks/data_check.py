@@ -58,9 +58,7 @@ class DataCheckHook(Hook):
         """
         scope = runner.default_scope
         self._task = TASKS.get(scope.scope_name if isinstance(scope, DefaultScope) else scope)
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        model = _unwrapped(runner.model)
         if self._task is not None:
             self._outputs = self._task.class_outputs(model)
             _check_model(model, self._outputs, self._ignored_label(runner))
@@ -195,9 +193,7 @@ class DataCheckHook(Hook):
         """Compare the maps of the first step with the strides that heads are made for."""
         if self._task is not TASKS['mmdet']:
             return
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
+        model = _unwrapped(runner.model)
         preprocessor, sizes = getattr(model, 'data_preprocessor', None), {}
         if preprocessor is None:
             return
@@ -257,10 +253,16 @@ class DataCheckHook(Hook):
         return bad if ignored is None else bad & (labels != ignored)
 
     def _ignored_label(self, runner) -> int | None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        head = getattr(model, 'decode_head', None)
+        head = getattr(_unwrapped(runner.model), 'decode_head', None)
         head = head[-1] if isinstance(head, nn.ModuleList) else head
         return getattr(head, 'ignore_index', None)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for distribution and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def _classes(dataset: Any) -> list[str] | None:
