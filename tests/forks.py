@@ -32,6 +32,9 @@ def call(function: Callable, *args: object, cwd: Path, env: dict | None = None, 
         )
         process.start()
         process.join(600)
+        if process.is_alive():
+            process.kill()
+            process.join()
         texts = ('', '') if terminal else (Path(out).read_text(), Path(err).read_text())
         return CompletedProcess(args, process.exitcode, *texts)
 

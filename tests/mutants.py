@@ -2,7 +2,8 @@
 """Mistakes that the tests must notice: python tests/mutants.py [PART OF A NAME ...]
 
 Each is one change of one line, made in a copy of the checkout; the tests named beside it must fail.
-Run it by hand after changes of the tests; it takes about a minute for each mistake.
+Run it by hand after changes of the tests; it takes some seconds for each mistake. Tests are files,
+or one test of a file (``file.py::test``).
 """
 
 import os
@@ -11,6 +12,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import forks
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is built lies in the package, outside version control.
@@ -65,6 +69,46 @@ MUTANTS = (
         'mmvim/engine/tasks.py', "flips = [{'type': 'RandomFlip', 'prob': 0.0}",
         "flips = [{'type': 'RandomFlip', 'prob': 1.0}", 'tools/test_tasks.py',
     ),
+    (
+        'mmvim/engine/hooks/parameter_groups.py', 'kept + values[len(groups) :]', 'kept',
+        'engine/test_parameter_groups.py',
+    ),
+    (
+        'mmvim/engine/hooks/parameter_groups.py',
+        'return clip(sorted(chosen, key=lambda p: place[id(p)]), **kwargs)',
+        'return clip(chosen, **kwargs)', 'engine/test_parameter_groups.py',
+    ),
+    (
+        'mmvim/engine/hooks/run_ahead.py', 'return self._pending[-1][0]',
+        'return self._pending[0][0]', 'engine/test_run_ahead.py',
+    ),
+    (
+        'mmvim/engine/hooks/data_check.py',
+        "if loop == 'train' and not getattr(runner, '_resume', False):", "if loop == 'train':",
+        'tools/test_class_names.py',
+    ),
+    (
+        'mmvim/engine/hooks/data_check.py',
+        'return bad if ignored is None else bad & (labels != ignored)', 'return bad',
+        'tools/test_tasks.py',
+    ),
+    (
+        'mmvim/engine/class_names.py', 'if len(names) != len(others):',
+        'if len(names) > len(others):', 'tools/test_class_names.py',
+    ),
+    (
+        'mmvim/engine/loops.py',
+        'self._iter % self.val_interval == 0 or self._iter == self._max_iters',
+        'self._iter % self.val_interval == 0', 'tools/test_loops.py tools/test_train.py',
+    ),
+    (
+        'mmvim/engine/hooks/checkpoint.py', 'if path not in written and backend.isfile(path):',
+        'if backend.isfile(path):', 'tools/test_checkpoint_hook.py reliability/test_resume.py',
+    ),
+    (
+        'mmvim/engine/optim/averaging.py', 'return max(self.momentum, 9 / (10 + updates))',
+        'return min(self.momentum, 9 / (10 + updates))', 'tools/test_recipe_options.py',
+    ),
     # cli
     (
         'mmvim/cli/flags.py', "setdefault('loss_scale', {'enabled': False} if is_bf16 else",
@@ -86,6 +130,33 @@ MUTANTS = (
         'mmvim/cli/distributed.py', "wrapper['device_ids'] = None\n    cfg.model_wrapper_cfg",
         'cfg.model_wrapper_cfg', 'cli/test_config_tools.py tools/test_scripts.py',
     ),
+    (
+        'mmvim/cli/flags.py', "cfg[key]['pin_memory'] = False", 'pass', 'tools/test_train.py',
+    ),
+    (
+        'mmvim/cli/resuming.py', 'runner._randomness_cfg.update(seed=chosen.seed)', 'pass',
+        'reliability/test_resume.py',
+    ),
+    (
+        'mmvim/cli/options.py', 'options = dict(getattr(namespace, self.dest, None) or {})',
+        'options = {}', 'tools/test_train.py',
+    ),
+    (
+        'mmvim/cli/checks.py', 'right = 0 <= priority <= 100', 'right = 0 <= priority',
+        'cli/test_diagnosis.py tools/test_train.py',
+    ),
+    (
+        'mmvim/cli/samples.py', 'if len(header) < 25 or header[24] <= 8:',
+        'if len(header) < 25 or header[24] <= 16:', 'tools/test_tasks.py',
+    ),
+    (
+        'mmvim/cli/console.py', "frozen = '' if trained == count else",
+        "frozen = '' if trained else", 'cli/test_console.py::test_what_is_known_about_a_run',
+    ),
+    (
+        'mmvim/cli/diagnosis.py', 'score = (same, -sum(key not in given for key in candidate))',
+        'score = (same, 0)', 'cli/test_diagnosis.py',
+    ),
     # apis
     (
         'mmvim/apis/inferencers/video.py', 'picture = result.image[..., ::-1] if frame',
@@ -98,6 +169,18 @@ MUTANTS = (
     (
         'mmvim/apis/model_zoo.py', 'return sorted(name for name in names if not pretrained or',
         'return sorted(name for name in names if pretrained or', 'apis/test_model_zoo.py',
+    ),
+    (
+        'mmvim/apis/inferencers/segmentation.py', 'order = np.argsort(-counts)',
+        'order = np.argsort(counts)', 'apis/test_inferencers.py',
+    ),
+    (
+        'mmvim/apis/videos.py', 'e.name.lower().endswith(SUFFIXES)', 'e.name.endswith(SUFFIXES)',
+        'apis/test_video_demo.py',
+    ),
+    (
+        'mmvim/apis/videos.py', '(side + side % 2 for side in picture.shape[:2])',
+        '(side - side % 2 for side in picture.shape[:2])', 'apis/test_video_demo.py',
     ),
     # datasets
     (
@@ -121,6 +204,26 @@ MUTANTS = (
         'mmvim/datasets/video/dataset.py', 'names = sorted(numbers, key=numbers.get)',
         'names = sorted(numbers)', 'datasets/test_video_dataset.py',
     ),
+    (
+        'mmvim/datasets/video/sampling.py', 'places = [room / 2] if num_clips == 1',
+        'places = [0] if num_clips == 1', 'datasets/test_video_dataset.py',
+    ),
+    (
+        'mmvim/datasets/video/sampling.py', "side='right') - 1", "side='left') - 1",
+        'datasets/test_video_dataset.py datasets/test_video_reader.py',
+    ),
+    (
+        'mmvim/datasets/skip_failures.py', 'if number > self.max_failures:',
+        'if number >= self.max_failures:', 'reliability/test_long_data.py',
+    ),
+    (
+        'mmvim/datasets/video/transforms.py', 'uniform_(-self.log_ratio, self.log_ratio)',
+        'uniform_(0, self.log_ratio)', 'datasets/test_video_dataset.py',
+    ),
+    (
+        'mmvim/datasets/video/reader.py', 'picture, a, d = picture.transpose(1, 0, 2), c, b',
+        'picture, a, d = picture.transpose(1, 0, 2), b, c', 'datasets/test_video_reader.py',
+    ),
     # export
     (
         'mmvim/export/metadata.py', "return 'RGB' if is_rgb != (", "return 'RGB' if is_rgb == (",
@@ -129,6 +232,10 @@ MUTANTS = (
     (
         'mmvim/export/operations.py', 'h = decay * h + drive[t].unsqueeze(-1) * B[t]',
         'h = h + drive[t].unsqueeze(-1) * B[t]', 'export/test_export.py',
+    ),
+    (
+        'mmvim/export/metadata.py', "'sigmoid' if 'MultiLabelClsHead' in kinds",
+        "'softmax' if 'MultiLabelClsHead' in kinds", 'export/test_export_metadata.py',
     ),
     # configs
     (
@@ -142,6 +249,18 @@ MUTANTS = (
     (
         'configs/_base_/datasets/imagenet_deit_224.py', 'to_rgb=True', 'to_rgb=False',
         'configs/test_recipes.py',
+    ),
+    (
+        'configs/_base_/schedules/imagenet_bs4096_lamb_320e.py', "factor=1.0, by_epoch=True",
+        "factor=0.1, by_epoch=True", 'configs/test_recipes.py configs/test_mambavision_configs.py',
+    ),
+    (
+        'configs/_base_/datasets/coco_lsj_1024.py', 'ratio_range=(0.1, 2.0)',
+        'ratio_range=(0.8, 1.25)', 'configs/test_recipes.py',
+    ),
+    (
+        'configs/_base_/schedules/imagenet_bs1024_adamw_30e.py', 'weight_decay=1e-8',
+        'weight_decay=1e-2', 'configs/test_recipes.py',
     ),
     # tools
     (
@@ -159,6 +278,14 @@ MUTANTS = (
     (
         'tools/quickstart/report.py', "return np.asarray(Image.open(path)).astype(int) - 1",
         'return np.asarray(Image.open(path)).astype(int)', 'quickstart/test_report.py',
+    ),
+    (
+        'tools/demo/stream.py', "given is None else given", "given is None else frames",
+        'tools/test_stream_demo.py',
+    ),
+    (
+        'tools/analysis/analyze_logs.py', 'if args.smooth < 1:', 'if args.smooth < 0:',
+        'analysis/test_curves.py',
     ),
 )  # fmt: skip
 
@@ -179,17 +306,22 @@ def noticed(root: Path, file: str, right: str, wrong: str, tests: str) -> bool:
     text = path.read_text()
     path.write_text(text.replace(right, wrong))
     try:
-        done = subprocess.run(
-            [sys.executable, '-m', 'pytest', '-q', '-x', '-m', 'not slow', '-p', 'no:cacheprovider',
-             *(f'tests/{name}' for name in tests.split())],
-            cwd=root, env={**os.environ, 'PYTHONPATH': str(root), 'PYTHONDONTWRITEBYTECODE': '1'},
-            capture_output=True, text=True,
-        )  # fmt: skip
+        env = {**os.environ, 'PYTHONPATH': str(root), 'PYTHONDONTWRITEBYTECODE': '1'}
+        done = forks.call(run_pytest, str(root), tests.split(), cwd=root, env=env)
     finally:
         path.write_text(text)
     if done.returncode not in (0, 1):
         raise SystemExit(f'{tests} cannot be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}')
     return done.returncode == 1
+
+
+def run_pytest(root: str, tests: list[str]) -> None:
+    """Run tests of the copy, in a process that has imported nothing of the checkout."""
+    sys.path[:] = [root, *(path for path in sys.path if not path.startswith(str(ROOT)))]
+    sys.exit(
+        pytest.main(['-q', '-x', '-m', 'not slow', '-p', 'no:cacheprovider',
+                     *(f'tests/{name}' for name in tests)])
+    )  # fmt: skip
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ WRAPPING_PREFIXES = ('module.', '_orig_mod.', 'model.')
 
 @dataclass
 class Fitting:
-    """What a load agrees with the backbones of the model.
+    """Agreement of a load with the backbones of the model.
 
     Attributes:
         refuses: Whether a backbone refuses a checkpoint of another model. Otherwise what does not

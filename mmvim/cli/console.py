@@ -24,7 +24,7 @@ _PROGRESS = ('after_val_iter', 'after_test_iter')
 
 
 class Console(Hook):
-    """What a run writes to the terminal.
+    """The terminal of a run.
 
     Until the run starts, only warnings and what is passed to :meth:`note` appear; then a summary;
     then the log without its lines on the progress of an evaluation. On a terminal, bars show the
@@ -152,7 +152,7 @@ class Console(Hook):
 
 
 def summary(runner: Any, loops: dict[str, Any], notes: list[str]) -> list[str]:
-    """What matters about a run, one line each.
+    """The summary of a run, in lines.
 
     Args:
         runner: The runner, ready to start.

@@ -16,7 +16,7 @@ def listed(names: Iterable[Any], most: int = 5) -> str:
 
 
 def difference(names: Sequence[str], others: Sequence[str]) -> str | None:
-    """What distinguishes two lists of class names, or None if they are the same."""
+    """The first difference between two lists of class names, in words, or None."""
     for i, (name, other) in enumerate(zip(names, others, strict=False)):
         if name != other:
             return f'class {i} is {name!r} and {other!r}'

@@ -116,6 +116,9 @@ def test_locate_takes_the_most_similar():
     assert locate(cfg, {'type': 'D', 'path': 'a', 'new': 1}) == 'train_dataloader.dataset'
     assert locate(cfg, {'type': 'D', 'path': 'b', 'more': torch.ones(2)}).startswith('val_')
     assert locate(cfg, {'type': 'E'}) is None
+    # Of two with the same values, the one without others.
+    cfg['test_dataloader'] = {'dataset': {'type': 'D', 'path': 'b'}}
+    assert locate(cfg, {'type': 'D', 'path': 'b'}) == 'test_dataloader.dataset'
 
 
 class Broken(Dataset):

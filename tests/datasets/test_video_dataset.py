@@ -186,6 +186,18 @@ def test_erasing():
     assert not torch.equal(frames[0, 0], frames[0, 1])
 
 
+def test_erased_rectangles_lie_and_stand():
+    step = RandomErasingVideo(prob=1.0, area=(0.1, 0.1))
+    ratios = []
+    for _ in range(100):
+        frames = step({'frames': torch.full((1, 1, 3, 64, 64), 255, dtype=torch.uint8)})['frames']
+        erased = (frames[0, 0] != 255).any(0)
+        ratios.append((erased.any(1).sum() / erased.any(0).sum()).log())
+    ratios = torch.stack(ratios)
+    assert 0.35 < (ratios > 0).float().mean() < 0.65
+    assert ratios.abs().max() < torch.tensor(1 / 0.3).log() + 0.1
+
+
 def test_erasing_noise_ends_at_black_and_white():
     before = {'frames': torch.full((1, 4, 3, 64, 64), 7, dtype=torch.uint8)}
     step = RandomErasingVideo(prob=1.0, area=(0.3, 0.3), mean=(250.0,) * 3, std=(200.0,) * 3)

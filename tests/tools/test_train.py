@@ -389,6 +389,13 @@ def test_workers_options_without_workers(toy):
     assert not runner.train_dataloader.pin_memory
 
 
+def test_memory_is_pinned_for_a_gpu_only():
+    loaders = {'train_dataloader': {'pin_memory': True}, 'val_dataloader': {'num_workers': 0}}
+    cfg = Config(loaders)
+    flags.fit_to_cpu(cfg, [])
+    assert cfg.to_dict() == {**loaders, 'train_dataloader': {'pin_memory': False}}
+
+
 @pytest.mark.parametrize('key', ['persistent_workers', 'pin_memory'])
 def test_flags_of_all_dataloaders(toy, key):
     from mmvim.cli.flags import apply_options, apply_train_flags, load_config

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the data loader yields: python tools/analysis/browse_batches.py CONFIG --out batch.png"""
+"""Batches of a data loader: python tools/analysis/browse_batches.py CONFIG --out batch.png"""
 
 import argparse
 import itertools

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time scans of 1 to 32 states beside `mamba_ssm`, in the shapes of all families.
+"""Times of scans with 1 to 32 states, and of `mamba_ssm`, in the shapes of all families.
 
     python tools/benchmark/states.py --csv states.csv [--peer selective_scan_cuda.so] [--states 1 2]
 

@@ -44,7 +44,7 @@ def holds_frames(path: str | os.PathLike) -> bool:
 
 
 def check_template(template: str) -> tuple[str, str]:
-    """What precedes and follows the number in a template such as ``'img_{:05}.jpg'``.
+    """The texts around the number in a template such as ``'img_{:05}.jpg'``.
 
     Raises:
         ValueError: It is not a file name with one place for a number.
