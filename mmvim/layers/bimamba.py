@@ -10,7 +10,7 @@ from mmvim.ops.mixer import mixer
 
 from .conv import CausalConv1d
 from .fusion import Parts, parts
-from .mamba import DeltaProjection, Mamba, MixerBase
+from .mamba import DeltaProjection, Mamba, MixerBase, packed
 
 _V1_PARTS = Mamba._fused_parts
 _V2_PARTS = _V1_PARTS | parts(conv1d_b=CausalConv1d, x_proj_b=nn.Linear, dt_proj_b=DeltaProjection)
@@ -115,25 +115,25 @@ class BiMamba(MixerBase):
         )
         self.D_b = nn.Parameter(torch.ones(self.d_inner, device=device))
 
-    def _branches(self, u: Tensor) -> tuple[ops.ScanInputs, ops.ScanInputs]:
+    def _branches(self, u: Tensor, seq_idx: Tensor | None) -> tuple[ops.ScanInputs, ops.ScanInputs]:
         """Inputs of the branch with the plain names and of the branch with the ``_b`` names."""
         if self.bimamba == 'v1':
-            u = self.conv1d(u)
+            u = self.conv1d(u, **packed(seq_idx))
             own = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
             # torch.compile of torch 2.6 traces neither _replace nor a slice of a named tuple.
             A = -torch.exp(as_compute_dtype(self.A_b_log))
             other = ops.ScanInputs(own.u, own.delta, A, own.B, own.C, own.D, own.delta_bias)
             return own, other
-        u, u_b = self._convolved(u)
+        u, u_b = self._convolved(u, seq_idx)
         return (
             self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D),
             self._scan_inputs(u_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b),
         )
 
-    def _convolved(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def _convolved(self, u: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
         first, second = self.conv1d, self.conv1d_b
-        if not self._is_plain('conv1d', 'conv1d_b'):
-            return first(u), second(u)
+        if seq_idx is not None or not self._is_plain('conv1d', 'conv1d_b'):
+            return first(u, **packed(seq_idx)), second(u, **packed(seq_idx))
         if self.reverse:
             first, second = second, first
         results = ops.bidirectional_conv1d(
@@ -147,20 +147,23 @@ class BiMamba(MixerBase):
         )
         return results[::-1] if self.reverse else results
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Mix along the sequence in both directions.
 
         Args:
             x (Tensor): (batch, length, d_model).
+            seq_idx (Tensor, optional): (batch, length) int32, the number of each token's sequence
+                where a row holds several: both directions start anew where it changes. The fused
+                path is not taken.
 
         Returns:
             Tensor: (batch, length, d_model).
         """
         self._check_input(x)
-        if self._may_fuse(x):
+        if seq_idx is None and self._may_fuse(x):
             return self._scaled(self._fused(x))
         u, z = self.in_proj(x).chunk(2, dim=-1)
-        forward, backward = self._branches(u)
+        forward, backward = self._branches(u, seq_idx)
         if self.reverse:
             forward, backward = backward, forward
         y = ops.bidirectional_scan(
@@ -170,6 +173,7 @@ class BiMamba(MixerBase):
             scale=0.5 if self.merge == 'mean' else 1.0,
             delta_softplus=True,
             discretization=self.discretization,
+            seq_idx=seq_idx,
             backend=self.ops_backend,
             check_values=False,
         )

@@ -88,7 +88,11 @@ class CausalConv1d(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, return_state: bool = False
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        return_state: bool = False,
+        seq_idx: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Convolve.
 
@@ -97,6 +101,8 @@ class CausalConv1d(nn.Module):
             state (Tensor, optional): (batch, dim, kernel_size - 1), the last inputs of the
                 previous chunk, oldest first. Never modified. Defaults to zeros.
             return_state (bool): Whether to return the new state as well. Defaults to False.
+            seq_idx (Tensor, optional): (batch, length) int32, the number of each step's sequence
+                where a row holds several, as in :func:`mmvim.ops.causal_conv1d`.
 
         Returns:
             Tensor or tuple: Output like ``x``, and the state after it with ``return_state``.
@@ -109,6 +115,7 @@ class CausalConv1d(nn.Module):
             mode=self.mode,
             initial_state=state,
             return_last_state=return_state,
+            seq_idx=seq_idx,
             backend=self.ops_backend,
         )
 

@@ -95,6 +95,11 @@ class DeltaProjection(nn.Module):
         return f'rank={self.rank}, dim={self.dim}, init={self.init!r}'
 
 
+def packed(seq_idx: Tensor | None) -> dict[str, Tensor]:
+    """The argument of a module that needs to know of it only where sequences are packed."""
+    return {} if seq_idx is None else {'seq_idx': seq_idx}
+
+
 class MixerBase(Fusable):
     """Common parameters and parts of :class:`Mamba` and :class:`mmvim.layers.BiMamba`."""
 
@@ -316,7 +321,11 @@ class Mamba(MixerBase):
         return MambaState(conv, ssm)
 
     def forward(
-        self, x: Tensor, state: MambaState | None = None, return_state: bool = False
+        self,
+        x: Tensor,
+        state: MambaState | None = None,
+        return_state: bool = False,
+        seq_idx: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MambaState]:
         """Mix along the sequence.
 
@@ -328,12 +337,17 @@ class Mamba(MixerBase):
             state (MambaState, optional): The state to continue from; never modified. Defaults to
                 the state before the first token.
             return_state (bool): Whether to return the new state as well. Defaults to False.
+            seq_idx (Tensor, optional): (batch, length) int32, the number of each token's sequence
+                where a row holds several: a change of the number starts anew. The state is then
+                that before the first and after the last sequence, in the order of the scan. The
+                fused path is not taken.
 
         Returns:
             Tensor or tuple: (batch, length, d_model), and the state with ``return_state``.
         """
         self._check_input(x)
-        if state is None and not return_state and self._may_fuse(x):
+        plain = state is None and not return_state and seq_idx is None
+        if plain and self._may_fuse(x):
             parameters = (*self._projections(), *self._direction(), *(None,) * 7)
             y = mixer(
                 x,
@@ -346,7 +360,7 @@ class Mamba(MixerBase):
             return self._scaled(y)
         u, z = self.in_proj(x).chunk(2, dim=-1)
         conv_state, ssm_state = (None, None) if state is None else state
-        u = self.conv1d(u, conv_state, return_state)
+        u = self.conv1d(u, conv_state, return_state, **packed(seq_idx))
         if return_state:
             u, conv_state = u
         inputs = self._scan_inputs(u, self.x_proj, self.dt_proj, self.A_log, self.D)
@@ -364,6 +378,7 @@ class Mamba(MixerBase):
             return_last_state=return_state,
             discretization=self.discretization,
             reverse=self.reverse,
+            seq_idx=seq_idx,
             backend=self.ops_backend,
             check_values=False,
         )

@@ -7,7 +7,7 @@ from mmvim._checks import check_choice, check_number, check_positive
 
 from .bimamba import BiMamba
 from .drop import DropPath
-from .mamba import Mamba, MambaState
+from .mamba import Mamba, MambaState, packed
 from .norm import build_norm
 
 
@@ -68,19 +68,23 @@ class MambaBlock(nn.Module):
         else:
             self.mixer = BiMamba(d_model, bimamba=bidirectional, **mixer)
 
-    def forward(self, hidden: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden: Tensor, residual: Tensor | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Add, norm and mix.
 
         Args:
             hidden (Tensor): (batch, length, d_model), the output of the previous block.
             residual (Tensor, optional): (batch, length, d_model), the stream so far. None before
                 the first block.
+            seq_idx (Tensor, optional): (batch, length) int32, the number of each token's sequence
+                where a row holds several.
 
         Returns:
             tuple: The mixer's output and the stream, both (batch, length, d_model).
         """
         hidden, residual = self.norm(hidden, residual, return_residual=True)
-        return self.mixer(hidden), residual
+        return self.mixer(hidden, **packed(seq_idx)), residual
 
 
 class MambaStack(nn.Module):
@@ -184,6 +188,7 @@ class MambaStack(nn.Module):
         x: Tensor,
         state: list[MambaState] | None = None,
         return_state: bool = False,
+        seq_idx: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, list[MambaState]]:
         """Run the stack.
 
@@ -192,6 +197,8 @@ class MambaStack(nn.Module):
             state (list[MambaState], optional): One per layer; never modified. Defaults to the
                 states before the first token.
             return_state (bool): Whether to return the new states as well. Defaults to False.
+            seq_idx (Tensor, optional): (batch, length) int32, the number of each token's sequence
+                where a row holds several; states are then those of the first and the last.
 
         Returns:
             Tensor or tuple: (batch, length, d_model), and the states with ``return_state``.
@@ -208,11 +215,11 @@ class MambaStack(nn.Module):
         for i, layer in enumerate(self.layers):
             hidden = layer.drop_path(hidden)
             if not streaming:
-                hidden, residual = layer(hidden, residual)
+                hidden, residual = layer(hidden, residual, **packed(seq_idx))
                 continue
             hidden, residual = layer.norm(hidden, residual, return_residual=True)
             hidden, layer_state = layer.mixer(
-                hidden, None if state is None else state[i], return_state=True
+                hidden, None if state is None else state[i], return_state=True, **packed(seq_idx)
             )
             new_state.append(layer_state)
         out = self.norm_f(self.drop_path(hidden), residual)
