@@ -21,6 +21,13 @@ STRANGERS = {
                 out_indices=(5, 11, 17, 23)),
             neck=dict(in_channels=[192, 192, 192, 192]))
     """,
+    'mmdet-vmamba': """
+        _base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
+        model = dict(
+            backbone=dict(
+                _delete_=True, type='mmvim.VMamba', arch='tiny', out_type='featmap',
+                out_indices=(0, 1, 2, 3)))
+    """,
     'mmdet-faster-rcnn': """
         _base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'
         model = dict(
@@ -55,7 +62,7 @@ def write(path, text):
 def test_strangers_config(name, miniature_data, tmp_path):
     path = write(tmp_path / 'stranger.py', STRANGERS[name])
     cfg = shrink(Config.fromfile(path), miniature_data, tmp_path / 'run')
-    assert cfg.model.backbone.type == 'mmvim.Vim'
+    assert cfg.model.backbone.type == ('mmvim.VMamba' if 'vmamba' in name else 'mmvim.Vim')
     # Outputs of a layer before the last one leave the norm at the end without a use: the default
     # `out_norm='final'` norms the last layer's output only, and all these use that layer.
     assert run(cfg)
