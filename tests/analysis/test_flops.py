@@ -66,6 +66,30 @@ def test_all_routes_of_a_cross_scan_are_counted(backend):
     assert low['macs'] == k * per_route * (3 * n + rank)
 
 
+@pytest.mark.parametrize(
+    ('name', 'depths', 'width', 'ratio', 'states'),
+    [
+        ('tiny', (2, 2, 8, 2), 96, 1, 1),
+        ('base-s2l15', (2, 2, 15, 2), 128, 2, 1),
+        ('vanilla-small', (2, 2, 27, 2), 96, 2, 16),
+    ],
+)
+def test_vmamba_by_hand(name, depths, width, ratio, states):
+    """All four routes: their projections, and three multiply-accumulates for each state."""
+    vanilla = states == 16
+    macs = 8 * width * 1000
+    macs += 56**2 * 48 * width if vanilla else 112**2 * 27 * width // 2 + 56**2 * 9 * width**2 // 2
+    for stage, depth in enumerate(depths):
+        tokens, dim = (56 >> stage) ** 2, width << stage
+        inner, rank = ratio * dim, -(-dim // 16)
+        scan = 4 * inner * (rank + 2 * states) + 4 * inner * rank + 4 * 3 * inner * states
+        linear = (2 + vanilla) * dim * inner + (0 if vanilla else 8 * dim**2)
+        macs += depth * tokens * (linear + 9 * inner + scan)
+        if stage < 3:
+            macs += tokens // 4 * (8 if vanilla else 18) * dim**2
+    assert count_config(f'vmamba-{name}_3rdparty_in1k')['macs'] == macs
+
+
 def test_convolution_and_norm():
     x, weight = torch.rand(2, 5, 6), torch.rand(6, 3)
     report = count(Op(lambda: ops.causal_conv1d(x, weight)))
