@@ -5,7 +5,6 @@ Like the package's own kernels, these functions do not look at autocast.
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmvim.ops import _validation as check
 from mmvim.ops import compat
@@ -46,55 +45,39 @@ def convolve(
     Args:
         x, weight, bias, initial_states, return_final_states, final_states_out, activation: As
             there.
-        seq_idx: (b, l), integers: steps see only steps of their own number, and those of a
-            negative one, padding, give 0. Neither initial nor final states go with it.
+        seq_idx: (b, l), int32 or int64: steps see no step beyond a change of the number, and those
+            of a negative one, padding, give 0. Neither initial nor final states go with it.
     """
     check.check_activation('x', x, 'b d l')
     weight, bias = _fitting(x, weight, bias)
-    if seq_idx is None:
-        out = _forward(
-            x,
-            weight,
-            bias,
-            None,
-            initial_states,
-            return_final_states,
-            final_states_out,
-            activation,
-        )
-        return (_like(x, out[0]), out[1]) if return_final_states else _like(x, out)
-    for name, given in (
-        ('initial_states', initial_states is not None),
-        ('return_final_states', bool(return_final_states)),
-        ('final_states_out', final_states_out is not None),
-    ):
-        if given:
-            raise ValueError(f'{name} does not go with seq_idx: give each sequence a row')
-    check_weight(x.transpose(1, 2), weight, bias)
-    check.check_tensor('seq_idx', seq_idx)
-    check.check_shape('seq_idx', seq_idx, 'b l', (x.shape[0], x.shape[2]))
-    check.check_dtype('seq_idx', seq_idx, torch.int32, torch.int64, why='it counts')
-    check.check_device('seq_idx', seq_idx, 'x', x.device)
-    silu = compat.is_silu(activation)
-    return _like(x, _packed(x, weight, bias, seq_idx, silu))
+    if seq_idx is not None:
+        seq_idx = sequences('x', x.transpose(1, 2), seq_idx)
+        for name, given in (
+            ('initial_states', initial_states is not None),
+            ('return_final_states', bool(return_final_states)),
+            ('final_states_out', final_states_out is not None),
+        ):
+            if given:
+                raise ValueError(f'{name} does not go with seq_idx: give each sequence a row')
+    out = _forward(
+        x,
+        weight,
+        bias,
+        seq_idx,
+        initial_states,
+        return_final_states,
+        final_states_out,
+        activation,
+    )
+    return (_like(x, out[0]), out[1]) if return_final_states else _like(x, out)
 
 
-@without_autocast
-def _packed(x, weight, bias, seq_idx, silu):
-    length, reach = x.shape[2], weight.shape[1] - 1
-    wide = compute_dtype(x.dtype)
-    before = F.pad(x.to(wide), (reach, 0))
-    numbers = F.pad(seq_idx, (reach, 0), value=-1).unsqueeze(1)
-    own = numbers[..., reach:]
-    out = x.new_zeros(x.shape, dtype=wide)
-    for k, tap in enumerate(weight.to(wide).unbind(1)):
-        seen = numbers[..., k : k + length] == own
-        out = out + before[..., k : k + length] * tap[:, None] * seen
-    if bias is not None:
-        out = out + bias.to(wide)[:, None]
-    if silu:
-        out = F.silu(out)
-    return (out * (own >= 0)).to(x.dtype)
+def sequences(name: str, x: Tensor, seq_idx: Tensor) -> Tensor:
+    """The numbers of the sequences in the rows of ``x`` (b, l, d), the argument ``name``."""
+    if isinstance(seq_idx, Tensor) and seq_idx.dtype == torch.int64:
+        seq_idx = seq_idx.int()
+    check.check_seq_idx(seq_idx, name, x)
+    return seq_idx
 
 
 @torch.no_grad()
@@ -135,32 +118,27 @@ def backward(
     check.check_tensor('dout', dout)
     check.check_shape('dout', dout, 'b d l', x.shape)
     wide_weight, wide_bias = _fitting(x, weight, bias)
+    first = x.transpose(1, 2)
+    check_weight(first, wide_weight, wide_bias)
+    compat.check_conv_state('initial_states', initial_states, x, weight)
+    compat.check_conv_state('dfinal_states', dfinal_states, x, weight)
     if seq_idx is not None:
-        inputs = [x, wide_weight, wide_bias]
-        inputs = [None if t is None else t.detach().requires_grad_() for t in inputs]
-        with torch.enable_grad():
-            out = convolve(*inputs, seq_idx, initial_states, activation='silu' if silu else None)
-        given = [t for t in inputs if t is not None]
-        dx, dweight, *rest = torch.autograd.grad(out, given, dout.to(out.dtype))
-        dbias, dinitial = rest[0] if rest else None, None
-    else:
-        first = x.transpose(1, 2)
-        check_weight(first, wide_weight, wide_bias)
-        compat.check_conv_state('initial_states', initial_states, x, weight)
-        compat.check_conv_state('dfinal_states', dfinal_states, x, weight)
-        ops = resolve(None, 'causal_conv1d', first)
-        with torch.no_grad():
-            dx, dweight, dbias, dinitial = ops.causal_conv1d_backward(
-                dout.transpose(1, 2).to(x.dtype),
-                dfinal_states,
-                first,
-                wide_weight,
-                wide_bias,
-                initial_states,
-                'causal',
-                silu,
-            )
-        dx = dx.transpose(1, 2)
+        seq_idx = sequences('x', first, seq_idx)
+        dout = dout.masked_fill((seq_idx < 0).unsqueeze(1), 0)
+    ops = resolve(None, 'causal_conv1d', first)
+    with torch.no_grad():
+        dx, dweight, dbias, dinitial = ops.causal_conv1d_backward(
+            dout.transpose(1, 2).to(x.dtype),
+            dfinal_states,
+            first,
+            wide_weight,
+            wide_bias,
+            initial_states,
+            'causal',
+            silu,
+            seq_idx,
+        )
+    dx = dx.transpose(1, 2)
     return (
         _like(x, dx),
         dweight.to(weight.dtype),

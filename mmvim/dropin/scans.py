@@ -36,6 +36,7 @@ def scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    seq_idx: Tensor | None = None,
     *,
     reverse: bool = False,
     contiguous: bool = True,
@@ -43,7 +44,7 @@ def scan(
     """mamba_ssm's ``selective_scan_fn``, with the arguments of mmvim's; differentiable.
 
     Args:
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state: As there.
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, seq_idx: As there.
         reverse: Scan from the last step to the first.
         contiguous: Copy the output to the layout of mamba_ssm's, whose time is contiguous; else
             channels are.
@@ -51,10 +52,12 @@ def scan(
     delta_softplus = check.as_flag('delta_softplus', delta_softplus)
     return_last_state = check.as_flag('return_last_state', return_last_state)
     arguments = _arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if seq_idx is not None:
+        check.check_seq_idx(seq_idx, 'u', arguments[0])
     op = resolve(None, 'selective_scan', arguments[0]).selective_scan
     interval = checkpoint_interval(*arguments)
     out, last_state, _ = op(
-        *arguments, None, delta_softplus, 'zoh', reverse, return_last_state, interval
+        *arguments, None, delta_softplus, 'zoh', reverse, return_last_state, interval, seq_idx
     )
     out = out.transpose(1, 2).to(u.dtype)
     if contiguous:
@@ -97,7 +100,7 @@ def forward(
     arguments = list(_arguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus))
     arguments[6] = None
     op = resolve(None, 'selective_scan', arguments[0]).selective_scan
-    out, last_state, _ = op(*arguments, None, delta_softplus, 'zoh', False, True, 0)
+    out, last_state, _ = op(*arguments, None, delta_softplus, 'zoh', False, True, 0, None)
     out = out.transpose(1, 2).to(u.dtype).contiguous()
     b, d, n = last_state.shape
     x = last_state.new_zeros((b, d, max(1, -(-u.shape[2] // _CHUNK)), 2 * n))

@@ -174,6 +174,22 @@ def test_gated_norms(before, kind):
     assert norm(x).shape == (2, 6)
 
 
+@pytest.mark.parametrize('dtype', [torch.int32, torch.int64])
+def test_packed_sequences(dtype):
+    t = tensors(**SIZE)
+    seq_idx = torch.tensor([[0] * 3 + [1] * 4] * 2, dtype=dtype)
+    options = {'dt_softplus': True, 'chunk_size': 4, 'return_final_states': True}
+    out, last = mamba_chunk_scan_combined(**t, **options, seq_idx=seq_idx)
+    outputs, state = [], t['initial_states']
+    for part in (slice(3), slice(3, None)):
+        inputs = {k: v[:, part] if k in ('x', 'dt', 'B', 'C', 'z') else v for k, v in t.items()}
+        y, end = mamba_chunk_scan_combined(**inputs | {'initial_states': state}, **options)
+        outputs.append(y)
+        state = None
+    torch.testing.assert_close(out, torch.cat(outputs, 1))
+    torch.testing.assert_close(last, end)
+
+
 def test_bad_arguments_are_named():
     t = {k: v.detach() for k, v in tensors(**SIZE).items()}
 

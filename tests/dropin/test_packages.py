@@ -227,6 +227,21 @@ def test_packed_sequences_do_not_see_each_other():
     torch.testing.assert_close(packed, torch.cat(apart, -1))
 
 
+@pytest.mark.parametrize('name', ['selective_scan_fn', 'selective_scan_ref'])
+def test_scans_of_packed_sequences(name):
+    u, delta, z = (draw(1, 4, 9, seed=i) for i in range(3))
+    A = -draw(4, 3, seed=3).exp()
+    B, C = (draw(1, 3, 9, seed=i) for i in (4, 5))
+    seq_idx = torch.tensor([[0] * 4 + [1] * 5], dtype=torch.int32)
+
+    def scan(u, delta, B, C, z, **options):
+        return getattr(interface, name)(u, delta, A, B, C, z=z, delta_softplus=True, **options)
+
+    inputs = u, delta, B, C, z
+    apart = [scan(*parts) for parts in zip(*(x.split([4, 5], -1) for x in inputs), strict=True)]
+    torch.testing.assert_close(scan(*inputs, seq_idx=seq_idx), torch.cat(apart, -1))
+
+
 def test_causal_conv1d_update():
     x, weight, bias = draw(2, 5, 6), draw(5, 3, seed=1), draw(5)
     state = torch.zeros(2, 5, 2, dtype=torch.float64)

@@ -42,11 +42,12 @@ def selective_scan_ref(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    seq_idx: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`selective_scan_fn` in float32 (float64 for float64) whatever the dtypes.
 
     Args:
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state: As there.
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, seq_idx: As there.
 
     Returns:
         As there.
@@ -57,7 +58,7 @@ def selective_scan_ref(
         t.to(wide) if isinstance(t, Tensor) and t.is_floating_point() else t
         for t in (u, delta, A, B, C, D, z, delta_bias)
     ]
-    result = scans.scan(*inputs, delta_softplus, return_last_state)
+    result = scans.scan(*inputs, delta_softplus, return_last_state, seq_idx)
     if return_last_state:
         return result[0].to(u.dtype), result[1]
     return result.to(u.dtype)

@@ -28,7 +28,7 @@ def mamba_chunk_scan_combined(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     initial_states: Tensor | None = None,
-    seq_idx: None = None,
+    seq_idx: Tensor | None = None,
     cu_seqlens: None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
@@ -47,7 +47,8 @@ def mamba_chunk_scan_combined(
         z: (b, l, h, p), a gate.
         dt_bias: (h,), added to dt.
         initial_states: (b, h, p, n).
-        seq_idx, cu_seqlens: Must be None.
+        seq_idx: (b, l), the number of each step's sequence where a row holds several.
+        cu_seqlens: Must be None.
         dt_softplus: Apply softplus to dt + dt_bias.
         dt_limit: Least and largest step.
         return_final_states: Also return the states after the last step.
@@ -56,9 +57,8 @@ def mamba_chunk_scan_combined(
     Returns:
         (b, l, h, p), dtype of x; with ``return_final_states`` also (b, h, p, n) in float32.
     """
-    for name, value in (('seq_idx', seq_idx), ('cu_seqlens', cu_seqlens)):
-        if value is not None:
-            raise NotImplementedError(f'{name} is not supported: give each sequence a row')
+    if cu_seqlens is not None:
+        raise NotImplementedError('cu_seqlens is not supported: number the sequences by seq_idx')
     if return_varlen_states:
         raise NotImplementedError('return_varlen_states is not supported: give each sequence a row')
     check.check_activation('x', x, 'b l h p')
@@ -81,14 +81,17 @@ def mamba_chunk_scan_combined(
     if D is not None:
         check.check_tensor('D', D)
         check.check_shape('D', D, 'h' if D.dim() == 1 else 'h p', (h, p)[: max(D.dim(), 1)])
+    if seq_idx is not None:
+        seq_idx = convolutions.sequences('x', x.flatten(2), seq_idx)
     dt_softplus = check.as_flag('dt_softplus', dt_softplus)
     wanted = check.as_flag('return_final_states', return_final_states)
-    out, states = _scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit)
+    options = dt_softplus, dt_limit, seq_idx
+    out, states = _scan(x, dt, A, B, C, D, z, dt_bias, initial_states, *options)
     return (out, states) if wanted else out
 
 
 @without_autocast
-def _scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit):
+def _scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit, seq_idx):
     wide = compute_dtype(x.dtype)
     b, length, h, p = x.shape
     n = B.shape[3]
@@ -118,6 +121,7 @@ def _scan(x, dt, A, B, C, D, z, dt_bias, initial_states, dt_softplus, dt_limit):
         delta_softplus=dt_softplus,
         initial_state=None if initial_states is None else initial_states.to(wide).flatten(1, 2),
         return_last_state=True,
+        seq_idx=seq_idx,
         check_values=False,
     )
     return out.unflatten(2, (h, p)).to(dtype), states.unflatten(1, (h, p))
@@ -132,7 +136,7 @@ def mamba_split_conv1d_scan_combined(
     D: Tensor,
     chunk_size: int,
     initial_states: Tensor | None = None,
-    seq_idx: None = None,
+    seq_idx: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
     activation: str | None = 'silu',
