@@ -12,6 +12,17 @@ USAGE = """python -m mmvim.dropin [--override] script.py [arguments …]
        python -m mmvim.dropin [--override] --check"""
 
 
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our own words, which end with ``-m module`` or before the script, and the program's."""
+    for i, word in enumerate(arguments):
+        if not word.startswith('-'):
+            return arguments[:i], arguments[i:]
+        if word.startswith('-m'):
+            end = i + 2 if word == '-m' else i + 1
+            return arguments[:end], arguments[end:]
+    return arguments, []
+
+
 def main(arguments: list[str]) -> int:
     """Parse our own options, then become the program."""
     parser = argparse.ArgumentParser('mmvim.dropin', usage=USAGE, description=__doc__)
@@ -19,18 +30,9 @@ def main(arguments: list[str]) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument('--check', action='store_true', help='say where each name comes from')
     what.add_argument('-m', dest='module', metavar='module', help='run a module as a script')
-    # All that follows the program belongs to the program.
-    end = next(
-        (
-            i + 1
-            for i, word in enumerate(arguments)
-            if not word.startswith('-') or arguments[i - 1 : i] == ['-m']
-        ),
-        len(arguments),
-    )
-    own, rest = arguments[:end], arguments[end:]
-    script = own.pop() if own and not own[-1].startswith('-') and own[-2:-1] != ['-m'] else None
+    own, rest = _split(arguments)
     options = parser.parse_args(own)
+    script = rest.pop(0) if rest and options.module is None else None
     if script is None and options.module is None and not options.check:
         parser.error('name a script, a module with -m, or --check')
     if options.check and (script is not None or rest):

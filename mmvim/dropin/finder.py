@@ -295,7 +295,8 @@ def uninstall() -> None:
     """
     sys.meta_path[:] = [f for f in sys.meta_path if not _is_dropin(f)]
     sys.path[:] = [entry for entry in sys.path if entry != PACKAGES]
-    sys.path_importer_cache.pop(PACKAGES, None)
+    for entry in [entry for entry in sys.path_importer_cache if entry.startswith(PACKAGES)]:
+        del sys.path_importer_cache[entry]
     for name in [n for n, module in sys.modules.items() if _is_ours(module)]:
         module = sys.modules.pop(name)
         parent, _, attribute = name.rpartition('.')

@@ -61,6 +61,10 @@ def test_scan(limit, softplus):
     )
     torch.testing.assert_close(out, want)
     torch.testing.assert_close(last, state)
+    # By position, as in mamba_ssm 2.0.
+    x, dt, A, B, C, *rest = t.values()
+    old = mamba_chunk_scan_combined(x, dt, A, B, C, 4, *rest, None, softplus, limit, True)
+    torch.testing.assert_close(old, (want, state))
     weight = draw(*want.shape, seed=9)
     for one, two in zip(
         torch.autograd.grad((out * weight).sum() + last.sum(), list(t.values())),

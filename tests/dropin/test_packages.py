@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update, cpp_functions
-from causal_conv1d.causal_conv1d_interface import CausalConv1dFn
+from causal_conv1d.causal_conv1d_interface import CausalConv1dFn, causal_conv1d_ref
 from mamba_ssm import Mamba
 from mamba_ssm.models.mixer_seq_simple import _init_weights
 from mamba_ssm.modules.block import Block as BlockWithMLP
@@ -211,6 +211,12 @@ def test_causal_conv1d(last):
     seq_idx = torch.tensor([[0, 0, 1, 1, 1, 1, 2, -1, -1], [3] * 8 + [4]])
     want = loops.conv(*tensors, seq_idx=seq_idx)
     agree(causal_conv1d_fn(*tensors, seq_idx=seq_idx), want, tensors)
+    agree(causal_conv1d_ref(*tensors, seq_idx=seq_idx), want, tensors)
+    state = draw(2, 5, 3)
+    torch.testing.assert_close(
+        causal_conv1d_ref(*tensors, state, True), causal_conv1d_fn(*tensors, None, state, True)
+    )
+    torch.testing.assert_close(causal_conv1d_ref(*tensors, 'silu'), got)
     for bad in ('initial_states', 'final_states_out', 'return_final_states'):
         with pytest.raises(ValueError, match=bad):
             causal_conv1d_fn(*tensors, seq_idx=seq_idx, **{bad: True})

@@ -46,7 +46,31 @@ def causal_conv1d_fn(
     )
 
 
-causal_conv1d_ref = causal_conv1d_fn
+def causal_conv1d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | str | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+    seq_idx: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`causal_conv1d_fn` in the order of arguments that the package's reference has."""
+    if isinstance(initial_states, str):
+        initial_states, activation = None, initial_states
+    return convolutions.convolve(
+        x,
+        weight,
+        bias,
+        seq_idx,
+        initial_states,
+        return_final_states,
+        final_states_out,
+        activation,
+    )
+
+
 causal_conv1d_update = causal_conv1d_update_ref = convolutions.update
 
 

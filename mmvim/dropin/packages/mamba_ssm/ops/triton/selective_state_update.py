@@ -7,7 +7,7 @@ from mmvim.dropin.placeholders import attributes_of
 from mmvim.ops import _validation as check
 from mmvim.ops._library import compute_dtype, without_autocast
 
-__all__ = ['selective_state_update']
+__all__ = ['selective_state_update', 'selective_state_update_ref']
 __getattr__ = attributes_of(__name__)
 
 
@@ -65,6 +65,9 @@ def selective_state_update(
         check.check_tensor(name, value)
         check.check_rank(name, value, 'b n' if state.dim() == 3 else 'b g n')
     return _step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+
+
+selective_state_update_ref = selective_state_update
 
 
 @without_autocast

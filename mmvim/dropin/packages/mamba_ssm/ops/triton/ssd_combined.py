@@ -57,6 +57,11 @@ def mamba_chunk_scan_combined(
     Returns:
         (b, l, h, p), dtype of x; with ``return_final_states`` also (b, h, p, n) in float32.
     """
+    if isinstance(cu_seqlens, bool):
+        # The order of mamba_ssm 2.0, which lacked cu_seqlens.
+        last = dt_limit if isinstance(dt_limit, bool) else return_final_states
+        limit = dt_softplus if isinstance(dt_softplus, tuple) else (0.0, math.inf)
+        cu_seqlens, dt_softplus, dt_limit, return_final_states = None, cu_seqlens, limit, last
     if cu_seqlens is not None:
         raise NotImplementedError('cu_seqlens is not supported: number the sequences by seq_idx')
     if return_varlen_states:
