@@ -136,6 +136,9 @@ def test_scans_with_states_are_refused():
         )
     with pytest.raises(ValueError, match='no scan ran in Linear'):
         record_scans(nn.Linear(2, 2), torch.rand(1, 2))
+    numbers = torch.zeros(u.shape[:2], dtype=torch.int32)
+    with pytest.raises(ValueError, match='packed sequences'):
+        record_scans(Ops(), forward=lambda: ops.selective_scan(u, delta, A, B, C, seq_idx=numbers))
     (scan,) = record_scans(Ops(), forward=lambda: ops.selective_scan(u, delta, A, B, C))
     with pytest.raises(ValueError, match="reduce must be None, 'abs' or 'mean', got 'max'"):
         hidden_attention(scan, reduce='max')
