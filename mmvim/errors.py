@@ -1,5 +1,6 @@
 """Errors that the user can fix."""
 
+import os
 from collections.abc import Iterable
 
 
@@ -17,6 +18,15 @@ class SampleError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be read or does not fit the model."""
+
+
+def unreadable(path: str, error: Exception) -> str:
+    """Say in one line why a file cannot be read."""
+    if os.path.isdir(path):
+        return 'it is a directory'
+    if os.path.isfile(path) and not os.path.getsize(path):
+        return 'the file is empty'
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

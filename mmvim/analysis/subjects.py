@@ -18,6 +18,7 @@ from mmvim.apis.model_zoo import get_model
 from mmvim.apis.videos import SUFFIXES as VIDEO_SUFFIXES
 from mmvim.apis.videos import find_videos
 from mmvim.datasets.video import open_video, uniform_indices
+from mmvim.errors import UserError
 from mmvim.models.backbones.base import Backbone
 
 
@@ -80,12 +81,13 @@ def read_subject(
 
     Raises:
         mmvim.errors.SampleError: The file cannot be read.
+        mmvim.errors.UserError: It is a folder of several.
     """
     if frames is not None:
         picture = _read_frames(path, size_for(model, shape), frames)
         data = {'inputs': [torch.from_numpy(picture).permute(3, 0, 1, 2)]}
         return picture, _preprocessed(model, data)
-    (found,) = find_images(path)
+    found = _only(find_images(path), path)
     data = InferencePipeline(cfg, size_for(model, shape) if shape else None)(found)
     inputs = _preprocessed(model, pseudo_collate([data]))
     seen = data['inputs']
@@ -99,12 +101,12 @@ def _read_frames(path: str, size: tuple[int, int], frames: int) -> np.ndarray:
     import cv2
 
     if Path(path).suffix.lower() in VIDEO_SUFFIXES or Path(path).is_dir():
-        (found,) = find_videos(path)
+        found = _only(find_videos(path), path)
         with open_video(found) as video:
             taken = uniform_indices(len(video), frames, num_clips=1)[0]
             pictures = video.frames(taken).permute(0, 2, 3, 1).numpy()
     else:
-        (found,) = find_images(path)
+        found = _only(find_images(path), path)
         with Image.open(found) as image:
             pictures = [np.asarray(ImageOps.exif_transpose(image).convert('RGB'))] * frames
     resized = [
@@ -112,6 +114,12 @@ def _read_frames(path: str, size: tuple[int, int], frames: int) -> np.ndarray:
         for x in pictures
     ]
     return np.stack(resized)
+
+
+def _only(found: list, path: str) -> str:
+    if len(found) > 1:
+        raise UserError(f'{path!r} has {len(found)} files: name one, such as {str(found[0])!r}')
+    return found[0]
 
 
 def _preprocessed(model: nn.Module, data: dict) -> Tensor:

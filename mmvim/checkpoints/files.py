@@ -33,7 +33,10 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     name = str(file)
     is_url = re.match(r'[a-z0-9]+://', name)
     if not is_url and not Path(name).is_file():
-        raise CheckpointError(f'checkpoint {name!r} does not exist')
+        is_directory = os.path.isdir(name)
+        raise CheckpointError(
+            f'checkpoint {name!r} {"is a directory" if is_directory else "does not exist"}'
+        )
     from mmengine.runner.checkpoint import CheckpointLoader
 
     try:
@@ -52,7 +55,9 @@ def unreadable(name: str, error: Exception) -> str:
     text = (str(error).strip().splitlines() or [''])[0]
     if text.startswith('checkpoint '):
         return text
-    if not isinstance(error, OSError | ImportError):
+    if os.path.isdir(name):
+        text = 'it is a directory'
+    elif not isinstance(error, OSError | ImportError):
         text = f'it is damaged or not a PyTorch checkpoint ({type(error).__name__}: {text[:200]})'
     return f'checkpoint {name!r} cannot be read: {text}'
 

@@ -22,9 +22,11 @@ from mmengine._strategy import BaseStrategy
 from mmengine.registry import DefaultScope, Registry
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mmvim._arguments import misfits, parameters
-from mmvim.errors import SampleError, UserError, did_you_mean
+from mmvim.engine.class_names import listed
+from mmvim.errors import SampleError, UserError, did_you_mean, unreadable
 
 from .config_keys import RUNNER_KEYS, walk_dicts
 
@@ -216,6 +218,8 @@ def _line(error: BaseException, cfg: dict | None) -> str | None:
         return f'{_title(*found)}: {_text(error)}'
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f'{error.strerror}: {str(error.filename)!r}'
+    if isinstance(error, ImportError) and _is_refused_by_mmvim(error):
+        return text
     if isinstance(error, ModuleNotFoundError) and (error.name or 'mmvim').split('.')[0] != 'mmvim':
         return f'the package {error.name.split(".")[0]!r} is missing ({text})'
     return _remedy(error)
@@ -258,9 +262,25 @@ def _refusal(error: BaseException, path: str, part: Part, cfg: dict) -> str:
         file = os.path.join(str(given.get('data_root') or ''), str(given['ann_file']))
         if 'need at least one array' in str(error):
             return f'{_title(path, part)} is empty: {file!r} and filter_cfg leave no sample'
-        reason = f'{type(error).__name__}: {error}'
-        return f'{_title(path, part)}: cannot use annotation file {file!r}: {reason[:300]}'
+        reason = _bad_line(file, component) or unreadable(file, error)
+        return f'{_title(path, part)}: cannot use annotation file {file!r}: {reason}'
     return f'{_title(path, part)}: {_text(error)}'
+
+
+def _bad_line(file: str, component: Any) -> str | None:
+    """The first line of a list of images that mmpretrain does not read."""
+    kinds = [cls.__name__ for cls in getattr(component, '__mro__', ())]
+    if 'CustomDataset' not in kinds or not os.path.isfile(file):
+        return None
+    with open(file, encoding='utf-8', errors='replace') as lines:
+        for number, line in enumerate(lines, 1):
+            parts = line.strip().rsplit(' ', 1)
+            if len(parts) < 2 or not parts[1].isdecimal():
+                return (
+                    f'line {number} is {line.strip()[:100]!r}, and each must be a path, a space '
+                    'and the number of a class'
+                )
+    return None
 
 
 def unknown_type(path: str, kind: str, registry: Registry) -> str:
@@ -337,9 +357,12 @@ def _remedy(error: BaseException) -> str | None:
         found = re.search(pattern, text, re.MULTILINE)
         if found:
             return message.format(found[1])
-    found = next(filter(None, (re.search(pattern, text) for pattern in _CHANNELS)), None)
     owners = [frame.f_locals.get('self') for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
+    indices = re.search(r'did not receive grad for rank \d+: ([\d ]+)', text)
+    if indices and modules:
+        return _unused(modules, [int(index) for index in indices[1].split()])
+    found = next(filter(None, (re.search(pattern, text) for pattern in _CHANNELS)), None)
     if found is None or not modules:
         return None
     root = next((m for m in modules if hasattr(m, 'backbone')), modules[0])
@@ -347,4 +370,17 @@ def _remedy(error: BaseException) -> str | None:
     return (
         f'model.{name} ({type(modules[-1]).__name__}) wants {found["wanted"]} channels and gets '
         f'{found["given"]}: set in_channels of the neck or head to what the backbone gives'
+    )
+
+
+def _unused(modules: list[nn.Module], indices: list[int]) -> str:
+    """Name the parameters without gradient, for which distributed training waits in vain."""
+    wrapped = next((m for m in modules if isinstance(m, DistributedDataParallel)), modules[0])
+    names = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+    unused = [names[i].removeprefix('module.') for i in indices if i < len(names)]
+    parts = [re.split(r'\.(?=\w+$)', name)[0] for name in unused]
+    return (
+        f'{len(unused)} parameters get no gradient, those of {listed(dict.fromkeys(parts))}, '
+        "and distributed training waits for all: choose the backbone's out_indices, and what neck "
+        'and heads take of them, so that all parts are used, or set find_unused_parameters=True'
     )

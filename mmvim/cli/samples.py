@@ -11,7 +11,7 @@ from mmengine import fileio
 from mmengine.dataset import Compose
 
 from mmvim.compat._import_hook import when_imported
-from mmvim.errors import SampleError
+from mmvim.errors import SampleError, unreadable
 
 _PATH_KEYS = ('img_path', 'seg_map_path', 'filename', 'img_paths')
 
@@ -121,8 +121,7 @@ def _describe(error: Exception, data: Any) -> str | None:
         kind = 'the annotation of' if 'Annotations' in loader else 'image'
     if path is None:
         return None
-    text = ' '.join(f'{type(error).__name__}: {error}'.split())
     return (
-        f'cannot load {kind} {str(path)!r} ({loader}): {text[:300]}; a training set in '
-        'mmvim.SkipFailures goes on without such files'
+        f'cannot load {kind} {str(path)!r} ({loader}): {unreadable(path, error)}; a training set '
+        'in mmvim.SkipFailures goes on without such files'
     )

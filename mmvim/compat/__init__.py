@@ -19,6 +19,7 @@ from . import (
     mmpretrain_models,
     mmpretrain_transformers,
     pycocotools_masks,
+    pycocotools_results,
     waiting_batches,
 )
 
@@ -36,6 +37,7 @@ _SHIMS = (
     mmpretrain_models,
     mmpretrain_transformers,
     pycocotools_masks,
+    pycocotools_results,
     waiting_batches,
 )
 _INSTALL_COMMAND = "pip install 'mmvim[onedl]'"

@@ -1,9 +1,11 @@
 """Comparison of class names: whatever has names or numbers of classes must agree on them."""
 
 import functools
+import os
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 from mmvim.compat._import_hook import when_imported
 from mmvim.errors import UserError, did_you_mean
@@ -78,6 +80,23 @@ def check_categories(names: Sequence[str], categories: Sequence[str], file: str)
         f'metainfo.classes {listed(names)} is in another order than {found}, which numbers the '
         f'classes: {difference(names, chosen)}'
     )
+
+
+def names_in_xml(dataset: Any) -> set[str]:
+    """Names of the objects in the files of an XML data set, such as PASCAL VOC's; else none.
+
+    mmdet leaves out objects whose names are not among the classes.
+    """
+    if not any(cls.__name__ == 'XMLDataset' for cls in type(dataset).__mro__):
+        return set()
+    names: set[str] = set()
+    for i in range(len(dataset)):
+        path = dataset.get_data_info(i).get('xml_path')
+        if path and os.path.isfile(path):
+            names.update(
+                node.text or '' for node in ElementTree.parse(path).iterfind('object/name')
+            )
+    return names
 
 
 def install() -> None:

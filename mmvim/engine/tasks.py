@@ -26,6 +26,7 @@ class Task:
         class_outputs: ``model -> {key path: number of classes}`` of the heads that must match the
             classes of the data set.
         labels: ``data sample -> labels`` of the ground truth, or None if it has none.
+        packed: What test samples must say of their image, for predictions in its coordinates.
         show_interval: Whether the visualization hook itself has an interval for the test loop.
         dataloader_defaults: Settings that the library's own launcher adds to dataloaders.
     """
@@ -38,6 +39,7 @@ class Task:
     class_outputs: Callable[[nn.Module], dict[str, int]]
     labels: Callable[[Any], Tensor | None]
     show_interval: bool = False
+    packed: tuple[str, ...] = ()
     dataloader_defaults: dict = field(default_factory=dict)
 
 
@@ -60,6 +62,10 @@ def _check_pickle(path: str) -> None:
 
 def _dump_classification(cfg: Config, path: str) -> None:
     _check_pickle(path)
+    dataset = innermost_dataset(cfg.get('test_dataloader'))
+    if dataset.get('with_label') is False or dataset.get('split') == 'test':
+        # Without labels there is nothing to measure.
+        cfg.test_evaluator = []
     metrics_of(cfg).append({'type': 'mmengine.DumpResults', 'out_file_path': path})
 
 
@@ -70,7 +76,11 @@ def _dump_detection(cfg: Config, path: str) -> None:
 
 def _dump_segmentation(cfg: Config, path: str) -> None:
     root, dataset = image_root(cfg), innermost_dataset(cfg.get('test_dataloader'))
-    if not any('Annotations' in str(step) for step in dataset.get('pipeline') or ()):
+    pipeline, folders = dataset.get('pipeline') or (), dataset.get('data_prefix')
+    if isinstance(folders, dict) and folders.get('seg_map_path') is None:
+        pipeline = [step for step in pipeline if 'Annotations' not in type_name(step)]
+        dataset['pipeline'] = pipeline
+    if not any('Annotations' in str(step) for step in pipeline):
         # Without annotations there is nothing to measure.
         cfg.test_evaluator = []
     metrics_of(cfg).append({'type': 'mmvim.LabelMapDump', 'directory': path, 'root': root})
@@ -178,6 +188,7 @@ TASKS: dict[str, Task] = {
         },
         tta_from='PackDetInputs',
         class_outputs=_detector_outputs,
+        packed=('img_shape', 'ori_shape', 'scale_factor'),
         labels=_detection_labels,
     ),
     'mmseg': Task(
@@ -187,9 +198,35 @@ TASKS: dict[str, Task] = {
         tta_model={'type': 'mmseg.SegTTAModel'},
         tta_from='LoadAnnotations',
         class_outputs=_segmentor_outputs,
+        packed=('img_shape', 'ori_shape'),
         labels=_segmentation_labels,
     ),
 }
+
+
+def check_packed(task: Task, sample: Any, where: str) -> None:
+    """Check what a packed sample says of its image.
+
+    Args:
+        task: The table's entry.
+        sample: The data sample.
+        where: Name of the pipeline, for the message.
+
+    Raises:
+        UserError: Something is missing that the model needs to predict.
+    """
+    missing = [key for key in task.packed if key not in getattr(sample, 'metainfo', task.packed)]
+    if missing == ['scale_factor']:
+        raise UserError(
+            f'{where} gives no scale_factor, by which boxes are scaled back to the image: give it '
+            "a step that resizes, of which dict(type='Resize', scale_factor=1.0, keep_ratio=True) "
+            'changes nothing, and meta_keys with scale_factor'
+        )
+    if missing:
+        raise UserError(
+            f'{where} gives no {" and no ".join(missing)}, which the model needs: they belong into '
+            'meta_keys of the step that packs'
+        )
 
 
 def task_of(cfg: Config, flag: str) -> Task:

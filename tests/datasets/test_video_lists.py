@@ -1,7 +1,5 @@
 """Lists of videos as other tools write them."""
 
-import re
-
 import pytest
 
 from mmvim.datasets.video import VideoDataset
@@ -115,7 +113,8 @@ def test_one_line(text, classes, message, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_columns_without_use_are_named(tmp_path, capsys):
+def test_columns_without_use_are_named(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr('mmvim.datasets.video.lists.print_log', lambda text, **_: said.append(text))
     assert read(tmp_path, 'path,label,fps,split\na.mp4,0,25,train\nb.mp4,1,30,train') == TWO
-    said = ''.join(capsys.readouterr())
-    assert re.search("the column 'fps' of .* is not used", said)
+    assert any("the column 'fps' of" in text and text.endswith('is not used') for text in said)

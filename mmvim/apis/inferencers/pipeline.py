@@ -1,5 +1,6 @@
 """The test data of a config: its pipeline, for images outside of a data set, and class names."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 
 from mmvim._configs import innermost_dataset, type_name
-from mmvim.errors import SampleError
+from mmvim.datasets.video.lists import read_classes
+from mmvim.engine.tasks import TASKS, check_packed
+from mmvim.errors import SampleError, unreadable
 
 VIDEO_LOADER = 'LoadVideo'
 _META = ('classes', 'palette')
@@ -45,6 +48,9 @@ def _config_meta(cfg: Config) -> dict[str, Any]:
             kind = registry.get(kind)
     meta.update(getattr(kind, 'METAINFO', {}))
     meta.update(dataset.get('metainfo') or {})
+    file = os.path.join(dataset.get('data_root') or '', dataset.get('label_file') or '')
+    if 'classes' not in meta and os.path.isfile(file):
+        meta['classes'] = read_classes(file)
     if cfg.get('classes') and 'classes' not in meta:
         meta['classes'] = cfg.classes
     return {k: v for k, v in meta.items() if k in _META}
@@ -74,6 +80,7 @@ class InferencePipeline:
             resize = {'type': 'mmcv.Resize', 'scale': size[::-1]}
             transforms = [transforms[0], resize, transforms[-1]]
             names = [names[0], 'Resize', names[-1]]
+        self._scope = cfg.get('default_scope')
         self._of_files = next((i for i, n in enumerate(names, 1) if n.startswith('Load')), 0)
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
             self._transforms = [
@@ -117,12 +124,16 @@ class InferencePipeline:
             except Exception as error:
                 if picture is not None:
                     raise
-                raise SampleError(f'cannot read the image {str(image)!r}: {error}') from error
+                reason = unreadable(str(image), error)
+                raise SampleError(f'cannot read the image {str(image)!r}: {reason}') from error
             if picture is None:
                 if results is None:
                     raise SampleError(f'cannot read the image {str(image)!r}')
                 if results.get('img') is not None:
                     picture = displayable(results['img'])
+        task, sample = TASKS.get(self._scope), (results or {}).get('data_samples')
+        if task is not None and sample is not None:
+            check_packed(task, sample, "the config's test pipeline")
         return picture, results
 
 

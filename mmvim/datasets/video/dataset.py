@@ -15,7 +15,7 @@ from mmengine.logging import print_log
 from mmvim._checks import check_choice, check_positive
 from mmvim.registry import DATASETS
 
-from .lists import VIDEO_SUFFIXES, read_list
+from .lists import VIDEO_SUFFIXES, read_classes, read_list
 
 
 @DATASETS.register_module()
@@ -122,15 +122,7 @@ class VideoDataset(BaseDataset):
         if self.label_file is None:
             classes = self._metainfo.get('classes')
             return None if classes is None else list(classes)
-        path = os.path.join(self.data_root or '', self.label_file)
-        with open(path, encoding='utf-8') as file:
-            if not path.endswith('.json'):
-                return [line.strip() for line in file if line.strip()]
-            numbers = {name: int(number) for name, number in json.load(file).items()}
-        names = sorted(numbers, key=numbers.get)
-        if [numbers[name] for name in names] != list(range(len(names))):
-            raise ValueError(f'{path}: the classes are not numbered 0 .. {len(names) - 1}')
-        return names
+        return read_classes(os.path.join(self.data_root or '', self.label_file))
 
     def _read_kinetics(self) -> Iterator[tuple[str, str]]:
         with open(self.ann_file, encoding='utf-8', newline='') as file:

@@ -1,6 +1,7 @@
 """Lists of labelled videos, as various tools write them."""
 
 import csv
+import json
 import logging
 import os
 import re
@@ -69,6 +70,25 @@ def read_list(file: str, folder: str, classes: Sequence[str] | None) -> list[tup
     return [
         (os.path.join(folder, row.path), number) for row, number in zip(rows, numbers, strict=True)
     ]
+
+
+def read_classes(file: str) -> list[str]:
+    """Read the names of classes, from JSON ``{name: number}`` or one a line.
+
+    Raises:
+        ValueError: The numbers are not 0 to the number of names, or there is none.
+    """
+    with open(file, encoding='utf-8-sig') as opened:
+        if not file.endswith('.json'):
+            names = [line.strip() for line in opened if line.strip()]
+            if not names:
+                raise ValueError(f'{file} is empty')
+            return names
+        numbers = {name: int(number) for name, number in json.load(opened).items()}
+    names = sorted(numbers, key=numbers.get)
+    if [numbers[name] for name in names] != list(range(len(names))):
+        raise ValueError(f'{file}: the classes are not numbered 0 .. {len(names) - 1}')
+    return names
 
 
 def _fields(line: str, separator: str) -> list[str]:

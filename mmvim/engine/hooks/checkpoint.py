@@ -39,6 +39,10 @@ class _RemoveLater:
         return getattr(self._backend, name)
 
 
+def _has(metrics: dict, prefix: str) -> bool:
+    return any(key.startswith(f'{prefix}/') for key in metrics)
+
+
 @HOOKS.register_module()
 class CheckpointHook(MMEngineCheckpointHook):
     """mmengine's ``CheckpointHook``, safe against a crash or a full disk during a save.
@@ -48,6 +52,7 @@ class CheckpointHook(MMEngineCheckpointHook):
       has been written, so that ``last_checkpoint`` always names a complete file. For that moment
       there is one more checkpoint on disk.
     - The states of all random number generators of every process are saved and restored.
+    - A metric without a result for once leaves the best checkpoint as it is.
     - A metric that ``save_best`` names but validation does not report is an error that lists the
       existing metrics.
 
@@ -244,7 +249,17 @@ class CheckpointHook(MMEngineCheckpointHook):
         super().after_val_epoch(runner, metrics)
 
     def _save_best_checkpoint(self, runner, metrics) -> None:
+        # A metric without a result for once, such as that of a detector that detects nothing.
+        evaluator = getattr(runner.val_loop, 'evaluator', None)
+        prefixes = {getattr(metric, 'prefix', None) for metric in getattr(evaluator, 'metrics', ())}
+        silent = {prefix for prefix in prefixes if prefix and not _has(metrics, prefix)}
         for key in self.key_indicators if self.save_best else ():
+            if silent and (key == 'auto' or key.partition('/')[0] in silent):
+                runner.logger.warning(
+                    f'The metric {" and ".join(sorted(silent))} has no result this time: no '
+                    'checkpoint is saved as the best one'
+                )
+                return
             if key != 'auto' and key not in metrics:
                 raise UserError(
                     f'default_hooks.checkpoint.save_best is {key!r}, which validation does not '

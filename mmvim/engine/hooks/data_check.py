@@ -10,6 +10,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from mmvim._configs import type_name
 from mmvim.engine.batches import check_length
 from mmvim.engine.class_names import (
     categories_of,
@@ -18,9 +19,10 @@ from mmvim.engine.class_names import (
     difference,
     displacement,
     listed,
+    names_in_xml,
 )
-from mmvim.engine.tasks import TASKS
-from mmvim.errors import UserError
+from mmvim.engine.tasks import TASKS, check_packed
+from mmvim.errors import UserError, did_you_mean
 from mmvim.registry import HOOKS
 
 #: Folders that hold parts of a data set, and not the images of a class.
@@ -70,12 +72,17 @@ class DataCheckHook(Hook):
             where = f'{loop}_dataloader.dataset ({type(dataset).__name__})'
             self._check_dataset(dataset, where)
             check_length(getattr(runner, f'{loop}_dataloader'), f'{loop}_dataloader')
+            if loop == 'train':
+                self._check_boxes(dataset, where)
             classes = _classes(dataset)
             if classes and first and (unlike := difference(first[1], classes)):
                 raise UserError(f'{first[0]} and {where} have different classes: {unlike}')
             first = first or (classes and (where, classes))
             evaluator = getattr(getattr(runner, f'{loop}_loop'), 'evaluator', None)
-            for metric in getattr(evaluator, 'metrics', ()) if self._task else ():
+            metrics = getattr(evaluator, 'metrics', ()) if self._task else ()
+            if loop != 'train':
+                self._check_sample(dataset, f'{loop}_dataloader.dataset', metrics)
+            for metric in metrics:
                 name = f'{loop}_evaluator ({type(metric).__name__})'
                 self._check_metric(metric, name, dataset, where, runner)
 
@@ -130,6 +137,48 @@ class DataCheckHook(Hook):
                     f'{name} is {count}, but {where} has {len(classes)} classes '
                     f'{listed(classes)}; both must agree'
                 )
+
+    def _check_boxes(self, dataset: Any, where: str) -> None:
+        """Compare the boxes of a detector's training set with its classes."""
+        if self._task is not TASKS['mmdet'] or not self._outputs:
+            return
+        classes = _classes(dataset)
+        seen: set[int] = set()
+        for sample in _samples(dataset):
+            if 'instances' not in sample:
+                return
+            seen.update(box.get('bbox_label', -1) for box in sample['instances'])
+            if not classes or len(seen) >= len(classes):
+                break
+        if not seen:
+            raise UserError(f'{where} has no box: its annotations name none of its classes')
+        for part in _parts(dataset) if len(seen) < len(classes or ()) else ():
+            found = names_in_xml(part)
+            for name in set(classes) - found if found else ():
+                raise UserError(
+                    f'{where}: the class {name!r} of metainfo.classes is in no annotation, whose '
+                    f'names are {listed(sorted(found))}{did_you_mean(name, found)}'
+                )
+
+    def _check_sample(self, dataset: Any, where: str, metrics: Any) -> None:
+        """Compare the first sample of an evaluation with what model and metrics need."""
+        if self._task is None or not self._outputs:
+            return
+        try:
+            sample = dataset[0]['data_samples']
+        except Exception:  # the loop says what cannot be loaded, or of what kind it is
+            return
+        sample = sample[0] if isinstance(sample, list) else sample
+        check_packed(self._task, sample, f'{where}.pipeline')
+        measures = [type_name(type(m)) for m in metrics if 'Dump' not in type_name(type(m))]
+        labelled = self._task is TASKS['mmdet'] or any(
+            key in sample for key in ('gt_label', 'gt_score', 'gt_sem_seg', 'gt_depth_map')
+        )
+        if measures and not labelled:
+            raise UserError(
+                f'{where} has no labels, with which {measures[0]} compares: tools/test.py --out '
+                'PATH writes predictions without them'
+            )
 
     def _check_metric(self, metric: Any, name: str, dataset: Any, where: str, runner: Any) -> None:
         _check_counts(metric, name, self._outputs)

@@ -1,0 +1,39 @@
+"""An average precision of 0 for a detector that detects nothing.
+
+Why: pycocotools' ``COCO.loadRes`` fails for an empty list, and mmdet's ``CocoMetric`` then reports
+no metric at all. Whatever waits for one (``save_best``, ``ReduceOnPlateauLR``) ends the run,
+although the detector of a first epoch often detects nothing.
+
+How: ``loadRes`` takes an empty list as results without boxes.
+
+Obsolete with: a pycocotools whose ``loadRes`` takes an empty list.
+"""
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from ._import_hook import when_imported
+
+
+def install() -> None:
+    """Act when pycocotools is imported."""
+    when_imported('pycocotools.coco', _load_nothing)
+
+
+def _load_nothing(module: ModuleType) -> None:
+    original = module.COCO.loadRes
+    if hasattr(original, '__wrapped__'):
+        return
+
+    @functools.wraps(original)
+    def load_res(self: Any, results: Any) -> Any:
+        if not isinstance(results, list) or results:
+            return original(self, results)
+        loaded = type(self)()
+        shared = {key: self.dataset[key] for key in ('images', 'categories') if key in self.dataset}
+        loaded.dataset = {**shared, 'annotations': []}
+        loaded.createIndex()
+        return loaded
+
+    module.COCO.loadRes = load_res
