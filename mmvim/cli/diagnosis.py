@@ -227,7 +227,10 @@ def _line(error: BaseException, cfg: dict | None) -> str | None:
 
 def _is_refused_by_mmvim(error: BaseException) -> bool:
     """Whether a ``raise`` of mmvim's own made the error, such as one of a layer about its input."""
-    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:
+        return False
+    frame, line = frames[-1]
     source = linecache.getline(frame.f_code.co_filename, line).strip()
     return frame.f_globals.get('__name__', '').startswith('mmvim.') and source.startswith('raise')
 

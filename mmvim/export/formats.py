@@ -107,7 +107,7 @@ def export_model(
         input_shape: (batch, channels, [frames,] height, width) of the inputs.
         dynamic: The variable dimensions: 'none', the 'batch', or the batch and the 'size' of the
             images. 'aoti' supports only 'none'. Defaults to 'batch'.
-        metadata: Stored in the file (onnx, torchscript, program). Defaults to None.
+        metadata: Stored in the file. Defaults to None.
         overwrite: Whether ``out`` may exist. Defaults to False.
         tolerance: Largest difference, relative to outputs above 1. Defaults to 1e-4.
         opset: Version of the ONNX operators, 18 or later. Defaults to None: PyTorch's choice.
@@ -294,7 +294,11 @@ def _write_aoti(
     module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
 ) -> None:
     program = _exported_program(module, example, dynamic)
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(path),
+        inductor_configs={'aot_inductor.metadata': {METADATA: json.dumps(metadata)}},
+    )
 
 
 _WRITERS = {
@@ -356,7 +360,7 @@ def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The metadata of a file of :func:`export_model`; empty for 'aoti', which has none.
+    """The metadata of a file of :func:`export_model`.
 
     Raises:
         ValueError: The suffix is unknown.
@@ -372,6 +376,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         torch.jit.load(str(path), _extra_files=files)
     elif kind == 'program':
         torch.export.load(str(path), extra_files=files)
+    else:
+        files.update(torch._inductor.aoti_load_package(str(path)).get_metadata())
     return json.loads(files[METADATA] or '{}')
 
 

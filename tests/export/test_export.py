@@ -17,6 +17,7 @@ from mmvim.export.formats import (
     export_model,
     open_exported,
     quantize,
+    read_metadata,
 )
 from mmvim.export.operations import portable_ops
 from mmvim.models import MambaVision, VideoMamba, Vim, VMamba
@@ -295,6 +296,11 @@ def test_exported_program_of_each_family(family, tmp_path):
 @pytest.mark.slow
 def test_aoti_package(tmp_path):
     check('vim', 'aoti', '.aoti.pt2', 'none', tmp_path)
+    about = {'classes': ['ä "b"', 'c'], 'shape': [3, 8, 8]}
+    out = tmp_path / 'm.aoti.pt2'
+    conv = torch.nn.Conv2d(3, 2, 3)
+    export_model(conv, out, 'aoti', (1, 3, 8, 8), dynamic='none', metadata=about, overwrite=True)
+    assert read_metadata(out) == about
 
 
 def test_int8(tmp_path):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from mmvim.models import MambaVision, VideoMamba, Vim
+from mmvim.models import MambaVision, VideoMamba, Vim, VMamba
 
 SMALL = dict(embed_dims=8, depth=1, d_state=2)
 STAGES = dict(depths=(1, 1, 1, 1), embed_dims=8, stem_dims=4, num_heads=(2, 2))
 FAMILIES = {
     'vim': (lambda **o: Vim(SMALL, img_size=32, **o), (32, 32)),
     'mambavision': (lambda **o: MambaVision(STAGES, **o), (64, 64)),
+    'vmamba': (lambda **o: VMamba(dict(depths=(1, 1, 1, 1), embed_dims=8), **o), (64, 64)),
     'videomamba': (lambda **o: VideoMamba(SMALL, img_size=32, num_frames=2, **o), (2, 32, 32)),
 }
 

@@ -147,6 +147,9 @@ class VMamba(HierarchicalBackbone):
             and columns beyond a multiple of 4), ``downsample_version`` ('v3', a convolution, or
             'v1', Swin's merging of patches) and ``drop_path_rate`` (0). Defaults to 'tiny'.
         in_channels (int): Channels of the image. Defaults to 3.
+        adapt_channels (bool): Whether a checkpoint's first convolution is fitted to another
+            ``in_channels``, as timm does: repeated and rescaled, for one channel summed. Defaults
+            to False: such a checkpoint is refused.
         out_type (str): Kind of each output. 'avg_featmap': (batch, channels), the mean of the map
             after the norm; for the last stage, the input of the official classification head.
             'featmap': (batch, channels, height, width). Defaults to 'avg_featmap'.
@@ -226,6 +229,7 @@ class VMamba(HierarchicalBackbone):
         with_cp: bool = False,
         ops_backend: str = 'auto',
         init_cfg: dict | list[dict] | None = None,
+        adapt_channels: bool = False,
     ) -> None:
         super().__init__(
             arch,
@@ -236,6 +240,7 @@ class VMamba(HierarchicalBackbone):
             out_norm=out_norm,
             frozen_stages=frozen_stages,
             with_cp=with_cp,
+            adapt_channels=adapt_channels,
             init_cfg=init_cfg,
         )
         self.patch_embed = _stem(self.arch['patchembed_version'], in_channels, self.embed_dims[0])
