@@ -3,6 +3,7 @@
 #include "cuda.h"
 
 #include <ATen/ops/as_strided.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
@@ -32,6 +33,12 @@ int64_t shared_limit() {
 
 const float* floats(const OptTensor& t) {
   return t.has_value() ? t->const_data_ptr<float>() : nullptr;
+}
+
+// At a multiple of four elements.
+Tensor with_fours(const Tensor& t) {
+  const auto address = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+  return address % (4 * t.element_size()) == 0 ? t : t.clone();
 }
 
 // One step from position to position, and neighbours in the last dimension.
@@ -135,15 +142,56 @@ struct Inputs {
     p.D = floats(D);
     p.delta_bias = floats(delta_bias);
     p.pairs = d % 2 == 0 && reinterpret_cast<uintptr_t>(p.x) % 8 == 0;
+    // The kernels of one state read the columns of Δ, B and C as pairs of 16 bits, and four
+    // channels at a time.
+    p.element = static_cast<int>(x.element_size());
+    p.one = method == Discretization::kZoh && n == 1 && softplus && rank > 0 && d % 4 == 0 &&
+            (rank % 2 == 0 || dtype == DType::kFloat);
+    if (p.one && !empty()) {
+      x = with_fours(x);
+      p.x = x.const_data_ptr();
+      if (!are_joined() || !starts_with_words(delta)) {
+        delta = at::cat({delta, B, C}, -1);
+        p.delta = columns(delta);
+      }
+      set_division(h, p.magic_height, p.shift_height);
+      set_division(w, p.magic_width, p.shift_width);
+      p.slots = static_cast<int>((p.length + (h - 1) / 4 + 2) / 2 * 2);
+    }
     // Rounds of equal length, the same in both passes.
-    TORCH_CHECK_VALUE(round_steps >= kWarpSteps && round_steps % kWarpSteps == 0 &&
-                          round_steps <= kMaxWarps * kWarpSteps,
-                      "round_steps must be a multiple of ", kWarpSteps, " up to ",
-                      kMaxWarps * kWarpSteps, ", got ", round_steps);
     const int64_t most = round_steps / kWarpSteps;
+    TORCH_CHECK_VALUE(
+        round_steps % kWarpSteps == 0 && most >= 1 && most <= (p.one ? kMaxWarps : kMaxWarpsOfMany),
+        "round_steps must be a multiple of ", kWarpSteps, " up to ",
+        (p.one ? kMaxWarps : kMaxWarpsOfMany) * kWarpSteps, ", got ", round_steps);
     const int64_t warps = (p.length + kWarpSteps - 1) / kWarpSteps;
     p.rounds = static_cast<int>((warps + most - 1) / most);
     p.warps = static_cast<int>((warps + p.rounds - 1) / std::max(p.rounds, 1));
+  }
+
+  // Whether delta, B and C are the columns of one buffer.
+  bool are_joined() const {
+    const auto follows = [](const Tensor& a, const Tensor& b) {
+      bool so = static_cast<const char*>(a.const_data_ptr()) + a.size(4) * a.element_size() ==
+                b.const_data_ptr();
+      for (int i = 0; i < 4; ++i) so = so && (a.size(i) <= 1 || a.stride(i) == b.stride(i));
+      return so;
+    };
+    return follows(delta, B) && follows(B, C);
+  }
+  static bool starts_with_words(const Tensor& t) {
+    bool so = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 4 == 0;
+    for (int i = 0; i < 4; ++i) {
+      so = so && (t.size(i) <= 1 || t.stride(i) * t.element_size() % 4 == 0);
+    }
+    return so;
+  }
+  // t / divisor is t * magic >> shift for 0 <= t < 2^31.
+  static void set_division(int64_t divisor, uint32_t& magic, int& shift) {
+    int bits = 0;
+    while ((int64_t{1} << bits) < divisor) ++bits;
+    shift = 31 + bits;
+    magic = static_cast<uint32_t>((uint64_t{1} << shift) / divisor + 1);
   }
 
   bool empty() const { return x.numel() == 0; }
@@ -162,12 +210,14 @@ struct Inputs {
     p.chunks = 1;
     p.chunk_rounds = p.rounds;
     p.whole = true;
+    p.first_route = 0;
+    p.last_route = p.routes;
     const int64_t limit = shared_limit();
     const int64_t blocks = p.batch * groups();
     const int64_t wanted = 2 * multiprocessor_count();
     // A route for a launch pays only where a block for all of them would leave the GPU idle.
     const bool idle = p.rounds > 1 && blocks * 8 <= wanted;
-    if (shared_bytes(p, method, backward) <= limit && !idle) return;
+    if (shared_bytes(p, backward) <= limit && !idle) return;
     p.whole = false;
     p.chunks = static_cast<int>(
         std::min<int64_t>(p.rounds, std::max<int64_t>(1, (wanted + blocks - 1) / blocks)));
@@ -275,12 +325,12 @@ Gradients backward(const Tensor& grad_out, const Tensor& x, const Tensor& delta,
             zeros(C), zeros(D),     zeros(delta_bias)};
   }
   check(checkpoints_in, "checkpoints", in.checkpoint_sizes(), at::kFloat, x.device());
-  const Tensor checkpoints = checkpoints_in.contiguous(), grad = grad_out.contiguous();
+  const Tensor checkpoints = checkpoints_in.contiguous();
+  const Tensor grad = with_fours(grad_out.contiguous());
   in.plan(true);
   const auto memory = in.memory();
   Backward p;
   p.problem = in.problem;
-  p.problem.pairs = p.problem.pairs && reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 8 == 0;
   const Problem& q = p.problem;
   const int64_t tokens = q.batch * q.length, d = q.channels, k = q.routes, n = q.states;
 
@@ -324,7 +374,7 @@ Gradients backward(const Tensor& grad_out, const Tensor& x, const Tensor& delta,
     Tensor flat = ddelta.view({tokens, k * r});
     at::mm_out(flat, steps, expanded);
     // Of the product of all routes with all others, the blocks on the diagonal.
-    const Tensor low = as_matrix(in.delta, tokens);
+    const Tensor low = as_matrix(in.delta.narrow(4, 0, r), tokens);
     const Tensor products = at::mm(steps.t(), low);
     const int64_t width = low.size(1), apart = width == k * r ? r : in.delta.stride(3);
     dweight.copy_(at::as_strided(products, {k, d, r}, {d * width + apart, width, 1}));

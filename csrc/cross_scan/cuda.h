@@ -21,8 +21,9 @@ constexpr int kTile = 8;
 constexpr int kGroup = 16;
 constexpr int kWarpSteps = 32;
 constexpr int kMaxRoutes = 16;
-// Of a block; the kernels of several states or other methods than zero-order hold: half as many.
+// Of a block: of the kernels of one state, and of the others.
 constexpr int kMaxWarps = 16;
+constexpr int kMaxWarpsOfMany = 8;
 
 // (batch, position, route, columns), neighbouring columns side by side; strides in elements.
 struct Columns {
@@ -48,6 +49,13 @@ struct Problem {
   const float* A = nullptr;           // (k, d, n)
   const float* D = nullptr;           // (k, d) or null
   const float* delta_bias = nullptr;  // (k, d) or null
+
+  int element = 0;   // bytes of a value of x
+  bool one = false;  // the kernels of one state run
+  // t / height is t * magic >> shift, as t / width.
+  uint32_t magic_height = 0, magic_width = 0;
+  int shift_height = 0, shift_width = 0;
+  int slots = 0;  // of sums in shared memory
 
   int warps = 0, rounds = 0;            // a round is warps * kWarpSteps steps
   int chunks = 1, chunk_rounds = 0;     // of each route
@@ -97,13 +105,8 @@ struct Expand {
   void* out = nullptr;
 };
 
-// Whether the kernels of one state run.
-inline bool is_one(Discretization method, int states) {
-  return method == Discretization::kZoh && states == 1;
-}
-
 // Bytes of shared memory of a block.
-int64_t shared_bytes(const Problem& p, Discretization method, bool backward);
+int64_t shared_bytes(const Problem& p, bool backward);
 
 // Each returns a CUDA error code (0: success).
 template <DType kType>

@@ -2,50 +2,18 @@
 #pragma once
 
 #include "cuda_forward.cuh"
+#include "cuda_one.cuh"
 
 namespace mmvim {
 namespace cross {
 
-// Sums 2 kTile values of each lane over the eight lanes of a tile; the lane keeps the totals of
-// values 2 i and 2 i + 1, where i is its number in the tile.
-template <int kHalf = kTile, int kMask = kGroup / 4>
-MMVIM_DEVICE void sum_over_channels(float (&v)[2 * kTile], int lane) {
-  const bool upper = lane & kMask;
-  MMVIM_UNROLL
-  for (int i = 0; i < kHalf; ++i) {
-    const float kept = upper ? v[kHalf + i] : v[i];
-    v[i] = kept + gpu::exchange_xor(upper ? v[i] : v[kHalf + i], kMask);
-  }
-  if constexpr (kMask > 1) sum_over_channels<kHalf / 2, kMask / 2>(v, lane);
-}
-
-// Clears all but the first `count` elements.
-template <class T>
-MMVIM_DEVICE void keep(Packed<T, 2>& v, int count) {
-  if constexpr (sizeof(T) == 2) {
-    v.raw &= count > 1 ? 0xffffffffu : count == 1 ? 0xffffu : 0u;
-  } else {
-    v.raw.x = count > 0 ? v.raw.x : 0u;
-    v.raw.y = count > 1 ? v.raw.y : 0u;
-  }
-}
-
-MMVIM_DEVICE void sum_over_tiles(float (&v)[2]) {
-  MMVIM_UNROLL
-  for (int mask = kGroup / 2; mask < 32; mask *= 2) {
-    v[0] += gpu::exchange_xor(v[0], mask);
-    v[1] += gpu::exchange_xor(v[1], mask);
-  }
-}
-
-template <class T, Discretization kMethod, bool kOne>
-MMVIM_KERNEL void MMVIM_REGISTERS(kOne ? 128 : 255)
-    backward_kernel(const MMVIM_GRID_CONSTANT Backward p) {
+template <class T, Discretization kMethod>
+MMVIM_KERNEL void MMVIM_REGISTERS(255) backward_kernel(const MMVIM_GRID_CONSTANT Backward p) {
   using R = Rule<kMethod, GpuMath>;
   constexpr float kUnscale = static_cast<float>(1.0 / R::kRateScale);
   const Problem& q = p.problem;
   float* const shared = reinterpret_cast<float*>(gpu::shared_memory());
-  const Layout at(q, kBackwardPlanes, !kOne);
+  const Layout at(q, kBackwardPlanes, true);
   const int thread = gpu::thread_index(), threads = gpu::thread_count();
   const int lane = thread % 32, warp = thread / 32;
   const int pair = lane % (kGroup / 2), tile = lane / (kGroup / 2);
@@ -56,7 +24,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kOne ? 128 : 255)
   const int chunk = gpu::block_y();
   const int begin = chunk * q.chunk_rounds;
   const int end = smaller(begin + q.chunk_rounds, q.rounds);
-  const int states = kOne ? 1 : q.states;
+  const int states = q.states;
 
   float* const rows = shared + at.rows + warp * columns_of(q) * kPitch;
   int* const steps = reinterpret_cast<int*>(shared + at.positions) + warp * kWarpSteps;
@@ -76,12 +44,10 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kOne ? 128 : 255)
     if (k > q.first_route) gpu::sync_block();
     load_route<T, kMethod>(shared, at, q, k, first, thread, threads);
     load_entry<true>(shared + at.carry, q, k, b, chunk, first, thread, threads);
-    if (!kOne) {
-      for (int i = thread; i < q.warps * states * kGroup; i += threads) shared[at.dA + i] = 0.f;
-    }
+    for (int i = thread; i < q.warps * states * kGroup; i += threads) shared[at.dA + i] = 0.f;
     gpu::sync_block();
     const Route route(q, k);
-    float dA[2] = {0.f, 0.f}, dbias[2] = {0.f, 0.f}, dD[2] = {0.f, 0.f};
+    float dbias[2] = {0.f, 0.f}, dD[2] = {0.f, 0.f};
     MMVIM_NO_UNROLL
     for (int round = end - 1; round >= begin; --round) {
       const int step = (round * q.warps + warp) * kWarpSteps;
@@ -222,23 +188,14 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kOne ? 128 : 255)
           float* const to =
               p.dBC +
               ((((first / kGroup) * q.batch + b) * q.length + mine) * q.routes + k) * 2 * states;
-          if constexpr (kOne) {
-            store_pair(to, sums[0], sums[1]);
-          } else {
-            to[j] = sums[0];
-            to[states + j] = sums[1];
-          }
+          to[j] = sums[0];
+          to[states + j] = sums[1];
         }
-        if constexpr (kOne) {
-          dA[0] += pulled[0];
-          dA[1] += pulled[1];
-        } else {
-          sum_over_tiles(pulled);
-          float* const total_dA = shared + at.dA + (warp * states + j) * kGroup + 2 * pair;
-          if (tile == 0) {
-            const float2 others = load_pair(total_dA);
-            store_pair(total_dA, others.x + pulled[0], others.y + pulled[1]);
-          }
+        sum_over_tiles(pulled);
+        float* const total_dA = shared + at.dA + (warp * states + j) * kGroup + 2 * pair;
+        if (tile == 0) {
+          const float2 others = load_pair(total_dA);
+          store_pair(total_dA, others.x + pulled[0], others.y + pulled[1]);
         }
       }
 
@@ -281,24 +238,21 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kOne ? 128 : 255)
     }
 
     gpu::sync_block();
-    sum_over_tiles(dA);
     sum_over_tiles(dbias);
     sum_over_tiles(dD);
     float* const passed = shared + at.passed;
     if (tile == 0) {
       store_pair(passed + warp * kBackwardPlanes * kGroup + 2 * pair, dbias[0], dbias[1]);
       store_pair(passed + (warp * kBackwardPlanes + 1) * kGroup + 2 * pair, dD[0], dD[1]);
-      store_pair(passed + (warp * kBackwardPlanes + 2) * kGroup + 2 * pair, dA[0], dA[1]);
     }
     gpu::sync_block();
     const int rows_of_sums = 2 + states;
     for (int i = thread; i < rows_of_sums * kGroup; i += threads) {
       const int which = i / kGroup, c = first + i % kGroup;
       if (c >= q.channels || (which == 1 && k > 0)) continue;
-      const float* const from = kOne || which < 2
-                                    ? passed + which * kGroup + i % kGroup
-                                    : shared + at.dA + (which - 2) * kGroup + i % kGroup;
-      const int pitch = kOne || which < 2 ? kBackwardPlanes * kGroup : states * kGroup;
+      const float* const from = which < 2 ? passed + which * kGroup + i % kGroup
+                                          : shared + at.dA + (which - 2) * kGroup + i % kGroup;
+      const int pitch = which < 2 ? kBackwardPlanes * kGroup : states * kGroup;
       float total = 0.f;
       for (int w = 0; w < q.warps; ++w) total += from[w * pitch];
       const int64_t row = static_cast<int64_t>(k) * q.channels + c;
@@ -394,9 +348,15 @@ MMVIM_KERNEL void expand_kernel(const MMVIM_GRID_CONSTANT Expand p) {
 template <class T>
 int launch_backward_of(Discretization method, const Backward& p, CUstream_st* stream) {
   const Problem& q = p.problem;
-  return by_kernel(method, q.states, [&](auto tag, auto one) {
-    return gpu::launch(backward_kernel<T, decltype(tag)::value, decltype(one)::value>, grid_of(q),
-                       32 * q.warps, shared_bytes(q, method, true), stream, p);
+  const int threads = 32 * q.warps;
+  const int64_t bytes = shared_bytes(q, true);
+  if (q.one) {
+    return gpu::launch(q.whole ? one_backward_kernel<T, true> : one_backward_kernel<T, false>,
+                       grid_of(q), threads, bytes, stream, p);
+  }
+  return by_method(method, [&](auto tag) {
+    return gpu::launch(backward_kernel<T, decltype(tag)::value>, grid_of(q), threads, bytes, stream,
+                       p);
   });
 }
 

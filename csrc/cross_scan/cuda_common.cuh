@@ -320,5 +320,37 @@ MMVIM_DEVICE void scan_tiles(Pass& total, Pass& before, int lane) {
   }
 }
 
+// Sums 2 kTile values of each lane over the eight lanes of a tile; the lane keeps the totals of
+// values 2 i and 2 i + 1, where i is its number in the tile.
+template <int kHalf = kTile, int kMask = kGroup / 4>
+MMVIM_DEVICE void sum_over_channels(float (&v)[2 * kTile], int lane) {
+  const bool upper = lane & kMask;
+  MMVIM_UNROLL
+  for (int i = 0; i < kHalf; ++i) {
+    const float kept = upper ? v[kHalf + i] : v[i];
+    v[i] = kept + gpu::exchange_xor(upper ? v[i] : v[kHalf + i], kMask);
+  }
+  if constexpr (kMask > 1) sum_over_channels<kHalf / 2, kMask / 2>(v, lane);
+}
+
+// Clears all but the first `count` elements.
+template <class T>
+MMVIM_DEVICE void keep(Packed<T, 2>& v, int count) {
+  if constexpr (sizeof(T) == 2) {
+    v.raw &= count > 1 ? 0xffffffffu : count == 1 ? 0xffffu : 0u;
+  } else {
+    v.raw.x = count > 0 ? v.raw.x : 0u;
+    v.raw.y = count > 1 ? v.raw.y : 0u;
+  }
+}
+
+MMVIM_DEVICE void sum_over_tiles(float (&v)[2]) {
+  MMVIM_UNROLL
+  for (int mask = kGroup / 2; mask < 32; mask *= 2) {
+    v[0] += gpu::exchange_xor(v[0], mask);
+    v[1] += gpu::exchange_xor(v[1], mask);
+  }
+}
+
 }  // namespace cross
 }  // namespace mmvim

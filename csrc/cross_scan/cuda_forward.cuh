@@ -2,13 +2,13 @@
 #pragma once
 
 #include "cuda_common.cuh"
+#include "cuda_one.cuh"
 
 namespace mmvim {
 namespace cross {
 
-template <class T, Discretization kMethod, bool kOne>
-MMVIM_KERNEL void MMVIM_REGISTERS(kOne ? 128 : 255)
-    forward_kernel(const MMVIM_GRID_CONSTANT Forward p) {
+template <class T, Discretization kMethod>
+MMVIM_KERNEL void MMVIM_REGISTERS(255) forward_kernel(const MMVIM_GRID_CONSTANT Forward p) {
   using R = Rule<kMethod, GpuMath>;
   const Problem& q = p.problem;
   float* const shared = reinterpret_cast<float*>(gpu::shared_memory());
@@ -23,7 +23,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kOne ? 128 : 255)
   const int chunk = gpu::block_y();
   const int begin = chunk * q.chunk_rounds;
   const int end = smaller(begin + q.chunk_rounds, q.rounds);
-  const int states = kOne ? 1 : q.states;
+  const int states = q.states;
 
   float* const rows = shared + at.rows + warp * columns_of(q) * kPitch;
   int* const steps = reinterpret_cast<int*>(shared + at.positions) + warp * kWarpSteps;
@@ -168,7 +168,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kOne ? 128 : 255)
 // What each chunk does to a state that enters it, or with kBackward to the gradient of a state that
 // enters from behind. `source`: x or the gradient of the output. The warps of a block take
 // neighbouring parts of the chunk. Grid: groups of all entries of the batch, chunks, routes.
-template <class T, Discretization kMethod, bool kOne, bool kBackward>
+template <class T, Discretization kMethod, bool kBackward>
 MMVIM_DEVICE void run_local(const Problem& q, const void* source) {
   using R = Rule<kMethod, GpuMath>;
   float* const shared = reinterpret_cast<float*>(gpu::shared_memory());
@@ -181,7 +181,7 @@ MMVIM_DEVICE void run_local(const Problem& q, const void* source) {
   const int first = static_cast<int>(gpu::block_x() - b * groups) * kGroup;
   const ChannelPair channels(q, first, pair);
   const int chunk = gpu::block_y(), k = gpu::block_z();
-  const int states = kOne ? 1 : q.states;
+  const int states = q.states;
   const int rounds = smaller(q.chunk_rounds, q.rounds - chunk * q.chunk_rounds);
 
   float* const rows = shared + at.rows + warp * columns_of(q) * kPitch;
@@ -264,13 +264,13 @@ MMVIM_DEVICE void run_local(const Problem& q, const void* source) {
   }
 }
 
-template <class T, Discretization kMethod, bool kOne>
+template <class T, Discretization kMethod>
 MMVIM_KERNEL void MMVIM_REGISTERS(128) local_kernel(const MMVIM_GRID_CONSTANT Forward p) {
-  run_local<T, kMethod, kOne, false>(p.problem, p.problem.x);
+  run_local<T, kMethod, false>(p.problem, p.problem.x);
 }
-template <class T, Discretization kMethod, bool kOne>
+template <class T, Discretization kMethod>
 MMVIM_KERNEL void MMVIM_REGISTERS(128) local_backward_kernel(const MMVIM_GRID_CONSTANT Backward p) {
-  run_local<T, kMethod, kOne, true>(p.problem, p.grad_out);
+  run_local<T, kMethod, true>(p.problem, p.grad_out);
 }
 
 inline int64_t local_bytes(const Problem& p) {
@@ -278,15 +278,12 @@ inline int64_t local_bytes(const Problem& p) {
 }
 inline gpu::Grid grid_of(const Problem& p) { return {p.batch * groups_of(p), p.chunks, 1}; }
 
-// Calls launch(method, whether there is one state); methods of two taps have no kernels.
+// Calls launch(method); methods of two taps have no kernels.
 template <class F>
-int by_kernel(Discretization method, int states, F&& launch) {
-  if (is_one(method, states)) {
-    return launch(DiscretizationTag<Discretization::kZoh>(), std::true_type());
-  }
+int by_method(Discretization method, F&& launch) {
   int error = static_cast<int>(cudaErrorNotSupported);
   with_discretization(method, [&](auto tag) {
-    if constexpr (!is_two_tap(decltype(tag)::value)) error = launch(tag, std::false_type());
+    if constexpr (!is_two_tap(decltype(tag)::value)) error = launch(tag);
   });
   return error;
 }
@@ -294,31 +291,42 @@ int by_kernel(Discretization method, int states, F&& launch) {
 template <class T>
 int launch_forward_of(Discretization method, const Forward& p, CUstream_st* stream) {
   const Problem& q = p.problem;
-  return by_kernel(method, q.states, [&](auto tag, auto one) {
-    return gpu::launch(forward_kernel<T, decltype(tag)::value, decltype(one)::value>, grid_of(q),
-                       32 * q.warps, shared_bytes(q, method, false), stream, p);
+  const int threads = 32 * q.warps;
+  const int64_t bytes = shared_bytes(q, false);
+  if (q.one) {
+    return gpu::launch(q.whole ? one_forward_kernel<T, true> : one_forward_kernel<T, false>,
+                       grid_of(q), threads, bytes, stream, p);
+  }
+  return by_method(method, [&](auto tag) {
+    return gpu::launch(forward_kernel<T, decltype(tag)::value>, grid_of(q), threads, bytes, stream,
+                       p);
   });
 }
 
 template <class T>
 int launch_local_of(Discretization method, const Forward& p, CUstream_st* stream) {
   const Problem& q = p.problem;
-  gpu::Grid grid = grid_of(q);
-  grid.z = q.routes;
-  return by_kernel(method, q.states, [&](auto tag, auto one) {
-    return gpu::launch(local_kernel<T, decltype(tag)::value, decltype(one)::value>, grid,
-                       32 * q.warps, local_bytes(q), stream, p);
+  const gpu::Grid grid{grid_of(q).x, q.chunks, q.routes};
+  if (q.one) {
+    return gpu::launch(one_local_kernel<T>, grid, 32 * q.warps, shared_bytes(q, false), stream, p);
+  }
+  return by_method(method, [&](auto tag) {
+    return gpu::launch(local_kernel<T, decltype(tag)::value>, grid, 32 * q.warps, local_bytes(q),
+                       stream, p);
   });
 }
 
 template <class T>
 int launch_local_of(Discretization method, const Backward& p, CUstream_st* stream) {
   const Problem& q = p.problem;
-  gpu::Grid grid = grid_of(q);
-  grid.z = q.routes;
-  return by_kernel(method, q.states, [&](auto tag, auto one) {
-    return gpu::launch(local_backward_kernel<T, decltype(tag)::value, decltype(one)::value>, grid,
-                       32 * q.warps, local_bytes(q), stream, p);
+  const gpu::Grid grid{grid_of(q).x, q.chunks, q.routes};
+  if (q.one) {
+    return gpu::launch(one_local_backward_kernel<T>, grid, 32 * q.warps, shared_bytes(q, false),
+                       stream, p);
+  }
+  return by_method(method, [&](auto tag) {
+    return gpu::launch(local_backward_kernel<T, decltype(tag)::value>, grid, 32 * q.warps,
+                       local_bytes(q), stream, p);
   });
 }
 

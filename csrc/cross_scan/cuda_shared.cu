@@ -1,11 +1,13 @@
-#include "cuda_common.cuh"
+#include "cuda_one.cuh"
 
 namespace mmvim {
 namespace cross {
 
-int64_t shared_bytes(const Problem& p, Discretization method, bool backward) {
-  const bool keeps_dA = backward && !is_one(method, p.states);
-  return int64_t{4} * Layout(p, backward ? kBackwardPlanes : kForwardPlanes, keeps_dA).total;
+int64_t shared_bytes(const Problem& p, bool backward) {
+  const int planes = backward ? kBackwardPlanes : kForwardPlanes;
+  if (!p.one) return int64_t{4} * Layout(p, planes, backward).total;
+  const int weights = p.element == 2 ? weights_of<__half>(p.rank) : weights_of<float>(p.rank);
+  return int64_t{4} * OneLayout(p, planes, weights).total;
 }
 
 }  // namespace cross

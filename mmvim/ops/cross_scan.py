@@ -84,7 +84,10 @@ def cross_scan(
     ops = resolve(backend, 'selective_scan', x)
     interval = checkpoint_interval(x, delta, delta_weight, A, B, C, D, delta_bias)
     if interval:
-        interval = _round_steps(ops, x, delta_weight, A, numbers, discretization) or interval
+        interval = (
+            _round_steps(ops, x, delta_weight, A, numbers, delta_softplus, discretization)
+            or interval
+        )
     return ops.cross_scan(
         x,
         delta,
@@ -150,19 +153,21 @@ def _check(x, delta, A, B, C, D, delta_bias, delta_weight, k):
 
 
 def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
-    return extension.supports('cross_scan_fused', device_type, dtype)
+    if not extension.supports('cross_scan_fused', device_type, dtype):
+        return False
+    return device_type != 'cuda' or torch.cuda.get_device_capability()[0] >= 8
 
 
 # As of backend._compiled: constant while a graph lives.
 _has_kernels._dynamo_marked_constant = True
 
 
-def _round_steps(ops, x, delta_weight, A, routes, discretization) -> int:
+def _round_steps(ops, x, delta_weight, A, routes, delta_softplus, discretization) -> int:
     """Steps between checkpoints of the kernels that take all routes at once; 0 where they do not.
 
     Those read the map where it lies and sum in float32 on the way. They do not cover the two-tap
-    methods, more states, routes and ranks than these, float64 on CUDA, and devices other than CUDA:
-    there each route is a selective scan of a copy.
+    methods, more states, routes and ranks than these, float64, devices other than CUDA, and GPUs
+    before compute capability 8.0: there each route is a selective scan of a copy.
     """
     covered = (
         ops is torch.ops.mmvim
@@ -174,10 +179,13 @@ def _round_steps(ops, x, delta_weight, A, routes, discretization) -> int:
     )
     if not covered:
         return 0
-    # A warp of 32 steps keeps the columns of Δ, B and C in shared memory.
-    columns = 2 * A.shape[2] + (0 if delta_weight is None else delta_weight.shape[2])
-    most = 16 if discretization == 'zoh' and A.shape[2] == 1 else 8
-    return 32 * max(1, min(most, 448 // columns))
+    rank = 0 if delta_weight is None else delta_weight.shape[2]
+    # What the kernels of one state cover; the others keep the columns of Δ, B and C of each warp of
+    # 32 steps in shared memory.
+    one = discretization == 'zoh' and A.shape[2] == 1 and delta_softplus and rank > 0
+    if one and x.shape[3] % 4 == 0 and (rank % 2 == 0 or x.dtype == torch.float32):
+        return 512
+    return 32 * max(1, min(8, 448 // (rank + 2 * A.shape[2])))
 
 
 def _sequence(x: Tensor, route: int) -> Tensor:
@@ -233,7 +241,7 @@ def _forward(
     discretization,
     interval,
 ):
-    steps = _round_steps(ops, x, delta_weight, A, routes, discretization)
+    steps = _round_steps(ops, x, delta_weight, A, routes, delta_softplus, discretization)
     if steps and interval in (0, steps):
         tensors = x, delta, delta_weight, A, B, C, D, delta_bias
         return ops.cross_scan_fused(
@@ -291,7 +299,9 @@ def _backward(
     discretization,
     interval,
 ):
-    if interval and interval == _round_steps(ops, x, delta_weight, A, routes, discretization):
+    if interval and interval == _round_steps(
+        ops, x, delta_weight, A, routes, delta_softplus, discretization
+    ):
         tensors = x, delta, delta_weight, A, B, C, D, delta_bias, checkpoints
         return ops.cross_scan_fused_backward(
             grad_out, *tensors, routes, delta_softplus, discretization, interval

