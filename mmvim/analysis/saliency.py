@@ -12,9 +12,10 @@ from .subjects import backbone_of
 def effective_receptive_field(backbone: nn.Module, images: Tensor) -> Tensor:
     """Contribution of each pixel to the features at the centre of the last map.
 
-    The absolute gradient of the sum of these features with respect to the pixels, summed over
-    channels and averaged over the images (Luo et al., https://arxiv.org/abs/1701.04128), divided by
-    its largest value.
+    The absolute gradient of the sum of these features' absolute values with respect to the pixels,
+    summed over channels and averaged over the images (Luo et al.,
+    https://arxiv.org/abs/1701.04128), divided by its largest value. The sum of the features
+    themselves would be constant after a layer norm.
 
     Args:
         backbone: A backbone with ``out_type='featmap'``.
@@ -34,7 +35,7 @@ def effective_receptive_field(backbone: nn.Module, images: Tensor) -> Tensor:
             "out_type='featmap'"
         )
     rows, columns = features.shape[2:]
-    middle = features[:, :, rows // 2, columns // 2].sum()
+    middle = features[:, :, rows // 2, columns // 2].abs().sum()
     (gradient,) = torch.autograd.grad(middle, images)
     field = gradient.abs().sum(1).mean(0)
     if not field.max() > 0:
@@ -118,6 +119,8 @@ def class_activation_map(
     values = kept[0]
     (gradient,) = torch.autograd.grad(chosen, values)
     if values.dim() == 4:
+        if backbone_of(model).channels_last and not isinstance(modules[layer], nn.Conv2d):
+            values, gradient = (x.permute(0, 3, 1, 2) for x in (values, gradient))
         weights = gradient.mean(dim=(2, 3), keepdim=True)
         maps = (weights * values).sum(1)
     else:

@@ -258,6 +258,40 @@ def test_cam_finds_the_patch_that_decides():
     assert not others.any()
 
 
+def test_cam_of_maps_with_channels_last():
+    backbone = dict(type='mmvim.VMamba', arch=dict(depths=(1, 1), embed_dims=8))
+    head = dict(type='LinearClsHead', num_classes=5, in_channels=16)
+    cfg = dict(default_scope='mmpretrain', model=dict(type='ImageClassifier', backbone=backbone))
+    cfg['model']['head'] = head
+    torch.manual_seed(0)
+    model = build_model(Config(cfg)).eval()
+
+    def mark(module, args, out):
+        hidden = 0 * out
+        hidden[:, 1, 4] = out[:, 1, 4]
+        return hidden
+
+    assert default_cam_layer(model) == 'backbone.layers.1'
+    handle = model.backbone.layers[1].register_forward_hook(mark)
+    maps = [class_activation_map(model, torch.rand(2, 3, 24, 40), k)[0] for k in range(5)]
+    handle.remove()
+    assert maps[0].shape == (2, 3, 5)
+    seen = torch.stack(maps).amax((0, 1)) > 0
+    assert seen[1, 4]
+    assert seen.sum() == 1
+    # The convolution before it has its channels first.
+    layer = 'backbone.layers.0.downsample.1'
+    assert class_activation_map(model, torch.rand(2, 3, 24, 40), layer=layer)[0].shape == (2, 3, 5)
+
+
+def test_receptive_field_after_a_layer_norm():
+    """The sum of whose outputs does not depend on the image."""
+    torch.manual_seed(0)
+    model = VMamba(dict(depths=(1, 1), embed_dims=8), out_type='featmap').eval()
+    field = effective_receptive_field(model, torch.randn(1, 3, 40, 40))
+    assert (field > 1e-6).float().mean() > 0.5
+
+
 @pytest.mark.parametrize('kind', ['vim', 'mambavision'])
 def test_cam(kind):
     model = classifier(kind)

@@ -125,6 +125,8 @@ class Backbone(BaseModule):
     arch_optional: dict[str, Any] = {}  # noqa: RUF012
     OUT_TYPES: tuple[str, ...] = ('featmap',)
     OUT_NORMS: tuple[str, ...] = ('final', 'separate', 'none')
+    #: Whether maps are (batch, rows, columns, channels) inside.
+    channels_last = False
     # Prefixes of the names of the stem's modules and parameters.
     _stem: tuple[str, ...] = ('patch_embed',)
     # The stages.
@@ -454,8 +456,6 @@ class HierarchicalBackbone(Backbone):
     """
 
     OUT_TYPES = ('avg_featmap', 'featmap')
-    # Whether maps are (batch, rows, columns, channels) inside.
-    _channels_last = False
 
     def __init__(
         self, arch: str | dict, in_channels: int, drop_path_rate: float | None, **common: Any
@@ -532,8 +532,8 @@ class HierarchicalBackbone(Backbone):
         elif self.out_norm == 'final' and index == self.num_stages - 1:
             x = self.norm(x)
         if self.out_type == 'featmap':
-            return x.permute(0, 3, 1, 2) if self._channels_last else x
-        return x.mean((1, 2) if self._channels_last else (2, 3))
+            return x.permute(0, 3, 1, 2) if self.channels_last else x
+        return x.mean((1, 2) if self.channels_last else (2, 3))
 
     def _is_dropped(self, key: str) -> bool:
         unwanted = self.out_norm != 'final' and key.startswith('norm.')

@@ -212,7 +212,7 @@ class VMamba(HierarchicalBackbone):
         'mlp_ratio': 4.0, 'forward_type': 'v05_noz', 'patchembed_version': 'v2',
         'downsample_version': 'v3', 'drop_path_rate': 0.0,
     }  # fmt: skip
-    _channels_last = True
+    channels_last = True
     _head_keys = ('classifier.head.weight', 'classifier.head.bias', 'head.weight', 'head.bias')
 
     def __init__(
