@@ -135,7 +135,7 @@ MUTANTS = (
     ),
     (
         'mmvim/cli/resuming.py', 'runner._randomness_cfg.update(seed=chosen.seed)', 'pass',
-        'reliability/test_resume.py',
+        'cli/test_resuming.py',
     ),
     (
         'mmvim/cli/options.py', 'options = dict(getattr(namespace, self.dest, None) or {})',
