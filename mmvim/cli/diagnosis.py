@@ -6,14 +6,12 @@ traceback of every error.
 """
 
 import contextlib
-import functools
-import inspect
 import linecache
 import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -25,6 +23,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmvim._arguments import misfits, parameters
+from mmvim.compat._import_hook import replaces
 from mmvim.engine.class_names import listed
 from mmvim.errors import SampleError, UserError, did_you_mean, unreadable
 
@@ -93,25 +92,17 @@ def install() -> None:
 
 
 def _watch(owner: type, name: str) -> None:
-    original = inspect.getattr_static(owner, name)
-    static = isinstance(original, staticmethod)
-    function = original.__func__ if static else original
-    if hasattr(function, '__wrapped__'):
-        return
-
-    @functools.wraps(function)
-    def build(*args: Any, **kwargs: Any) -> Any:
+    @replaces(owner, name)
+    def build(original: Callable, *args: Any, **kwargs: Any) -> Any:
         values = (*args, *kwargs.values())
         given = next((value for value in values if isinstance(value, dict)), {})
         registry = values[0] if isinstance(values[0], Registry) else None
         part = Part(given, registry, True)
-        built = function(*args, **kwargs)
+        built = original(*args, **kwargs)
         if given:
             with contextlib.suppress(TypeError):  # no weak reference to it
                 _built[built] = part._replace(building=False)
         return built
-
-    setattr(owner, name, staticmethod(build) if static else build)
 
 
 def parts_at_work(error: BaseException) -> Iterator[Part]:

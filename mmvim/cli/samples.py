@@ -1,8 +1,8 @@
 """Errors that name the file when an image or an annotation cannot be loaded."""
 
-import functools
 import os
 import traceback
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from mmengine import fileio
 from mmengine.dataset import Compose
 
-from mmvim.compat._import_hook import when_imported
+from mmvim.compat._import_hook import replaces, when_imported
 from mmvim.errors import SampleError, unreadable
 
 _PATH_KEYS = ('img_path', 'seg_map_path', 'filename', 'img_paths')
@@ -24,12 +24,9 @@ def install() -> None:
     (``Load…``) are translated. Forked workers, mmengine's default, inherit this.
     """
     when_imported('mmseg.datasets.transforms.loading', _check_sizes)
-    original = Compose.__call__
-    if hasattr(original, '__wrapped__'):
-        return
 
-    @functools.wraps(original)
-    def call(self: Compose, data: dict) -> dict | None:
+    @replaces(Compose, '__call__')
+    def call(original: Callable, self: Compose, data: dict) -> dict | None:
         try:
             return original(self, data)
         except SampleError:
@@ -40,17 +37,12 @@ def install() -> None:
                 raise
             raise SampleError(message) from error
 
-    Compose.__call__ = call
-
 
 def _check_sizes(loading: ModuleType) -> None:
     """Make mmseg read deep label maps, and refuse colours and maps of another size."""
-    original = loading.LoadAnnotations.transform
-    if hasattr(original, '__wrapped__'):
-        return
 
-    @functools.wraps(original)
-    def transform(self: Any, results: dict) -> dict:
+    @replaces(loading.LoadAnnotations, 'transform')
+    def transform(original: Callable, self: Any, results: dict) -> dict:
         results = original(self, results)
         labels, size = results.get('gt_seg_map'), results.get('ori_shape')
         if labels is not None and labels.ndim != 2:
@@ -65,18 +57,15 @@ def _check_sizes(loading: ModuleType) -> None:
             )
         return results
 
-    loading.LoadAnnotations.transform = transform
-    load = loading.LoadAnnotations._load_seg_map
-
-    @functools.wraps(load)
-    def _load_seg_map(self: Any, results: dict) -> None:
+    @replaces(loading.LoadAnnotations, '_load_seg_map')
+    def load_seg_map(original: Callable, self: Any, results: dict) -> None:
         content = _deep(results['seg_map_path'], self.backend_args)
         if content is None:
-            return load(self, results)
+            return original(self, results)
         backend = self.imdecode_backend
         labels = loading.mmcv.imfrombytes(content, flag='unchanged', backend=backend).squeeze()
         if labels.max(initial=0) < 256:
-            return load(self, results)
+            return original(self, results)
         if results.get('reduce_zero_label') or labels.max() > 65535:
             raise ValueError(
                 f'the label map has the label {labels.max()}; 255 is the most with '
@@ -87,8 +76,6 @@ def _check_sizes(loading: ModuleType) -> None:
             mapped[labels == old] = new
         results['gt_seg_map'] = mapped
         results['seg_fields'].append('gt_seg_map')
-
-    loading.LoadAnnotations._load_seg_map = _load_seg_map
 
 
 def _deep(path: str, backend_args: dict | None) -> bytes | None:

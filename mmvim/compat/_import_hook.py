@@ -1,9 +1,10 @@
-"""Functions that run on a module of another package as soon as that module is imported.
+"""Changes of another package, as soon as a module of it is imported.
 
 Standard library only. Nothing is imported before other code imports it, which keeps
 ``import mmvim`` light and independent of the packages that the shims are for.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
@@ -81,3 +82,32 @@ def when_imported(name: str, callback: Callback) -> None:
     spec = getattr(module, '__spec__', None)
     if module is not None and not getattr(spec, '_initializing', False):
         callback(module)
+
+
+def replaces(owner: object, name: str) -> Callable[[Callable], Callable]:
+    """Put the decorated function in the place of another package's, once.
+
+    It gets the original as its first argument, before those of the call. Static and class methods
+    stay so.
+
+    Args:
+        owner: A module or class.
+        name: Name of the function in it.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        given = vars(owner).get(name) or getattr(owner, name)
+        kind = type(given) if isinstance(given, staticmethod | classmethod) else None
+        original = given.__func__ if kind else given
+        if hasattr(original, 'replaced_by_mmvim'):
+            return function
+
+        @functools.wraps(original)
+        def replacement(*args: object, **kwargs: object) -> object:
+            return function(original, *args, **kwargs)
+
+        replacement.replaced_by_mmvim = True
+        setattr(owner, name, kind(replacement) if kind else replacement)
+        return function
+
+    return decorate

@@ -12,12 +12,11 @@ in float32, and autocast casts the result where it is used. float32 and float16 
 Obsolete with: an mmdet that keeps boxes in float32 (onedl-mmdetection 3.5.1 does not).
 """
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ._import_hook import when_imported
+from ._import_hook import replaces, when_imported
 
 _PRIORS = 'mmdet.models.task_modules.prior_generators'
 _ROI_EXTRACTOR = 'mmdet.models.roi_heads.roi_extractors.single_level_roi_extractor'
@@ -31,41 +30,29 @@ def install() -> None:
 
 
 def _patch_anchors(module: ModuleType) -> None:
-    _wrap(module.AnchorGenerator, 'grid_priors', _float32_priors)
+    replaces(module.AnchorGenerator, 'grid_priors')(_float32_priors)
 
 
 def _patch_points(module: ModuleType) -> None:
-    _wrap(module.MlvlPointGenerator, 'grid_priors', _float32_priors)
+    replaces(module.MlvlPointGenerator, 'grid_priors')(_float32_priors)
+
+
+def _float32_priors(
+    original: Callable, self: Any, featmap_sizes: Any, dtype: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    import torch
+
+    dtype = torch.float32 if dtype in (None, torch.bfloat16) else dtype
+    return original(self, featmap_sizes, dtype, *args, **kwargs)
 
 
 def _patch_roi_extractor(module: ModuleType) -> None:
-    _wrap(module.SingleRoIExtractor, 'forward', _float32_features)
-
-
-def _wrap(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
-    original = getattr(owner, name)
-    if not hasattr(original, '__wrapped__'):
-        setattr(owner, name, functools.wraps(original)(make(original)))
-
-
-def _float32_priors(original: Callable) -> Callable:
     import torch
 
-    def grid_priors(
-        self: Any, featmap_sizes: Any, dtype: torch.dtype = torch.float32, *args: Any, **kwargs: Any
+    @replaces(module.SingleRoIExtractor, 'forward')
+    def forward(
+        original: Callable, self: Any, feats: Any, rois: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-        return original(self, featmap_sizes, dtype, *args, **kwargs)
-
-    return grid_priors
-
-
-def _float32_features(original: Callable) -> Callable:
-    import torch
-
-    def forward(self: Any, feats: Any, rois: Any, *args: Any, **kwargs: Any) -> Any:
         if feats[0].dtype == torch.bfloat16:
             feats = tuple(feature.float() for feature in feats)
         return original(self, feats, rois, *args, **kwargs)
-
-    return forward

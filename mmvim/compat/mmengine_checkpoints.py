@@ -37,7 +37,7 @@ from typing import Any
 
 from mmvim.errors import CheckpointError
 
-from ._import_hook import when_imported
+from ._import_hook import replaces, when_imported
 
 #: Seconds without data from a server after which a download fails.
 TIMEOUT = 30.0
@@ -258,20 +258,22 @@ def _download(load_url: Callable[..., Any], url: str, *args: Any, **kwargs: Any)
 
 def _patch(checkpoint: ModuleType) -> None:
     loader = checkpoint.CheckpointLoader
-    original = loader.load_checkpoint.__func__
-    if hasattr(original, '__wrapped__'):
+    if hasattr(loader.load_checkpoint, 'replaced_by_mmvim'):
         return
 
-    @functools.wraps(original)
+    @replaces(loader, 'load_checkpoint')
     def load_checkpoint(
-        cls: type, filename: str, map_location: Any = None, logger: Any = 'current'
+        original: Callable,
+        cls: type,
+        filename: str,
+        map_location: Any = None,
+        logger: Any = 'current',
     ) -> Any:
         if str(filename).endswith('.safetensors') and '://' not in str(filename):
             return {'state_dict': load_safetensors(str(filename), map_location)}
         with allowed_types(filename):
             return original(cls, filename, map_location, logger)
 
-    loader.load_checkpoint = classmethod(load_checkpoint)
     if hasattr(checkpoint, '_safe_torch_load'):
         checkpoint._safe_torch_load = load
     checkpoint.load_url = functools.partial(_download, checkpoint.load_url)

@@ -12,13 +12,12 @@ Its base configs keep the scope of the config that includes them. Other packages
 Obsolete with: nothing in sight; mmengine has no way to register a package's configs.
 """
 
-import functools
 import os.path
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from ._import_hook import when_imported
+from ._import_hook import replaces, when_imported
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -75,54 +74,42 @@ def _is_mmvim(package_path: str) -> bool:
 
 
 def _patch_lookups(module: ModuleType) -> None:
-    for name, make in (
-        ('_get_external_cfg_base_path', _base_path_lookup),
-        ('_get_cfg_metainfo', _metainfo_lookup),
-    ):
-        original = getattr(module, name, None)
-        if original is not None and not hasattr(original, '__wrapped__'):
-            setattr(module, name, make(original))
+    if hasattr(module, '_get_external_cfg_base_path'):
+
+        @replaces(module, '_get_external_cfg_base_path')
+        def base_path(original: Callable, package_path: str, cfg_name: str) -> str:
+            if _is_mmvim(package_path):
+                return str(config_path(cfg_name))
+            return original(package_path, cfg_name)
+
+    if hasattr(module, '_get_cfg_metainfo'):
+
+        @replaces(module, '_get_cfg_metainfo')
+        def metainfo(
+            original: Callable[[str, str], dict], package_path: str, cfg_path: str
+        ) -> dict:
+            return (
+                _metainfo(cfg_path) if _is_mmvim(package_path) else original(package_path, cfg_path)
+            )
 
 
-def _base_path_lookup(original: Callable[[str, str], str]) -> Callable[[str, str], str]:
-    @functools.wraps(original)
-    def lookup(package_path: str, cfg_name: str) -> str:
-        if _is_mmvim(package_path):
-            return str(config_path(cfg_name))
-        return original(package_path, cfg_name)
+def _metainfo(cfg_path: str) -> dict:
+    from mmengine.fileio import load
 
-    return lookup
-
-
-def _metainfo_lookup(original: Callable[[str, str], dict]) -> Callable[[str, str], dict]:
-    @functools.wraps(original)
-    def lookup(package_path: str, cfg_path: str) -> dict:
-        if not _is_mmvim(package_path):
-            return original(package_path, cfg_path)
-        from mmengine.fileio import load
-
-        base = root()
-        index = base / 'model-index.yml'
-        metafiles = load(index)['Import'] if index.is_file() else []
-        for metafile in metafiles:
-            for model in load(base / metafile).get('Models', []):
-                if model.get('Config') == f'configs/{cfg_path}':
-                    # Absolute: the callers join it with a folder that does not exist in a checkout.
-                    return {**model, 'Config': str(base / model['Config'])}
-        # mmengine's convention for a config without metadata: it then uses the path itself.
-        raise ValueError(f"no metafile of mmvim describes '{cfg_path}'")
-
-    return lookup
+    base = root()
+    index = base / 'model-index.yml'
+    metafiles = load(index)['Import'] if index.is_file() else []
+    for metafile in metafiles:
+        for model in load(base / metafile).get('Models', []):
+            if model.get('Config') == f'configs/{cfg_path}':
+                # Absolute: the callers join it with a folder that does not exist in a checkout.
+                return {**model, 'Config': str(base / model['Config'])}
+    # mmengine's convention for a config without metadata: it then uses the path itself.
+    raise ValueError(f"no metafile of mmvim describes '{cfg_path}'")
 
 
 def _keep_scope(config: ModuleType) -> None:
-    original = config.Config._get_cfg_path
-    if hasattr(original, '__wrapped__'):
-        return
-
-    @functools.wraps(original)
-    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+    @replaces(config.Config, '_get_cfg_path')
+    def get_cfg_path(original: Callable, cfg_path: str, filename: str) -> tuple[str, str | None]:
         path, scope = original(cfg_path, filename)
         return path, None if scope == 'mmvim' else scope
-
-    config.Config._get_cfg_path = staticmethod(get_cfg_path)

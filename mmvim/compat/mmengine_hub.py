@@ -9,13 +9,13 @@ How: configs of mmvim are built by :func:`mmvim.get_model`, those of other packa
 Obsolete with: a hub that respects a config's ``default_scope``.
 """
 
-import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from mmvim import _names
 
-from ._import_hook import when_imported
+from ._import_hook import replaces, when_imported
 
 _PREFIX = 'mmvim::'
 
@@ -26,12 +26,10 @@ def install() -> None:
 
 
 def _patch(hub: ModuleType) -> None:
-    original = hub.get_model
-    if hasattr(original, '__wrapped__'):
-        return
-
-    @functools.wraps(original)
-    def get_model(cfg_path: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    @replaces(hub, 'get_model')
+    def get_model(
+        original: Callable, cfg_path: str, pretrained: bool = False, **kwargs: Any
+    ) -> Any:
         if not cfg_path.startswith(_PREFIX):
             return original(cfg_path, pretrained, **kwargs)
         cfg = hub.get_config(cfg_path, pretrained)
@@ -41,5 +39,3 @@ def _patch(hub: ModuleType) -> None:
         # As in the original: a runner must not initialise the weights again.
         model._is_init = bool(pretrained)
         return model
-
-    hub.get_model = get_model

@@ -8,10 +8,10 @@ Names that are already taken are left alone.
 Obsolete with: nothing; this is mmpretrain's own way of registering models, at the right moment.
 """
 
-import functools
+from collections.abc import Callable
 from types import ModuleType
 
-from ._import_hook import when_imported
+from ._import_hook import replaces, when_imported
 from .mmengine_configs import root
 
 #: Training data of models that are not classifiers.
@@ -24,19 +24,12 @@ def install() -> None:
 
 
 def _patch(module: ModuleType) -> None:
-    hub = module.ModelHub
-    original = hub._register_mmpretrain_models.__func__
-    if hasattr(original, '__wrapped__'):
-        return
-
-    @functools.wraps(original)
-    def register(cls: type) -> None:
+    @replaces(module.ModelHub, '_register_mmpretrain_models')
+    def register(original: Callable, cls: type) -> None:
         original(cls)
         if not getattr(cls, '_has_mmvim_models', False):
             cls._has_mmvim_models = True
             _add_models(cls)
-
-    hub._register_mmpretrain_models = classmethod(register)
 
 
 def _add_models(hub: type) -> None:

@@ -10,12 +10,12 @@ make every mask, check their input first.
 Obsolete with: a pycocotools that checks its input.
 """
 
-import functools
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ._import_hook import when_imported
+from ._import_hook import replaces, when_imported
 
 # pycocotools scales polygons up by five and counts the pixels of their outline in 32 bits.
 _FARTHEST = 2**20
@@ -28,24 +28,17 @@ def install() -> None:
 
 
 def _patch(mask: ModuleType) -> None:
-    if hasattr(mask.frPyObjects, '__wrapped__'):
-        return
-    encode, decode = mask.frPyObjects, mask.decode
-
-    @functools.wraps(encode)
-    def checked_encode(pyobj: Any, h: Any, w: Any) -> Any:
+    @replaces(mask, 'frPyObjects')
+    def encode(original: Callable, pyobj: Any, h: Any, w: Any) -> Any:
         _check_size([h, w])
         _check_objects(pyobj)
-        return encode(pyobj, h, w)
+        return original(pyobj, h, w)
 
-    @functools.wraps(decode)
-    def checked_decode(rleObjs: Any) -> Any:
+    @replaces(mask, 'decode')
+    def decode(original: Callable, rleObjs: Any) -> Any:
         for rle in rleObjs if isinstance(rleObjs, list) else [rleObjs]:
             _check_size(rle.get('size') if isinstance(rle, dict) else None)
-        return decode(rleObjs)
-
-    checked_encode.__wrapped__, checked_decode.__wrapped__ = encode, decode
-    mask.frPyObjects, mask.decode = checked_encode, checked_decode
+        return original(rleObjs)
 
 
 def _check_size(size: Any) -> None:

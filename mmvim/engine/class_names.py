@@ -1,13 +1,12 @@
 """Comparison of class names: whatever has names or numbers of classes must agree on them."""
 
-import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
-from mmvim.compat._import_hook import when_imported
+from mmvim.compat._import_hook import replaces, when_imported
 from mmvim.errors import UserError, did_you_mean
 
 
@@ -105,24 +104,18 @@ def install() -> None:
 
 
 def _compare(module: ModuleType) -> None:
-    if hasattr(module.COCO.get_cat_ids, '__wrapped__'):
-        return
-    start, original = module.COCO.__init__, module.COCO.get_cat_ids
-
-    @functools.wraps(start)
-    def __init__(self: Any, annotation_file: Any = None) -> None:
+    @replaces(module.COCO, '__init__')
+    def start(original: Callable, self: Any, annotation_file: Any = None) -> None:
         self.read_from = annotation_file
-        start(self, annotation_file)
+        original(self, annotation_file)
 
-    @functools.wraps(original)
+    @replaces(module.COCO, 'get_cat_ids')
     def get_cat_ids(
-        self: Any, cat_names: Any = (), sup_names: Any = (), cat_ids: Any = ()
+        original: Callable, self: Any, cat_names: Any = (), sup_names: Any = (), cat_ids: Any = ()
     ) -> list[int]:
         if len(cat_names):
             check_categories(cat_names, *categories_of(self))
         return original(self, cat_names, sup_names, cat_ids)
-
-    module.COCO.__init__, module.COCO.get_cat_ids = __init__, get_cat_ids
 
 
 def categories_of(coco: Any) -> tuple[list[str], str]:
