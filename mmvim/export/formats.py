@@ -1,12 +1,13 @@
 """Model files, each checked against the model before it gets its name."""
 
 import contextlib
+import copy
 import json
 import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +30,8 @@ FORMATS = MappingProxyType(
     }
 )
 DYNAMIC = ('none', 'batch', 'size')
-TOLERANCE = 1e-4
+#: Largest difference from the float32 model, relative to outputs above 1.
+TOLERANCES = MappingProxyType({'float32': 1e-4, 'float16': 1e-2, 'bfloat16': 1e-1})
 METADATA = 'mmvim.json'
 
 
@@ -60,12 +62,17 @@ class Exportable(nn.Module):
 
     A classifier returns logits (batch, classes), a segmentor the logits of its decode head (batch,
     classes, rows, columns), a detector the feature maps of its neck, a backbone its features.
-    Post-processing is not included.
+    Post-processing is not included. Inputs and outputs are float32.
+
+    Args:
+        model: The model; it is put into evaluation mode without gradients.
+        dtype: That of the parameters and activations; scans are float32. Defaults to float32.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False).to(dtype)
+        self.dtype = dtype
         self.kind = 'plain'
         if hasattr(model, 'data_preprocessor') and hasattr(model, 'test_step'):
             is_detector = any('mmdet' in c.__module__ for c in type(model).__mro__)
@@ -73,6 +80,7 @@ class Exportable(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Compute the outputs of preprocessed images (batch, channels, height, width)."""
+        images = images.to(self.dtype)
         if self.kind == 'features':
             out = self.model.extract_feat(images)
         elif self.kind == 'tensor':
@@ -80,8 +88,8 @@ class Exportable(nn.Module):
         else:
             out = self.model(images)
         if isinstance(out, list | tuple):
-            return out[0] if len(out) == 1 else tuple(out)
-        return out
+            return out[0].float() if len(out) == 1 else tuple(x.float() for x in out)
+        return out.float()
 
 
 def export_model(
@@ -93,10 +101,11 @@ def export_model(
     dynamic: str = 'batch',
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     opset: int | None = None,
+    dtype: str = 'float32',
 ) -> ExportReport:
-    """Export a model on the CPU in float32, and compare the file's outputs with the model's.
+    """Export a model on the CPU, and compare the file's outputs with the model's.
 
     Args:
         model: A classifier, segmentor, detector or backbone; it is put into evaluation mode and its
@@ -109,8 +118,11 @@ def export_model(
             images. 'aoti' supports only 'none'. Defaults to 'batch'.
         metadata: Stored in the file. Defaults to None.
         overwrite: Whether ``out`` may exist. Defaults to False.
-        tolerance: Largest difference, relative to outputs above 1. Defaults to 1e-4.
+        tolerance: Largest difference from the model in float32, relative to outputs above 1.
+            Defaults to None: that of :data:`TOLERANCES`.
         opset: Version of the ONNX operators, 18 or later. Defaults to None: PyTorch's choice.
+        dtype: 'float32', 'float16' or 'bfloat16', that of weights and activations; inputs, outputs
+            and scans are float32. onnxruntime has no bfloat16 on a CPU. Defaults to 'float32'.
 
     Raises:
         ValueError: An argument is invalid.
@@ -135,7 +147,12 @@ def export_model(
         raise FileExistsError(f'{str(out)!r} exists; it is not overwritten unless you say so')
     if not out.parent.is_dir():
         raise FileNotFoundError(f'the directory {str(out.parent)!r} does not exist')
-    module = Exportable(model.cpu().float())
+    if dtype not in TOLERANCES:
+        raise ValueError(f'dtype must be one of {tuple(TOLERANCES)}, got {dtype!r}')
+    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    module = original = Exportable(model.cpu())
+    if dtype != 'float32':
+        module = Exportable(copy.deepcopy(original.model), getattr(torch, dtype))
     shapes = trial_shapes(input_shape, dynamic)
     # Traced at its native size, a model would not resize its position embedding.
     example = torch.rand(shapes[-1] if dynamic == 'size' else shapes[0])
@@ -147,7 +164,7 @@ def export_model(
             chosen = {'opset': opset} if format == 'onnx' else {}
             _WRITERS[format](module, example, dynamic, dict(metadata or {}), temporary, **chosen)
         seconds = time.perf_counter() - start
-        differences = compare(module, open_exported(temporary), shapes)
+        differences = compare(original, open_exported(temporary), shapes)
         worst = max(differences.values())
         if not worst <= tolerance:
             raise ExportError(
@@ -207,21 +224,35 @@ def compare(
     return differences
 
 
-def _exported_program(
-    module: nn.Module, example: Tensor, dynamic: str, kind: str = 'graph'
+def exported_program(
+    module: nn.Module, inputs: tuple[Tensor, ...], dynamic: str, kind: str = 'graph'
 ) -> torch.export.ExportedProgram:
-    dims: dict[int, Any] = {}
+    """The program of a module with mmvim's operators in standard ones.
+
+    Args:
+        module: The module.
+        inputs: Example inputs, with the batch first; of two axes or more, so that a number is none.
+        dynamic: One of :data:`DYNAMIC`; 'size' concerns the last two axes of a single input.
+        kind: As for :func:`mmvim.export.operations.portable_ops`. Defaults to 'graph'.
+    """
+    shapes: list[dict[int, Any]] = [{} for _ in inputs]
     if dynamic != 'none':
-        dims[0] = torch.export.Dim.DYNAMIC
-    if dynamic == 'size':
-        dims[example.dim() - 2] = dims[example.dim() - 1] = torch.export.Dim.AUTO
+        for x, dims in zip(inputs, shapes, strict=True):
+            if x.dim() > 1:
+                dims[0] = torch.export.Dim.DYNAMIC
     options = {}
     if dynamic == 'size':
+        (dims,), rank = shapes, inputs[0].dim()
+        dims[rank - 2] = dims[rank - 1] = torch.export.Dim.AUTO
         # The test for the native size becomes a check in the program instead of an error here.
         options['prefer_deferred_runtime_asserts_over_guards'] = True
     with portable_ops(kind):
         return torch.export.export(
-            module, (example,), dynamic_shapes=(dims,) if dims else None, strict=False, **options
+            module,
+            inputs,
+            dynamic_shapes=None if dynamic == 'none' else tuple(shapes),
+            strict=False,
+            **options,
         )
 
 
@@ -243,15 +274,39 @@ def _write_onnx(
     path: Path,
     opset: int | None = None,
 ) -> None:
-    _require('onnxscript', 'the ONNX exporter')
-    _require('onnxruntime', 'checking the exported ONNX file')
+    write_onnx(module, {'images': example}, None, dynamic, metadata, path, opset)
+
+
+def write_onnx(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str] | None,
+    dynamic: str,
+    metadata: Mapping[str, Any],
+    path: Path,
+    opset: int | None = None,
+) -> None:
+    """Write an ONNX file, unchecked; names of inputs and outputs, the rest as for exports.
+
+    Raises:
+        ExportError: PyTorch is too old, or exports another version of the operators.
+    """
+    require('onnxscript', 'the ONNX exporter')
+    require('onnxruntime', 'checking the exported ONNX file')
     if not hasattr(torch.onnx, 'ops'):
         raise ExportError(f'exports to ONNX need torch 2.8 or later; this is {torch.__version__}')
-    program = _exported_program(module, example, dynamic, 'onnx')
+    examples = tuple(inputs.values())
+    program = exported_program(module, examples, dynamic, 'onnx')
     options = {} if opset is None else {'opset_version': opset}
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         exported = torch.onnx.export(
-            program, (example,), dynamo=True, input_names=['images'], verbose=False, **options
+            program,
+            examples,
+            dynamo=True,
+            input_names=list(inputs),
+            output_names=outputs,
+            verbose=False,
+            **options,
         )
     model = onnx_scan.expand(exported.model_proto)
     written = next(entry.version for entry in model.opset_import if not entry.domain)
@@ -285,7 +340,7 @@ def _write_torchscript(
 def _write_program(
     module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
 ) -> None:
-    program = _exported_program(module, example, dynamic)
+    program = exported_program(module, (example,), dynamic)
     _without_size_checks(program)
     torch.export.save(program, str(path), extra_files={METADATA: json.dumps(metadata)})
 
@@ -293,7 +348,7 @@ def _write_program(
 def _write_aoti(
     module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
 ) -> None:
-    program = _exported_program(module, example, dynamic)
+    program = exported_program(module, (example,), dynamic)
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(path),
@@ -324,6 +379,8 @@ def format_of(path: str | Path) -> str:
 def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.ndarray], list]:
     """Open an exported file: a function from images (float32 array) to a list of arrays.
 
+    That of an ONNX file with several inputs takes a dict of them.
+
     Args:
         path: A file of :func:`export_model`; its suffix determines the format.
         threads: Threads of onnxruntime. Defaults to None: its own choice.
@@ -334,7 +391,7 @@ def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.
     """
     kind = format_of(path)
     if kind == 'onnx':
-        onnxruntime = _require('onnxruntime', 'running ONNX files')
+        onnxruntime = require('onnxruntime', 'running ONNX files')
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads:
@@ -343,7 +400,9 @@ def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.
             str(path), options, providers=['CPUExecutionProvider']
         )
         name = session.get_inputs()[0].name
-        return lambda images: session.run(None, {name: images})
+        return lambda images: session.run(
+            None, images if isinstance(images, dict) else {name: images}
+        )
     if kind == 'torchscript':
         function = torch.jit.load(str(path))
     elif kind == 'program':
@@ -351,12 +410,29 @@ def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.
     else:
         function = torch._inductor.aoti_load_package(str(path))
 
+    return as_function(function)
+
+
+def as_function(module: Callable) -> Callable[[np.ndarray], list]:
+    """A function from an array to a list of arrays, of a module that takes and gives tensors."""
+
     def run(images: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():
-            out = function(torch.from_numpy(images))
+            out = module(torch.from_numpy(images))
         return [x.numpy() for x in ([out] if isinstance(out, Tensor) else out)]
 
     return run
+
+
+def latency(function: Callable[[np.ndarray], list], images: np.ndarray, repeats: int) -> float:
+    """Median milliseconds of a call, after a warm-up."""
+    function(images)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function(images)
+        times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times))
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -369,7 +445,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     kind = format_of(path)
     files = {METADATA: ''}
     if kind == 'onnx':
-        onnxruntime = _require('onnxruntime', 'reading ONNX files')
+        onnxruntime = require('onnxruntime', 'reading ONNX files')
         session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
         files.update(session.get_modelmeta().custom_metadata_map)
     elif kind == 'torchscript':
@@ -381,63 +457,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return json.loads(files[METADATA] or '{}')
 
 
-def quantize(path: str | Path, out: str | Path, *, overwrite: bool = False) -> Path:
-    """Quantise the linear layers of an ONNX file dynamically to int8.
-
-    Weights become 8-bit integers, one scale per output channel; activations are quantised while
-    the model runs. The scans, convolutions and norms stay in float32.
-
-    Args:
-        path: An ONNX file of :func:`export_model`.
-        out: File to write.
-        overwrite: Whether ``out`` may exist. Defaults to False.
-
-    Raises:
-        FileExistsError: ``out`` exists.
-        ImportError: onnx or onnxruntime is not installed.
-    """
-    out = Path(out)
-    if out.exists() and not overwrite:
-        raise FileExistsError(f'{str(out)!r} exists; it is not overwritten unless you say so')
-    _require('onnx', 'quantising ONNX files')
-    _require('onnxruntime', 'quantising ONNX files')
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    model = onnx.load(str(path))
-    # The quantiser transposes weights and then fails on the recorded shapes.
-    del model.graph.value_info[:]
-    temporary = out.with_name(f'.{uuid.uuid4().hex[:8]}.onnx')
-    try:
-        with _quiet_root_logger():
-            quantize_dynamic(
-                model,
-                str(temporary),
-                op_types_to_quantize=['MatMul', 'Gemm'],
-                per_channel=True,
-                weight_type=QuantType.QInt8,
-                extra_options={'MatMulConstBOnly': True},
-            )
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return out
-
-
-@contextlib.contextmanager
-def _quiet_root_logger() -> Iterator[None]:
-    import logging
-
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _require(module: str, purpose: str) -> Any:
+def require(module: str, purpose: str) -> Any:
+    """Import an optional module, or say how to install it."""
     import importlib
 
     try:

@@ -16,10 +16,10 @@ from mmvim.export.formats import (
     ExportError,
     export_model,
     open_exported,
-    quantize,
     read_metadata,
 )
 from mmvim.export.operations import portable_ops
+from mmvim.export.quantization import quantize
 from mmvim.models import MambaVision, VideoMamba, Vim, VMamba
 
 # The operators among ours that docs/operators.md of github.com/onnx/onnx-tensorrt calls supported:
@@ -309,16 +309,51 @@ def test_int8(tmp_path):
     pytest.importorskip('onnxruntime')
     torch.manual_seed(0)
     model = Vim(dict(embed_dims=64, depth=1), img_size=64)
-    export_model(model, tmp_path / 'm.onnx', 'onnx', (1, 3, 64, 64))
-    quantize(tmp_path / 'm.onnx', tmp_path / 'int8.onnx')
-    nodes = {node.op_type for node in onnx.load(tmp_path / 'int8.onnx').graph.node}
-    assert {'MatMulInteger', 'Exp'} <= nodes
-    assert (tmp_path / 'int8.onnx').stat().st_size < 0.8 * (tmp_path / 'm.onnx').stat().st_size
+    path = tmp_path / 'm.onnx'
+    export_model(model, path, 'onnx', (1, 3, 64, 64))
     x = np.random.default_rng(0).standard_normal((2, 3, 64, 64), np.float32)
-    (a,), (b,) = (open_exported(tmp_path / name)(x) for name in ('m.onnx', 'int8.onnx'))
-    assert 0 < np.abs(a - b).max() < 0.1 * np.abs(a).max()
+    (expected,) = open_exported(path)(x)
+    kinds = {'dynamic': 'MatMulInteger', 'static': 'QuantizeLinear', 'weights': 'MatMulNBits'}
+    for mode, kind in kinds.items():
+        out = tmp_path / f'{mode}.onnx'
+        quantize(path, out, mode, images=[x] if mode == 'static' else None)
+        nodes = [node.op_type for node in onnx.load(out).graph.node]
+        assert {kind, 'Exp'} <= set(nodes)
+        assert out.stat().st_size < 0.8 * path.stat().st_size
+        (given,) = open_exported(out)(x)
+        assert 0 < np.abs(given - expected).max() < 0.1 * np.abs(expected).max()
+    # Nothing inside a scan: only what comes from a projection or goes into one.
+    static = onnx.load(tmp_path / 'static.onnx').graph
+    constants = {initializer.name for initializer in static.initializer}
+    producers = {name: node for node in static.node for name in node.output}
+    for node in static.node:
+        if node.op_type == 'MatMul' and node.input[1] in producers:
+            weight = producers[node.input[1]]
+            assert weight.op_type != 'DequantizeLinear' or weight.input[0] in constants
     with pytest.raises(FileExistsError):
-        quantize(tmp_path / 'm.onnx', tmp_path / 'int8.onnx')
+        quantize(path, tmp_path / 'static.onnx')
+    with pytest.raises(ValueError, match='mode must be one of'):
+        quantize(path, tmp_path / 'x.onnx', 'int4')
+    with pytest.raises(ValueError, match="needed for mode 'static', and for no other"):
+        quantize(path, tmp_path / 'x.onnx', 'static')
+    assert not (tmp_path / 'x.onnx').exists()
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_half_precision(dtype, tmp_path):
+    model = Vim(SMALL, img_size=32)
+    out = tmp_path / 'm.ts'
+    report = export_model(model, out, 'torchscript', (1, 3, 32, 32), dtype=dtype)
+    assert max(report.differences.values()) > 1e-5
+    kinds = {parameter.dtype for parameter in torch.jit.load(str(out)).parameters()}
+    assert getattr(torch, dtype) in kinds
+    assert next(model.parameters()).dtype == torch.float32
+    with pytest.raises(ExportError, match='differs from the model'):
+        export_model(
+            model, tmp_path / 'x.ts', 'torchscript', (1, 3, 32, 32), dtype=dtype, tolerance=1e-9
+        )
+    with pytest.raises(ValueError, match='dtype must be one of'):
+        export_model(model, tmp_path / 'x.ts', 'torchscript', (1, 3, 32, 32), dtype='int4')
 
 
 class Doubling(torch.nn.Module):

@@ -18,10 +18,15 @@ CONFIGS = {task: ROOT / f'configs/quickstart/vim_digits_{task}.py' for task in T
 @pytest.mark.parametrize('task', CONFIGS)
 def test_every_task(task, tmp_path):
     out = tmp_path / 'm.ts'
-    result = run_script('export/export.py', CONFIGS[task], out, '--shape', 64, 96)
+    result = run_script('export/export.py', CONFIGS[task], out, '--shape', 64, 96, '--report')
     assert result.returncode == 0, result.stderr
     assert 'torchscript' in result.stdout
     assert 'input 3x3x64x96' in result.stdout
+    *_, eager, exported = (line.split() for line in result.stdout.splitlines())
+    assert eager[-3] == '0.0e+00'
+    assert exported[0] == 'm.ts'
+    assert float(exported[-3]) < 1e-4
+    assert 0 < float(exported[-2]) < float(exported[-1])
     files = {METADATA: ''}
     given = torch.jit.load(str(out), _extra_files=files)(torch.rand(2, 3, 64, 96))
     assert b'"mean"' in files[METADATA]
@@ -45,6 +50,11 @@ def test_bad_command_lines(tmp_path):
 
     assert 'must end with one of .onnx, .ts, .pt2' in error(tmp_path / 'm.bin')
     assert '--int8 quantises ONNX files' in error(tmp_path / 'm.ts', '--int8', tmp_path / 'i.onnx')
+    options = '--int8-static', tmp_path / 'i.onnx'
+    assert 'need each other' in error(tmp_path / 'm.onnx', *options)
+    assert 'float32 files' in error(tmp_path / 'm.onnx', *options, '--dtype', 'float16')
+    assert 'OUT must end with .onnx' in error(tmp_path / 'm.ts', '--stream')
+    assert 'not a Vim' in error(tmp_path / 'm.onnx', '--stream', '--shape', 32)
     assert '--shape takes one or two' in error(tmp_path / 'm.ts', '--shape', 0)
     assert 'does not exist' in error(tmp_path / 'm.ts', '--weights', tmp_path / 'no.pth')
     assert list(tmp_path.iterdir()) == []

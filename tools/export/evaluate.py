@@ -3,7 +3,6 @@
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 # The package next to this script runs, whether installed or not, from any directory.
@@ -18,7 +17,14 @@ from mmvim.apis.inputs import DEFAULT_SIDE, input_shape
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
-from mmvim.export.formats import Exportable, format_of, open_exported, read_metadata
+from mmvim.export.formats import (
+    Exportable,
+    as_function,
+    format_of,
+    latency,
+    open_exported,
+    read_metadata,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,17 +51,6 @@ def parse_args() -> argparse.Namespace:
         '--cfg-options', nargs='+', action=ConfigOptions, default={}, metavar='KEY=VALUE'
     )
     return parser.parse_args()
-
-
-def latency(function, images: np.ndarray, repeats: int) -> float:
-    """Median milliseconds of a call, after a warm-up."""
-    function(images)
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function(images)
-        times.append(time.perf_counter() - start)
-    return 1000 * float(np.median(times))
 
 
 def accuracies(cfg, functions: dict) -> dict[str, float]:
@@ -98,13 +93,7 @@ def main() -> None:
                 merge_options(cfg, args.cfg_options)
                 model = get_model(cfg, args.weights or False)
                 shape = shape or input_shape(cfg, model)
-                module = Exportable(model)
-
-                def eager(images: np.ndarray) -> list[np.ndarray]:
-                    with torch.no_grad():
-                        out = module(torch.from_numpy(images))
-                    return [x.numpy() for x in ([out] if isinstance(out, torch.Tensor) else out)]
-
+                eager = as_function(Exportable(model))
                 functions = {'PyTorch, mmvim ops': eager, **functions}
         except (ValueError, FileNotFoundError) as error:
             raise UserError(str(error)) from error
