@@ -36,7 +36,7 @@ _EXTENSIONS = (
     'causal_conv1d_cuda',
 )
 #: The top-level names that can be provided.
-NAMES = (*_EXTENSIONS, *_EXTENSION_OF, 'csm_triton')
+NAMES = (*_EXTENSIONS, *_EXTENSION_OF, 'selective_scan', 'csm_triton')
 #: Files of forks that only work with the release of transformers of their time.
 _ON_TRANSFORMERS = ('mamba_ssm.utils.generation', 'mamba_ssm.utils.hf')
 VARIABLE = 'MMVIM_DROPIN'

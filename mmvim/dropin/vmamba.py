@@ -18,7 +18,7 @@ def fwd(
     D_: Tensor | None,
     delta_bias_: Tensor | None,
     delta_softplus: bool,
-    nrows: int,
+    nrows: int = 1,
     out_float: bool = False,
 ) -> list[Tensor]:
     """Scan; see :func:`mmvim.dropin.scans.forward`.
@@ -43,12 +43,15 @@ def bwd(
     dout: Tensor,
     x_: Tensor | None,
     delta_softplus: bool,
-    nrows: int,
+    nrows: int = 1,
 ) -> list[Tensor | None]:
     """Differentiate; see :func:`mmvim.dropin.scans.backward`. ``x_`` is not needed.
 
-    ``dout`` has the dtype of the output, float32 or that of u.
+    ``dout`` has the dtype of the output, float32 or that of u. The first release had the output, or
+    None, in the place of ``delta_softplus`` and this in the place of ``nrows``.
     """
+    if delta_softplus is None or isinstance(delta_softplus, Tensor):
+        delta_softplus, nrows = nrows, 1
     _check_rows(nrows, B, u)
     given = u, delta, A, B, C
     if dout.dtype == torch.float32 and u.dtype != torch.float32:

@@ -3,6 +3,7 @@
 import causal_conv1d_cuda
 import loops
 import pytest
+import selective_scan
 import selective_scan_cuda
 import selective_scan_cuda_core
 import selective_scan_cuda_ndstate
@@ -150,6 +151,11 @@ def test_scans_of_one_state_and_of_several_rows():
     results = selective_scan_cuda_ndstate.bwd(*flat, D, bias, want, x, True, 1)
     for got, true, given in zip(results, grads, (*flat, D, bias), strict=True):
         torch.testing.assert_close(got, true.view(given.shape))
+    # The first release of VMamba's module, and the package around it.
+    torch.testing.assert_close(selective_scan_cuda_core.fwd(u, delta, A, B, C, *rest), [want, x])
+    first = selective_scan_cuda_core.bwd(u, delta, A, B, C, D, bias, want, x, None, True)
+    torch.testing.assert_close(first, grads)
+    torch.testing.assert_close(selective_scan.selective_scan_fn(u, delta, A, B, C, *rest), want)
     with pytest.raises(ValueError, match=r'A must have the axes \(d\)'):
         selective_scan_cuda_ndstate.fwd(u, delta, A, B, C, *rest, 1)
 

@@ -361,6 +361,36 @@ def test_mixer_against_loops(kind, use_fast_path):
         assert (grad.double() - true).norm() <= 1e-4 * true.norm(), name
 
 
+def test_scan_across_slices():
+    """SegMamba's third direction: its own parameters on the steps of all slices in turns."""
+    layer = Mamba(8, d_state=3, bimamba_type='v3', nslices=3)
+    both, slices = Mamba(8, d_state=3, bimamba_type='v2'), Mamba(8, d_state=3)
+    state = layer.state_dict()
+    assert set(state) == set(both.state_dict()) | {
+        k.replace('_b', '_s') for k in both.state_dict() if '_b' in k
+    }
+    both.load_state_dict({k: v for k, v in state.items() if '_s' not in k})
+    own = {k.replace('_s', ''): v for k, v in state.items() if '_s' in k}
+    slices.load_state_dict(own | {k: state[k] for k in ('in_proj.weight', 'out_proj.weight')})
+    x = draw(2, 12, 8, dtype=torch.float32)
+    order = torch.arange(12).view(3, 4).t().flatten()
+    want = both(x) + slices(x[:, order])[:, order.argsort()]
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_names_that_the_module_of_the_mixer_imports():
+    from mamba_ssm.modules import mamba_simple
+
+    for name, value in (
+        ('causal_conv1d_fn', causal_conv1d_fn),
+        ('causal_conv1d_update', causal_conv1d_update),
+        ('selective_scan_fn', interface.selective_scan_fn),
+        ('mamba_inner_fn', interface.mamba_inner_fn),
+        ('RMSNorm', layer_norm.RMSNorm),
+    ):
+        assert getattr(mamba_simple, name) is value
+
+
 def test_state_dict_keys_and_marks():
     own = ['A_log', 'D', 'in_proj.weight', 'conv1d.weight', 'conv1d.bias', 'x_proj.weight']
     own += ['dt_proj.weight', 'dt_proj.bias', 'out_proj.weight']
@@ -388,9 +418,11 @@ def test_state_dict_keys_and_marks():
 
 def test_unknown_options_are_named():
     with pytest.raises(ValueError, match='bimamba_type'):
-        Mamba(8, bimamba_type='v3')
-    with pytest.raises(TypeError, match='nslices'):
-        Mamba(8, nslices=5)
+        Mamba(8, bimamba_type='v4')
+    with pytest.raises(TypeError, match='nslice'):
+        Mamba(8, nslice=5)
+    with pytest.raises(ValueError, match='nslices=5 must divide the length of the sequence, 9'):
+        Mamba(8, bimamba_type='v3')(torch.zeros(2, 9, 8))
     with pytest.raises(ValueError, match='hidden_states'):
         Mamba(8)(torch.zeros(2, 9))
     with pytest.raises(ValueError, match='inference_params needs one direction'):

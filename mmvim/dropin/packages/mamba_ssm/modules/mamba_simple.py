@@ -1,20 +1,28 @@
-"""The Mamba mixer of mamba_ssm, and of the forks of Vim and VideoMamba."""
+"""The Mamba mixer of mamba_ssm, and of the forks of Vim, VideoMamba and SegMamba."""
 
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update  # noqa: F401
 from torch import Tensor, nn
 
 from mmvim import ops
-from mmvim._checks import check_choice
+from mmvim._checks import check_choice, check_positive
 from mmvim.dropin import convolutions
 from mmvim.dropin.placeholders import attributes_of
 from mmvim.layers.fusion import Fusable, Parts, parts
 from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.mixer import mixer, serves
 
+from ..ops.selective_scan_interface import (  # noqa: F401
+    bimamba_inner_fn,
+    mamba_inner_fn,
+    mamba_inner_fn_no_out_proj,
+    selective_scan_fn,
+)
+from ..ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn  # noqa: F401
 from ..ops.triton.selective_state_update import selective_state_update
 from ..utils.generation import InferenceParams
 from . import block
@@ -29,9 +37,9 @@ _TWO = _ONE | parts(conv1d_b=nn.Conv1d, x_proj_b=nn.Linear, dt_proj_b=nn.Linear)
 
 
 class Mamba(Fusable):
-    """Mamba mixer (Gu and Dao, https://arxiv.org/abs/2312.00752), and Vim's bidirectional ones.
+    """Mamba mixer (Gu and Dao, https://arxiv.org/abs/2312.00752), and those of its forks.
 
-    Parameters, their names and their initialisation are those of mamba_ssm and of Vim's fork.
+    Parameters, their names and their initialisation are those of mamba_ssm and of the forks.
 
     Args:
         d_model: Channels of input and output.
@@ -48,12 +56,14 @@ class Mamba(Fusable):
         use_fast_path: No effect: both directions are computed in either case.
         layer_idx: Key of the states in ``InferenceParams``.
         device, dtype: Of the parameters; A and D are kept in float32.
-        bimamba_type: ``'none'``, ``'v1'`` (the scan from the end has its own A) or ``'v2'`` (it has
-            its own everything but ``in_proj`` and ``out_proj``).
+        bimamba_type: ``'none'``, ``'v1'`` (the scan from the end has its own A), ``'v2'`` (it has
+            its own everything but ``in_proj`` and ``out_proj``) or ``'v3'`` (SegMamba's, a third
+            scan across ``nslices`` slices of the sequence, with its own everything as well).
         if_divide_out: Whether ``'v2'`` halves the sum of the two directions. ``if_devide_out`` is
             the same.
         init_layer_scale: Initial value of a learnt scale of the output, ``gamma``; None for none.
         bimamba: VideoMamba's: True for ``'v2'``, False for ``'none'``.
+        nslices: Slices for ``'v3'``, a divisor of the length.
 
     Raises:
         ValueError: If an argument is not among the allowed ones.
@@ -82,6 +92,7 @@ class Mamba(Fusable):
         init_layer_scale: float | None = None,
         if_devide_out: bool = False,
         bimamba: bool | None = None,
+        nslices: int = 5,
     ) -> None:
         super().__init__()
         check_choice('dt_init', dt_init, ('random', 'constant'))
@@ -89,7 +100,8 @@ class Mamba(Fusable):
         if bimamba is not None:
             check_choice('bimamba', bimamba, (True, False))
             bimamba_type = 'v2' if bimamba else 'none'
-        check_choice('bimamba_type', bimamba_type, ('none', None, 'v1', 'v2'))
+        check_choice('bimamba_type', bimamba_type, ('none', None, 'v1', 'v2', 'v3'))
+        check_positive(nslices=nslices)
         factory = {'device': device, 'dtype': dtype}
         self.d_model = d_model
         self.d_state = d_state
@@ -102,6 +114,7 @@ class Mamba(Fusable):
         self.bimamba_type = bimamba_type
         self.if_divide_out = self.if_devide_out = if_divide_out or if_devide_out
         self.init_layer_scale = init_layer_scale
+        self.nslices = nslices
         self.activation = 'silu'
         self.act = nn.SiLU()
         if init_layer_scale is not None:
@@ -125,13 +138,15 @@ class Mamba(Fusable):
         self.dt_proj.bias._no_reinit = True
         self.A_log = self._initial_a_log(device)
         self.D = self._initial_skip(device)
-        if bimamba_type in ('v1', 'v2'):
+        if bimamba_type == 'v1':
             self.A_b_log = self._initial_a_log(device)
-        if bimamba_type == 'v2':
-            self.conv1d_b = self._convolution(conv_bias, factory)
-            self.x_proj_b = self._to_low_rank(factory)
-            self.dt_proj_b = nn.Linear(self.dt_rank, self.d_inner, **factory)
-            self.D_b = self._initial_skip(device)
+        for suffix in {'v2': ('_b',), 'v3': ('_b', '_s')}.get(bimamba_type, ()):
+            setattr(self, f'A{suffix}_log', self._initial_a_log(device))
+            setattr(self, f'conv1d{suffix}', self._convolution(conv_bias, factory))
+            setattr(self, f'x_proj{suffix}', self._to_low_rank(factory))
+            dt_proj = nn.Linear(self.dt_rank, self.d_inner, **factory)
+            setattr(self, f'dt_proj{suffix}', dt_proj)
+            setattr(self, f'D{suffix}', self._initial_skip(device))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **factory)
 
     def _convolution(self, bias: bool, factory: dict) -> nn.Conv1d:
@@ -191,7 +206,7 @@ class Mamba(Fusable):
             )
         states = None
         if inference_params is not None:
-            if self.bimamba_type in ('v1', 'v2'):
+            if self.bimamba_type in ('v1', 'v2', 'v3'):
                 raise ValueError(
                     f'inference_params needs one direction, got bimamba_type='
                     f'{self.bimamba_type!r}; call the layer without it'
@@ -203,9 +218,11 @@ class Mamba(Fusable):
             return self._scaled(self._fused(hidden_states))
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         options = {'delta_softplus': True, 'check_values': False}
-        if self.bimamba_type in ('v1', 'v2'):
+        if self.bimamba_type in ('v1', 'v2', 'v3'):
             forward, backward = self._directions(u)
             y = ops.bidirectional_scan(forward, backward, z, scale=self._scale, **options)
+            if self.bimamba_type == 'v3':
+                y = y + self._across_slices(u, z, options)
         elif states is None:
             *inputs, bias = self._scan_inputs(self._convolved(u))
             y = ops.selective_scan(*inputs, z, bias, **options)
@@ -227,7 +244,7 @@ class Mamba(Fusable):
             conv.weight.squeeze(1),
             conv.bias,
             activation='silu',
-            mode='reverse' if suffix else 'causal',
+            mode='reverse' if suffix == '_b' else 'causal',
         )
 
     def _scan_inputs(self, u: Tensor, suffix: str = '') -> ops.ScanInputs:
@@ -237,10 +254,10 @@ class Mamba(Fusable):
         return ops.ScanInputs(
             u=u,
             delta=F.linear(low_rank, dt_proj.weight),
-            A=self._matrix(self.A_b_log if suffix else self.A_log),
+            A=self._matrix(getattr(self, f'A{suffix}_log')),
             B=B,
             C=C,
-            D=as_compute_dtype(self.D_b if suffix else self.D),
+            D=as_compute_dtype(getattr(self, f'D{suffix}')),
             delta_bias=as_compute_dtype(dt_proj.bias),
         )
 
@@ -250,13 +267,26 @@ class Mamba(Fusable):
 
     def _directions(self, u: Tensor) -> tuple[ops.ScanInputs, ops.ScanInputs]:
         forward = self._scan_inputs(self._convolved(u))
-        if self.bimamba_type == 'v2':
+        if self.bimamba_type != 'v1':
             return forward, self._scan_inputs(self._convolved(u, '_b'), '_b')
         A = self._matrix(self.A_b_log)
         u, delta, _, B, C, D, bias = forward
         return forward, ops.ScanInputs(u, delta, A, B, C, D, bias)
 
+    def _across_slices(self, u: Tensor, z: Tensor, options: dict) -> Tensor:
+        """Scan the first steps of all slices, then the second ones, and so on."""
+        if u.shape[1] % self.nslices:
+            raise ValueError(
+                f'nslices={self.nslices} must divide the length of the sequence, {u.shape[1]}'
+            )
+        u, z = (x.unflatten(1, (self.nslices, -1)).transpose(1, 2).flatten(1, 2) for x in (u, z))
+        *inputs, bias = self._scan_inputs(self._convolved(u, '_s'), '_s')
+        y = ops.selective_scan(*inputs, z, bias, **options)
+        return y.unflatten(1, (-1, self.nslices)).transpose(1, 2).flatten(1, 2)
+
     def _may_fuse(self, x: Tensor) -> bool:
+        if self.bimamba_type == 'v3':
+            return False
         return super()._may_fuse(x) and serves(None, x)
 
     def _fused(self, x: Tensor) -> Tensor:
