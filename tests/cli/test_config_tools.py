@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Priority
 from ports import free_port
 
-from mmvim.cli import checks, distributed
+from mmvim.cli import checks, distributed, parsers
 from mmvim.cli.options import parse_value
 from mmvim.engine import atomic_io
 from mmvim.errors import UserError
@@ -182,6 +182,18 @@ def test_values_that_are_used_late(tmp_path, monkeypatch):
         with pytest.raises(UserError) as info:
             checks.check_config(cfg, ('train',))
         assert expected in str(info.value)
+
+
+@pytest.mark.parametrize('priority', [-1, 101, True, 'HIGHER', 1.5])
+def test_priorities_out_of_range(priority):
+    with pytest.raises(UserError, match=r'x\.priority must be an integer in 0 \.\. 100 or one of'):
+        checks._check_priority(priority, 'x')
+
+
+def test_options_add_up():
+    words = ['c.py', '--cfg-options', 'a=1', 'b=2', '--cfg-options', 'b=3', 'c.d=x']
+    args = parsers.build_train_parser().parse_args(words)
+    assert args.cfg_options == {'a': 1, 'b': 3, 'c.d': 'x'}
 
 
 def test_priorities_of_hooks():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.fileio import LocalBackend
 
 from mmvim.cli.launcher import main_train
 from mmvim.engine import CheckpointHook, random_state
@@ -63,6 +64,20 @@ def test_a_copy_of_a_run_leaves_the_original_alone(toy, monkeypatch):
     main_train(['config.py', '--work-dir', 'copy', '--resume', *best, 'train_cfg.max_epochs=2'])
     assert [path.name for path in WORK_DIR.glob('best_*')] == ['best_accuracy_epoch_1.pth']
     assert [path.name for path in Path('copy').glob('best_*')] == ['best_accuracy_epoch_2.pth']
+
+
+def test_what_has_just_been_written_stays(tmp_path):
+    """After resuming, a best checkpoint may get the name of the one that it replaces."""
+    last, best, old = (str(tmp_path / f'{name}.pth') for name in ('iter_4', 'best', 'old'))
+    hook = CheckpointHook()
+    hook.file_backend, hook.last_ckpt, hook.best_ckpt_path = LocalBackend(), last, best
+    for path in (last, best, old):
+        Path(path).touch()
+    with hook._removing_afterwards():
+        for path in (last, best, old):
+            hook.file_backend.remove(path)
+        assert len(list(tmp_path.iterdir())) == 3
+    assert sorted(map(str, tmp_path.iterdir())) == [best, last]
 
 
 @pytest.mark.parametrize('rank', [0, 1])

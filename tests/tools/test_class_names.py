@@ -128,6 +128,13 @@ def test_counts_of_a_classifier(data, fails):
     )
 
 
+def test_difference_of_lists():
+    assert difference(['a', 'b'], ['a', 'c']) == "class 1 is 'b' and 'c'"
+    assert difference(['a'], ['a', 'b']) == 'there are 1 and 2 classes'
+    assert difference(['a', 'b'], ['a']) == 'there are 2 and 1 classes'
+    assert difference(['a'], ['a']) is None
+
+
 @pytest.mark.parametrize('data', ['mmpretrain'], indirect=True)
 def test_names_of_a_checkpoint_and_of_demos(data, fails):
     main_train(['config.py'])
@@ -136,6 +143,8 @@ def test_names_of_a_checkpoint_and_of_demos(data, fails):
     Path('other.py').write_text(text.replace("classes=('a', 'b')", "classes=('b', 'a')"))
     line = fails(main_test, 'other.py', checkpoint)
     assert "trained on (a, b), and test_dataloader.dataset has (b, a): 'a' is class 0" in line
+    line = fails(main_train, 'other.py', '--resume', checkpoint)
+    assert 'trained on (a, b), and train_dataloader.dataset has (b, a)' in line
     Path('other.py').write_text(text.replace("classes=('a', 'b')", "classes=('Anna', 'Bert')"))
     assert main_test(['other.py', checkpoint])
 

@@ -55,6 +55,15 @@ def demo(tmp_path, capfd, source, *arguments, backbone=PLAIN, width=16):
     return SimpleNamespace(status=status, out=out, err=err)
 
 
+def test_the_frames_ahead_are_those_asked_for(tmp_path):
+    (tmp_path / 'config.py').write_text(CONFIG.format(backbone=PLAIN))
+    script = runpy.run_path(str(REPO / 'tools/demo/stream.py'))
+    words = (str(tmp_path / 'config.py'), 'none', 'x.mp4', '--device', 'cpu')
+    for more, frames in ((('--lookahead-frames', '2'), 2), ((), 4)):
+        args = script['parse_args']([*words, '--mode', 'lookahead', *more])
+        assert script['build'](args).backbone.lookahead_steps == frames // 2
+
+
 @pytest.mark.parametrize(
     ('arguments', 'backbone'),
     [
