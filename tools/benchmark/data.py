@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 import mmvim  # noqa: F401
 from mmvim._configs import settle_scope
 from mmvim.cli.diagnosis import reported_errors
+from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
 
 
@@ -66,7 +67,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--samples', type=at_least(1), default=512, help='timed, at least')
     parser.add_argument('--workers', type=at_least(0), nargs='+', default=[0, 2])
     parser.add_argument('--need', type=float, help='samples a second that a device consumes')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE')
     return parser.parse_args(argv)
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 
 from mmvim.apis import LoadReport, build_model, compare_weights, load_config, model_info
 from mmvim.checkpoints.files import describe, read_checkpoint
 from mmvim.cli.diagnosis import reported_errors
+from mmvim.cli.options import ConfigOptions
 from mmvim.compat.mmengine_checkpoints import hash_in_name, sha256
 from mmvim.errors import CheckpointError, UserError
 
@@ -39,7 +39,7 @@ def parse_args() -> argparse.Namespace:
     weights.add_argument('--no-ema', action='store_true', help='take the trained weights')
     parser.add_argument('--all', action='store_true', help='list every name, also renamed ones')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE'
+        '--cfg-options', nargs='+', action=ConfigOptions, default={}, metavar='KEY=VALUE'
     )
     return parser.parse_args()
 

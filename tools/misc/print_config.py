@@ -13,7 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mmvim  # noqa: F401, I001  makes `_base_ = 'mmvim::…'` resolve
-from mmengine.config import Config, DictAction
+from mmvim.cli.options import ConfigOptions
+from mmengine.config import Config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('config', help='config file')
     parser.add_argument('--save-path', type=Path, help='write here (.py, .json or .yml) as well')
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, help='changes, key=value with dotted keys'
+        '--cfg-options', nargs='+', action=ConfigOptions, help='changes, key=value with dotted keys'
     )
     args = parser.parse_args(argv)
     try:
