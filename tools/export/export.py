@@ -40,6 +40,7 @@ from mmvim.export.formats import (
     open_exported,
 )
 from mmvim.export.metadata import describe
+from mmvim.export.processing import Processed, WholeDetector
 from mmvim.export.quantization import quantize
 from mmvim.export.streaming import export_stream
 
@@ -91,6 +92,14 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--threads', type=int, default=1, help='threads for --report')
     parser.add_argument(
+        '--processing',
+        action='store_true',
+        help='pixels in (RGB or grey, 0 to 255), scores out, for classifiers and segmentors',
+    )
+    parser.add_argument(
+        '--head', action='store_true', help="a single-stage detector's head, too, without its NMS"
+    )
+    parser.add_argument(
         '--stream',
         action='store_true',
         help='a step of a StreamingVideoMamba with its states as inputs and outputs, for chunks of '
@@ -114,11 +123,20 @@ def run(args: argparse.Namespace) -> None:
         raise UserError('--int8 quantises ONNX files: OUT must end with .onnx')
     if files and args.dtype != 'float32':
         raise UserError(f'--int8 quantises float32 files, not those of --dtype {args.dtype}')
-    if args.stream and (kind != 'onnx' or files or args.report or args.dtype != 'float32'):
+    if args.stream and (
+        kind != 'onnx'
+        or files
+        or args.report
+        or args.processing
+        or args.head
+        or args.dtype != 'float32'
+    ):
         raise UserError(
-            '--stream writes float32 ONNX files: OUT must end with .onnx, without --int8, --dtype '
-            'and --report'
+            '--stream writes float32 ONNX files: OUT must end with .onnx, without --int8, --dtype, '
+            '--processing, --head and --report'
         )
+    if files.get('static') and args.processing:
+        raise UserError('--int8-static is calibrated with preprocessed images: no --processing')
     if bool(args.calibration) is not ('static' in files):
         raise UserError('--int8-static and --calibration need each other')
     cfg = load_config(args.model)
@@ -134,6 +152,13 @@ def run(args: argparse.Namespace) -> None:
     if args.stream:
         export_steps(getattr(model, 'backbone', model), (args.batch, *shape), metadata, args)
         return
+    if args.head:
+        model = WholeDetector(model)
+        metadata['output'] = 'maps of the head'
+    if args.processing:
+        model = Processed(model, metadata)
+        metadata.update(channels='grey' if metadata['channels'] == 'grey' else 'RGB')
+        metadata.update(mean=[0.0], std=[1.0], output='scores', activation='none')
     report = export_model(
         model,
         args.out,
