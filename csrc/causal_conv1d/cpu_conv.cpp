@@ -112,9 +112,10 @@ class ConvWorker {
   };
   // The taps of output t that meet inputs of its own sequence. What lies before and behind a row
   // belongs to the sequences next to it.
+  template <bool kPacked>
   Taps taps_of(const ConvTask& task, int f, int64_t t) const {
     Taps taps{0, in_.width};
-    if (in_.seq_idx == nullptr) return taps;
+    if constexpr (!kPacked) return taps;
     const int64_t left = in_.filter[f].left, first = t - left;
     while (taps.begin < left && !joined(task, first + taps.begin, t)) ++taps.begin;
     while (taps.end > left + 1 && !joined(task, t, first + taps.end - 1)) --taps.end;
@@ -126,9 +127,10 @@ class ConvWorker {
   }
 
   // Filter f at one vector of one output row whose first input row is `x`.
+  template <bool kPacked>
   MMVIM_HD V convolve(const S* x, int f, const Taps& taps, int64_t c) const {
     V sum = load(bias_[f] + c);
-    for (int64_t k = taps.begin; k < taps.end; ++k) {
+    for (int64_t k = kPacked ? taps.begin : 0; k < (kPacked ? taps.end : in_.width); ++k) {
       sum = M::fma(load(x + k * kChannels + c), load(taps_[f] + k * kChannels + c), sum);
     }
     return sum;
@@ -158,7 +160,7 @@ class ConvWorker {
   }
 };
 
-template <class S>
+template <class S, bool kPacked>
 class ConvForward : ConvWorker<S> {
   using Base = ConvWorker<S>;
   using typename Base::M;
@@ -181,7 +183,7 @@ class ConvForward : ConvWorker<S> {
       const int64_t first = in.filter[0].reverse ? 0 : in.length - this->reach_;
       this->load_input(task, first, first + this->reach_);
       for (int64_t i = 0; i < this->reach_; ++i) {
-        if (!this->is_of_last(task, first + i)) {
+        if (kPacked && !this->is_of_last(task, first + i)) {
           fill(this->x_ + i * kChannels, S(0), this->padded_);
         }
         this->store_state(task, a_.last, this->last_index(first + i), this->x_ + i * kChannels);
@@ -201,9 +203,9 @@ class ConvForward : ConvWorker<S> {
     for (int f = 0; f < in.filters; ++f) {
       for (int64_t t = begin; t < end; ++t) {
         const S* x = this->x_ + (t - begin + before - in.filter[f].left) * kChannels;
-        const typename Base::Taps taps = this->taps_of(task, f, t);
+        const auto taps = this->template taps_of<kPacked>(task, f, t);
         for (int64_t c = 0; c < this->padded_; c += kLanes<S>) {
-          V y = this->convolve(x, f, taps, c);
+          V y = this->template convolve<kPacked>(x, f, taps, c);
           if (in.silu) y = y * M::sigmoid(y);
           store(this->line_ + c, y);
         }
@@ -219,7 +221,7 @@ class ConvForward : ConvWorker<S> {
 
 // Gradients of weights and biases are summed per chunk of time and batch entry, and those sums in a
 // fixed order: the cut depends on the shape alone.
-template <class S>
+template <class S, bool kPacked>
 class ConvBackward : ConvWorker<S> {
   using Base = ConvWorker<S>;
   using typename Base::M;
@@ -267,7 +269,7 @@ class ConvBackward : ConvWorker<S> {
     const int64_t reach = this->reach_;
     this->load_input(task, begin - reach, end + reach);
     for (int64_t p = begin; p < end; ++p) {
-      const bool has_last = a_.grad_last.data != nullptr && this->is_of_last(task, p);
+      const bool has_last = a_.grad_last.data != nullptr && (!kPacked || this->is_of_last(task, p));
       this->load_state(dx_ + (p - begin) * kChannels, task, a_.grad_last,
                        has_last ? this->last_index(p) : -1);
     }
@@ -295,16 +297,17 @@ class ConvBackward : ConvWorker<S> {
                   static_cast<int>(this->padded_));
       const S* x = this->x_ + (t - left - (begin - reach)) * kChannels;
       const bool own = t >= begin && t < end;
-      const typename Base::Taps taps = seen_[t - first] = this->taps_of(task, f, t);
+      const auto taps = this->template taps_of<kPacked>(task, f, t);
+      if (kPacked) seen_[t - first] = taps;
       for (int64_t c = 0; c < this->padded_; c += kLanes<S>) {
         V v = load(g + c);
         if (in.silu) {
-          const V pre = this->convolve(x, f, taps, c);
+          const V pre = this->template convolve<kPacked>(x, f, taps, c);
           v = v * M::silu_slope(pre, M::sigmoid(pre));
           store(g + c, v);
         }
         if (!own) continue;
-        for (int64_t k = taps.begin; k < taps.end; ++k) {
+        for (int64_t k = kPacked ? taps.begin : 0; k < (kPacked ? taps.end : width); ++k) {
           S* sum = sums_[f] + k * kChannels + c;
           store(sum, M::fma(v, load(x + k * kChannels + c), load(sum)));
         }
@@ -317,7 +320,7 @@ class ConvBackward : ConvWorker<S> {
       for (int64_t k = 0; k < width; ++k) {
         const int64_t t = p + left - k;
         if (t < first || t >= last) continue;
-        if (k < seen_[t - first].begin || k >= seen_[t - first].end) continue;
+        if (kPacked && (k < seen_[t - first].begin || k >= seen_[t - first].end)) continue;
         const S* g = dpre_ + (t - first) * kChannels;
         const S* tap = this->taps_[f] + k * kChannels;
         for (int64_t c = 0; c < this->padded_; c += kLanes<S>) {
@@ -335,15 +338,15 @@ class ConvBackward : ConvWorker<S> {
   S* sums_[2] = {nullptr, nullptr};
 };
 
-template <class S>
+template <class S, bool kPacked>
 void forward(const ConvForwardArgs& args) {
   parallel(ConvTask::count_of(args.in), [&](int64_t begin, int64_t end) {
-    ConvForward<S> worker(args);
+    ConvForward<S, kPacked> worker(args);
     for (int64_t i = begin; i < end; ++i) worker.run(ConvTask(args.in, i));
   });
 }
 
-template <class S>
+template <class S, bool kPacked>
 void backward(const ConvBackwardArgs& args) {
   const ConvInput& in = args.in;
   const int64_t slots = in.batch * ConvTask::chunk_count(in), rows = in.width + 1;
@@ -352,7 +355,7 @@ void backward(const ConvBackwardArgs& args) {
   arena.reserve();
   S* partial = arena.take<S>(slots * in.filters * rows * in.channels);
   parallel(ConvTask::count_of(in), [&](int64_t begin, int64_t end) {
-    ConvBackward<S> worker(args, partial);
+    ConvBackward<S, kPacked> worker(args, partial);
     for (int64_t i = begin; i < end; ++i) worker.run(ConvTask(in, i));
   });
   parallel(in.filters * rows, [&](int64_t begin, int64_t end) {
@@ -375,11 +378,19 @@ void backward(const ConvBackwardArgs& args) {
 }  // namespace
 
 void conv_forward(const ConvForwardArgs& args, bool is_double) {
-  is_double ? forward<double>(args) : forward<float>(args);
+  if (args.in.seq_idx != nullptr) {
+    is_double ? forward<double, true>(args) : forward<float, true>(args);
+  } else {
+    is_double ? forward<double, false>(args) : forward<float, false>(args);
+  }
 }
 
 void conv_backward(const ConvBackwardArgs& args, bool is_double) {
-  is_double ? backward<double>(args) : backward<float>(args);
+  if (args.in.seq_idx != nullptr) {
+    is_double ? backward<double, true>(args) : backward<float, true>(args);
+  } else {
+    is_double ? backward<double, false>(args) : backward<float, false>(args);
+  }
 }
 
 }  // namespace MMVIM_ISA

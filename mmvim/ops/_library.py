@@ -81,6 +81,8 @@ def _differentiable(
     forward and backward.
     """
 
+    arguments = len(op._schema.arguments)
+
     def forward(ctx, *inputs):
         output = below(*inputs)
         if setup_context is not None:
@@ -96,7 +98,7 @@ def _differentiable(
 
     def kernel(*inputs):
         if torch.is_grad_enabled() and _any_requires_grad(*inputs):
-            return function.apply(*inputs)
+            return function.apply(*inputs, *(None,) * (arguments - len(inputs)))
         return below(*inputs)
 
     return kernel
@@ -138,8 +140,7 @@ def define(
             formula = _no_double_backward(name)
         else:
             formula = functools.partial(backward, ops)
-        kernel = _complete(_differentiable(op, setup_context, formula), op)
-        library.impl(name, kernel, 'Autograd')
+        library.impl(name, _differentiable(op, setup_context, formula), 'Autograd')
 
 
 def define_compiled(schema: str, fake: Callable) -> None:
