@@ -258,6 +258,31 @@ def test_onnx(family, tmp_path):
     assert json.loads({p.key: p.value for p in model.metadata_props}[METADATA]) == {'mean': [1.0]}
 
 
+@pytest.mark.slow
+def test_onnx_in_a_fresh_environment(tmp_path):
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    torch.manual_seed(0)
+    model = Vim(SMALL, img_size=32).eval()
+    export_model(model, tmp_path / 'm.onnx', 'onnx', (1, 3, 32, 32))
+    x = torch.randn(3, 3, 32, 32)
+    np.save(tmp_path / 'x.npy', x.numpy())
+    python = tmp_path / 'venv/bin/python'
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+
+    def run(*command):
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
+
+    run(sys.executable, '-m', 'venv', 'venv')
+    run(python, '-m', 'pip', 'install', '-q', 'onnxruntime')
+    run(python, '-c', 'import importlib.util as u; assert not u.find_spec("torch")')
+    program = f'import numpy as np; x = np.load("x.npy"); {RUNNERS[".onnx"]}; np.save("y.npy", y)'
+    run(python, '-c', program)
+    with torch.no_grad():
+        expected = model(x)[0].numpy()
+    np.testing.assert_allclose(np.load(tmp_path / 'y.npy'), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize('opset', [18, 20, 22])
 def test_opset(opset, tmp_path):
     onnx = pytest.importorskip('onnx')
