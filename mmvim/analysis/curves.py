@@ -120,8 +120,9 @@ def _read_scalars(file: Path) -> tuple[list[dict], list[dict]]:
         if 'loss' in entry:
             train.append(entry)
         elif 'step' in entry:
-            val.append(entry)
             before.append(train[-1]['step'] if train else 0)
+            # A loop of iterations with log_processor.by_epoch=True is always in epoch 0.
+            val.append({**entry, 'step': entry['step'] or before[-1]})
     # A validation counts in epochs or iterations, as the training loop does. In iterations, none is
     # before the training that was logged before it.
     if any(entry['step'] < step for entry, step in zip(val, before, strict=True)):

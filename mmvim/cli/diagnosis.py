@@ -257,6 +257,8 @@ def _refusal(error: BaseException, path: str, part: Part, cfg: dict) -> str:
         if 'need at least one array' in str(error):
             return f'{_title(path, part)} is empty: {file!r} and filter_cfg leave no sample'
         reason = _bad_line(file, component) or unreadable(file, error)
+        if isinstance(error, KeyError) and error.args:
+            reason = f'something in it has no {error.args[0]!r}'
         return f'{_title(path, part)}: cannot use annotation file {file!r}: {reason}'
     return f'{_title(path, part)}: {_text(error)}'
 

@@ -129,7 +129,8 @@ def grouped(x: object) -> object:
 
 def checkpoint_interval(*inputs: Tensor | None) -> int:
     """Steps between checkpoints; 0, nothing kept, if no gradient will be needed."""
-    if is_exporting() or not torch.is_grad_enabled():
+    # torch.jit.trace traces once more without gradients, and compares the graphs.
+    if is_exporting() or not (torch.is_grad_enabled() or torch.jit.is_tracing()):
         return 0
     if not any(x is not None and x.requires_grad for x in inputs):
         return 0

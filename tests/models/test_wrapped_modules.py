@@ -326,7 +326,7 @@ def test_functional_call(backbone, device):
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
 def test_traces_outside_no_grad_can_be_saved(backbone, device, tmp_path):
     model, x = build(backbone, device)
-    traced = torch.jit.trace(model, x, check_trace=False)
+    traced = torch.jit.trace(model, x)
     torch.jit.save(traced, tmp_path / 'traced.pt')
     loaded = torch.jit.load(tmp_path / 'traced.pt')
     for given, wanted in zip(loaded(x), model(x), strict=True):

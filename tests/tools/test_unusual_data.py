@@ -102,7 +102,7 @@ def test_annotation_files_without_boxes(data, fails):
     option = ['--cfg-options', 'train_dataloader.dataset.dataset.ann_file=other.json']
     (data / 'other.json').write_text(json.dumps({**coco, 'annotations': []}))
     line = fails(main_train, 'config.py', *option)
-    assert 'has no box: its annotations name none of its classes' in line
+    assert 'has no box: its annotations name none of its images' in line
     (data / 'other.json').write_text('')
     assert "other.json': the file is empty" in fails(main_train, 'config.py', *option)
 
@@ -131,7 +131,7 @@ def test_misspelt_class_of_xml_files(data, fails):
             ('class a', 'clas b'),
             "the class 'clas b' of metainfo.classes is in no annotation, whose",
         ),
-        (('cat', 'dog'), 'has no box: its annotations name none of its classes'),
+        (('cat', 'dog'), 'has no box: its annotations name none of its images'),
     ):
         Path('voc.py').write_text(template.format(root=str(data / 'voc'), classes=classes))
         if message is None:

@@ -151,7 +151,9 @@ class DataCheckHook(Hook):
             if not classes or len(seen) >= len(classes):
                 break
         if not seen:
-            raise UserError(f'{where} has no box: its annotations name none of its classes')
+            raise UserError(
+                f'{where} has no box: its annotations name none of its images with a class'
+            )
         for part in _parts(dataset) if len(seen) < len(classes or ()) else ():
             found = names_in_xml(part)
             for name in set(classes) - found if found else ():
