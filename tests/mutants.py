@@ -201,7 +201,7 @@ MUTANTS = (
         "inputs = results['frames'].flip(2).transpose(1, 2)", 'datasets/test_video_dataset.py',
     ),
     (
-        'mmvim/datasets/video/dataset.py', 'names = sorted(numbers, key=numbers.get)',
+        'mmvim/datasets/video/lists.py', 'names = sorted(numbers, key=numbers.get)',
         'names = sorted(numbers)', 'datasets/test_video_dataset.py',
     ),
     (
@@ -230,8 +230,8 @@ MUTANTS = (
         'export/test_export_metadata.py',
     ),
     (
-        'mmvim/export/operations.py', 'h = decay * h + drive[t].unsqueeze(-1) * B[t]',
-        'h = h + drive[t].unsqueeze(-1) * B[t]', 'export/test_export.py',
+        'mmvim/export/operations.py', 'h = decay * h + drive[:, t]',
+        'h = h + drive[:, t]', 'export/test_export.py',
     ),
     (
         'mmvim/export/metadata.py', "'sigmoid' if 'MultiLabelClsHead' in kinds",
