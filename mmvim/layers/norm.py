@@ -8,6 +8,7 @@ from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.backend import BACKENDS
+from mmvim.ops.layer_norm import layer_norm
 
 
 class RMSNorm(nn.Module):
@@ -113,6 +114,17 @@ class LayerNorm(nn.LayerNorm):
         if not self.residual_in_fp32:
             total = total.to(x.dtype if residual is None else residual.dtype)
         return out, total
+
+
+class AutocastLayerNorm(nn.LayerNorm):
+    """Layer norm over the last dimension whose result, under autocast, has autocast's dtype.
+
+    That of :class:`torch.nn.LayerNorm` is float32, which the linear layer behind it converts.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (..., dim)."""
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class LayerNorm2d(nn.LayerNorm):

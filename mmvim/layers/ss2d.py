@@ -16,6 +16,7 @@ from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.backend import BACKENDS
 
 from .mamba import DeltaProjection
+from .norm import AutocastLayerNorm
 
 FORWARD_TYPES = ('v05_noz', 'v0')
 
@@ -115,7 +116,7 @@ class SS2D(nn.Module):
         steps = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
         self.A_logs = nn.Parameter(steps.log().repeat(count * inner, 1))
         self.Ds = nn.Parameter(torch.ones(count * inner, device=device))
-        self.out_norm = nn.LayerNorm(inner, **factory)
+        self.out_norm = AutocastLayerNorm(inner, **factory)
         self.out_proj = nn.Linear(inner, d_model, bias=bias, **factory)
 
     @property

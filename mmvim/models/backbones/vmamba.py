@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mmvim._checks import check_choice, check_number
 from mmvim.checkpoints.keys import keys_under, rename_keys
 from mmvim.layers import SS2D, DropPath, Mlp
+from mmvim.layers.norm import AutocastLayerNorm
 
 from .base import HierarchicalBackbone, Stage, TokenLayout
 
@@ -106,11 +107,11 @@ class VSSBlock(nn.Module):
 
     def __init__(self, dim: int, op: SS2D, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = AutocastLayerNorm(dim)
         self.op = op
         self.norm2, self.mlp = None, None
         if mlp_ratio > 0:
-            self.norm2 = nn.LayerNorm(dim)
+            self.norm2 = AutocastLayerNorm(dim)
             self.mlp = Mlp(dim, int(mlp_ratio * dim))
         self.drop_path = DropPath(drop_path)
 

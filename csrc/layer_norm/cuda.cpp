@@ -1,0 +1,107 @@
+// Glue of the CUDA layer norm: checks, allocation, dispatch on the dtype, registration.
+#include "cuda.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../common/cuda_glue.h"
+
+namespace mmvim {
+namespace layer_norm {
+namespace {
+
+auto* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+// Four columns at a time are read as one word.
+Tensor aligned(const Tensor& t) {
+  Tensor c = t.contiguous();
+  return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : c.clone();
+}
+
+template <class F>
+int by_result(at::ScalarType type, F&& f) {
+  TORCH_CHECK_TYPE(type == at::kBFloat16 || type == at::kHalf,
+                   "the result must be bfloat16 or float16, got ", type);
+  return type == at::kBFloat16 ? f(std::integral_constant<DType, DType::kBFloat16>())
+                               : f(std::integral_constant<DType, DType::kHalf>());
+}
+
+// `x`, `weight` and `bias` are aligned.
+Norm norm_of(const Tensor& x, const Tensor& weight, const Tensor& bias, at::ScalarType type) {
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_cuda(), "x must be (..., d) on a CUDA device, got ",
+                    x.sizes(), " on ", x.device());
+  const int64_t columns = x.size(-1);
+  TORCH_CHECK_VALUE(columns > 0 && columns % 4 == 0 && columns <= kMostColumns,
+                    "x must have a multiple of 4 columns up to ", kMostColumns, ", got ", columns);
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == type,
+                   "x must be float32 or ", type, ", got ", x.scalar_type());
+  check(weight, "weight", {columns}, at::kFloat, x.device());
+  check(bias, "bias", {columns}, at::kFloat, x.device());
+  Norm p;
+  p.x = x.const_data_ptr();
+  p.x_is_float = x.scalar_type() == at::kFloat;
+  p.weight = weight.const_data_ptr<float>();
+  p.bias = bias.const_data_ptr<float>();
+  p.rows = x.numel() / columns;
+  p.columns = static_cast<int>(columns);
+  return p;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in,
+                                   const Tensor& bias_in, double eps, at::ScalarType type,
+                                   bool keep_statistics) {
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const Tensor x = aligned(x_in), weight = aligned(weight_in), bias = aligned(bias_in);
+  Norm p = norm_of(x, weight, bias, type);
+  Tensor out = at::empty(x.sizes(), x.options().dtype(type));
+  Tensor statistics = at::empty({keep_statistics ? p.rows : 0, 2}, x.options().dtype(at::kFloat));
+  if (p.rows == 0) return {out, statistics};
+  p.eps = static_cast<float>(eps);
+  p.out = out.mutable_data_ptr();
+  if (keep_statistics) p.statistics = statistics.mutable_data_ptr<float>();
+  const auto run = [&](auto t) { return launch_forward<t.value>(p, current_stream()); };
+  check_launch(by_result(type, run), "layer_norm");
+  return {out, statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor& x_in,
+                                            const Tensor& weight_in, const Tensor& statistics_in) {
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const Tensor grad = aligned(grad_in), x = aligned(x_in), weight = aligned(weight_in),
+               statistics = aligned(statistics_in);
+  Norm p = norm_of(x, weight, weight, grad.scalar_type());
+  check(grad, "grad", x.sizes(), grad.scalar_type(), x.device());
+  check(statistics, "statistics", {p.rows, 2}, at::kFloat, x.device());
+  Tensor dx = at::empty(x.sizes(), x.options());
+  Tensor dweight = at::empty(weight.sizes(), weight.options());
+  Tensor dbias = at::empty(weight.sizes(), weight.options());
+  if (p.rows == 0) return {dx, dweight.zero_(), dbias.zero_()};
+  p.slots = static_cast<int>(
+      std::min<int64_t>((p.rows + 3) / 4, 12 * static_cast<int64_t>(multiprocessor_count())));
+  const auto floats = x.options().dtype(at::kFloat);
+  Tensor partial = at::empty({p.slots, 2, p.columns}, floats);
+  Tensor parameters = at::empty({2, p.columns}, floats);
+  p.statistics = const_cast<float*>(statistics.const_data_ptr<float>());
+  p.grad = grad.const_data_ptr();
+  p.dx = dx.mutable_data_ptr();
+  p.partial = partial.mutable_data_ptr<float>();
+  p.parameters = parameters.mutable_data_ptr<float>();
+  const auto run = [&](auto t) { return launch_backward<t.value>(p, current_stream()); };
+  check_launch(by_result(grad.scalar_type(), run), "layer_norm_backward");
+  dweight.copy_(parameters.select(0, 0));
+  dbias.copy_(parameters.select(0, 1));
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mmvim, CUDA, m) {
+  m.impl("layer_norm", forward);
+  m.impl("layer_norm_backward", backward);
+}
+
+}  // namespace layer_norm
+}  // namespace mmvim

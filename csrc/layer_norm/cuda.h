@@ -1,0 +1,40 @@
+// What the glue hands to the CUDA kernels of the layer norm. No torch and no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+
+struct CUstream_st;
+
+namespace mmvim {
+namespace layer_norm {
+
+constexpr int kMostColumns = 1024;
+
+struct Norm {
+  const void* x = nullptr;  // (rows, columns), float or the dtype of the result
+  bool x_is_float = false;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  int64_t rows = 0;
+  int columns = 0;  // a multiple of 4
+  float eps = 0.f;
+  float* statistics = nullptr;  // (rows, 2): mean, 1 / deviation
+  void* out = nullptr;
+  // Backward.
+  const void* grad = nullptr;
+  void* dx = nullptr;  // dtype of x
+  int slots = 0;
+  float* partial = nullptr;     // (slots, 2, columns) of the weight and the bias
+  float* parameters = nullptr;  // (2, columns)
+};
+
+// Each returns a CUDA error code (0: success); kType: of the result, 16 bits.
+template <DType kType>
+int launch_forward(const Norm& p, CUstream_st* stream);
+template <DType kType>
+int launch_backward(const Norm& p, CUstream_st* stream);
+
+}  // namespace layer_norm
+}  // namespace mmvim

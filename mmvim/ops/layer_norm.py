@@ -1,0 +1,87 @@
+"""Layer norm with a result in the dtype of autocast (Ba et al., https://arxiv.org/abs/1607.06450).
+
+Autocast runs torch's layer norm in float32, with a float32 result that the next layer converts. On
+CUDA the kernels here read what there is, compute in float32 and round once; elsewhere, and under
+compilers and exporters, which fuse the conversion, torch's layer norm is called.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import extension
+from ._autocast import autocast_dtype
+from ._library import define_compiled
+from .backend import get_backend, is_exporting
+
+_MOST_COLUMNS = 1024
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension.
+
+    Args:
+        x: (..., d).
+        weight: Scale (d,).
+        bias: Shift (d,).
+        eps: Added to the variance.
+
+    Returns:
+        (..., d); under autocast in its dtype, otherwise as ``torch.nn.functional.layer_norm``.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None and _is_covered(x, weight, bias, dtype):
+        return _LayerNorm.apply(x, weight, bias, eps, dtype)
+    out = F.layer_norm(x, weight.shape, weight, bias, eps)
+    return out if dtype is None else out.to(dtype)
+
+
+def _is_covered(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        x.is_cuda
+        and dtype in (torch.bfloat16, torch.float16)
+        and x.dtype in (torch.float32, dtype)
+        and weight.dtype == bias.dtype == torch.float32
+        and x.shape[-1] % 4 == 0
+        and x.shape[-1] <= _MOST_COLUMNS
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting())
+        and get_backend() != 'torch'
+        and extension.supports('layer_norm', 'cuda', dtype)
+    )
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, dtype):
+        keep = any(ctx.needs_input_grad[:3])
+        out, statistics = torch.ops.mmvim.layer_norm(x, weight, bias, eps, dtype, keep)
+        ctx.save_for_backward(x, weight, statistics)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, statistics = ctx.saved_tensors
+        dx, dweight, dbias = torch.ops.mmvim.layer_norm_backward(grad, x, weight, statistics)
+        return dx, dweight, dbias, None, None
+
+
+def _fake(x, weight, bias, eps, dtype, keep_statistics):
+    rows = x.numel() // x.shape[-1] if keep_statistics else 0
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((rows, 2), dtype=torch.float32)
+
+
+def _backward_fake(grad, x, weight, statistics):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+define_compiled(
+    'layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype, '
+    'bool keep_statistics) -> (Tensor out, Tensor statistics)',
+    _fake,
+)
+define_compiled(
+    'layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor statistics) -> '
+    '(Tensor dx, Tensor dweight, Tensor dbias)',
+    _backward_fake,
+)
