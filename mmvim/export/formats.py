@@ -33,6 +33,8 @@ DYNAMIC = ('none', 'batch', 'size')
 #: Largest difference from the float32 model, relative to outputs above 1.
 TOLERANCES = MappingProxyType({'float32': 1e-4, 'float16': 1e-2, 'bfloat16': 1e-1})
 METADATA = 'mmvim.json'
+#: Version of the ONNX operators. In 20 a model may have Gelu, which fewer runtimes know.
+OPSET = 18
 
 
 class ExportError(RuntimeError):
@@ -120,7 +122,7 @@ def export_model(
         overwrite: Whether ``out`` may exist. Defaults to False.
         tolerance: Largest difference from the model in float32, relative to outputs above 1.
             Defaults to None: that of :data:`TOLERANCES`.
-        opset: Version of the ONNX operators, 18 or later. Defaults to None: PyTorch's choice.
+        opset: Version of the ONNX operators, 18 or later. Defaults to None: 18.
         dtype: 'float32', 'float16' or 'bfloat16', that of weights and activations; inputs, outputs
             and scans are float32. onnxruntime has no bfloat16 on a CPU. Defaults to 'float32'.
 
@@ -297,7 +299,7 @@ def write_onnx(
         raise ExportError(f'exports to ONNX need torch 2.8 or later; this is {torch.__version__}')
     examples = tuple(inputs.values())
     program = exported_program(module, examples, dynamic, 'onnx')
-    options = {} if opset is None else {'opset_version': opset}
+    opset = OPSET if opset is None else opset
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         exported = torch.onnx.export(
             program,
@@ -306,11 +308,11 @@ def write_onnx(
             input_names=list(inputs),
             output_names=outputs,
             verbose=False,
-            **options,
+            opset_version=opset,
         )
     model = onnx_scan.expand(exported.model_proto)
     written = next(entry.version for entry in model.opset_import if not entry.domain)
-    if opset not in (None, written):
+    if opset != written:
         raise ExportError(f'PyTorch exports this model in opset {written} and not in {opset}')
     del model.metadata_props[:]
     _strip(model.graph)

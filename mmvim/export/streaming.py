@@ -93,7 +93,7 @@ def export_stream(
         metadata: Stored in the files. Defaults to None.
         overwrite: Whether the files may exist. Defaults to False.
         tolerance: Largest difference, relative to outputs above 1, over four chunks.
-        opset: Version of the ONNX operators, 18 or later. Defaults to None: PyTorch's choice.
+        opset: Version of the ONNX operators, 18 or later. Defaults to None: 18.
 
     Returns:
         The largest difference of each file.

@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--dynamic', choices=DYNAMIC, help="what may vary (default: batch; 'none' for aoti)"
     )
-    parser.add_argument('--opset', type=int, help='version of the ONNX operators, 18 or later')
+    parser.add_argument('--opset', type=int, help='version of the ONNX operators (18)')
     parser.add_argument(
         '--dtype', default='float32', choices=tuple(TOLERANCES), help='of weights and activations'
     )
