@@ -1,10 +1,13 @@
-"""An average precision of 0 for a detector that detects nothing.
+"""An average precision of 0 for a detector that detects nothing, and no lines on reading a file.
 
 Why: pycocotools' ``COCO.loadRes`` fails for an empty list, and mmdet's ``CocoMetric`` then reports
 no metric at all. Whatever waits for one (``save_best``, ``ReduceOnPlateauLR``) ends the run,
 although the detector of a first epoch often detects nothing.
 
-How: ``loadRes`` takes an empty list as results without boxes.
+It also prints four lines for each file that it reads, before the summary of a run.
+
+How: ``loadRes`` takes an empty list as results without boxes; ``print`` does nothing in
+``pycocotools.coco``.
 
 Obsolete with: a pycocotools whose ``loadRes`` takes an empty list.
 """
@@ -37,3 +40,4 @@ def _load_nothing(module: ModuleType) -> None:
         return loaded
 
     module.COCO.loadRes = load_res
+    module.print = lambda *args, **kwargs: None

@@ -1,4 +1,5 @@
 # Fine-tuning on some thousand samples of one's own: AdamW, one epoch of warm-up, cosine, 50 epochs.
+# `train_cfg = dict(max_epochs=N)` in a config changes the length; the cosine follows.
 # 1e-4 is for 16 to 64 images a batch; try 3e-5 and 3e-4, too.
 optim_wrapper = dict(
     type='OptimWrapper',
@@ -14,7 +15,6 @@ optim_wrapper = dict(
         },
     ),
 )
-max_epochs = 50
 param_scheduler = [
     dict(
         type='LinearLR',
@@ -29,11 +29,10 @@ param_scheduler = [
         eta_min_ratio=0.01,
         by_epoch=True,
         begin=1,
-        end=max_epochs,
         convert_to_iter_based=True,
     ),
 ]
 
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=50, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

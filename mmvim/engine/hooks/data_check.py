@@ -152,7 +152,8 @@ class DataCheckHook(Hook):
                 break
         if not seen:
             raise UserError(
-                f'{where} has no box: its annotations name none of its images with a class'
+                f'{where} has no box: its annotations name none of its images, or none of its '
+                'classes'
             )
         for part in _parts(dataset) if len(seen) < len(classes or ()) else ():
             found = names_in_xml(part)
