@@ -58,6 +58,7 @@ def _patch_classification(module: ModuleType) -> None:
                 type(sample) is module.DataSample
                 and 'gt_score' not in sample
                 and len(sample.get('gt_label', ())) == 1
+                and sample.get('num_classes', classes) == classes
                 for sample in samples
             )
             if not training or not usual or (self.to_onehot and classes is None):
@@ -68,15 +69,23 @@ def _patch_classification(module: ModuleType) -> None:
                 scores = torch.nn.functional.one_hot(labels, classes)
                 if self.batch_augments is not None:
                     inputs, scores = self.batch_augments(inputs, scores)
-                for sample, score in zip(samples, scores, strict=True):
-                    sample.set_gt_score(score)
-            for sample, label in zip(samples, labels.split(1), strict=True):
-                sample.set_gt_label(label)
+                _set_fields(samples, 'gt_score', scores.unbind())
+                for sample in samples:
+                    if 'num_classes' not in sample:
+                        sample.set_field(classes, 'num_classes', field_type='metainfo')
+            _set_fields(samples, 'gt_label', labels.split(1))
             return {'inputs': inputs, 'data_samples': samples}
 
         return forward
 
     _wrap(module.ClsDataPreprocessor, 'forward', make)
+
+
+def _set_fields(samples: list, name: str, values: Any) -> None:
+    """Set a data field, whose kind is known, without the checks of ``set_field``."""
+    for sample, value in zip(samples, values, strict=True):
+        sample._data_fields.add(name)
+        sample.__dict__[name] = value
 
 
 def _patch_mixup(module: ModuleType) -> None:

@@ -57,30 +57,34 @@ class ExponentialMovingAverage(MMEngineExponentialMovingAverage):
         if self.steps == 0 or type(self).avg_func is not ExponentialMovingAverage.avg_func:
             super().update_parameters(model)
             return
-        averages, sources = self._pairs(model)
+        averages, sources, copies, originals = self._pairs(model)
         if any(a.device != b.device for a, b in zip(averages, sources, strict=True)):
             super().update_parameters(model)
             return
         if averages and self.steps % self.interval == 0:
             torch._foreach_lerp_(averages, sources, self._momentum())
-        if not self.update_buffers:
-            buffers = list(self.module.buffers())
-            if buffers:
-                torch._foreach_copy_(buffers, list(model.buffers()))
+        if copies:
+            torch._foreach_copy_(copies, originals)
         self.steps += 1
 
-    def _pairs(self, model: nn.Module) -> tuple[list, list]:
-        """Return what is averaged, and the tensors of ``model`` that go into it."""
-        # Looking parameters up by name takes longer than averaging them: like an optimizer, this
-        # keeps those that the model has at first. Buffers may be replaced.
-        source, *found = _FOUND.get(self, (lambda: None, [], []))
-        if source() is model and not self.update_buffers:
-            return found[0], found[1]
-        new = model.state_dict() if self.update_buffers else dict(model.named_parameters())
-        names = [name for name, x in self.avg_parameters.items() if x.dtype.is_floating_point]
-        averages, sources = [self.avg_parameters[name] for name in names], [new[n] for n in names]
-        _FOUND[self] = (weakref.ref(model), averages, sources)
-        return averages, sources
+    def _pairs(self, model: nn.Module) -> tuple[list, list, list, list]:
+        """Return what is averaged and copied, each with the tensors of ``model`` for it."""
+        # Walking through the modules takes longer than averaging: like an optimizer, this keeps
+        # the parameters and modules that the model has at first. Buffers may be replaced.
+        source, averages, sources, *places = _FOUND.get(self, (lambda: None, [], [], [], []))
+        if source() is not model or self.update_buffers:
+            new = model.state_dict() if self.update_buffers else dict(model.named_parameters())
+            names = [name for name, x in self.avg_parameters.items() if x.dtype.is_floating_point]
+            averages, sources = [self.avg_parameters[n] for n in names], [new[n] for n in names]
+            places = [_buffers(m) if not self.update_buffers else [] for m in (self.module, model)]
+            _FOUND[self] = (weakref.ref(model), averages, sources, *places)
+        copies, originals = ([b for d in part for b in d.values()] for part in places)
+        pairs = [p for p in zip(copies, originals, strict=True) if p[0] is not None]
+        return averages, sources, [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def _buffers(model: nn.Module) -> list[dict]:
+    return [module._buffers for module in model.modules() if module._buffers]
 
 
 # Not in the modules themselves, so that copies of an average look for themselves.
