@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "../common/cpu_glue.h"
+#include "../common/direct.h"
 #include "cpu_kernels.h"
 
 namespace mmvim {
@@ -24,7 +25,7 @@ Output lines_output(const Tensor& t, int64_t rows) {
   o.data = t.mutable_data_ptr();
   o.dtype = dtype_of(t.scalar_type(), "output");
   o.length = rows;
-  o.channels = t.size(-1);
+  o.pitch = t.size(-1);
   return o;
 }
 
@@ -35,9 +36,19 @@ void check_x(const Tensor& x, const char* name) {
   check(x, name, x.sizes(), x.scalar_type(), at::kCPU);
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptTensor& residual,
-                                           const Tensor& weight, double eps,
-                                           bool residual_in_fp32) {
+// One factor for each entry of the first dimension.
+OptTensor factors(const OptTensor& keep, const Tensor& x) {
+  if (!keep.has_value()) return {};
+  check(*keep, "keep", {x.size(0)}, x.scalar_type(), at::kCPU);
+  return keep->to(compute_type(x.scalar_type())).contiguous();
+}
+int64_t rows_of_sample(const Tensor& x) {
+  return std::max<int64_t>(x.numel() / std::max<int64_t>(x.size(0) * x.size(-1), 1), 1);
+}
+
+Tensor forward_into(const Tensor& x, const OptTensor& residual, const Tensor& weight, double eps,
+                    bool residual_in_fp32, const OptTensor& keep, const Tensor& out,
+                    const Tensor& rstd) {
   check_x(x, "x");
   const auto type = x.scalar_type(), compute = compute_type(type);
   if (residual.has_value()) check_either(*residual, "residual", x.sizes(), type, at::kCPU);
@@ -48,27 +59,38 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptTensor& res
   const auto residual_type = residual_in_fp32       ? compute
                              : residual.has_value() ? residual->scalar_type()
                                                     : type;
-  Tensor out = empty_like(x), residual_out = empty(x.sizes(), residual_type);
-  Tensor rstd = empty(x.sizes().slice(0, x.dim() - 1), compute);
+  Tensor residual_out = empty(x.sizes(), residual_type);
   NormForwardArgs a;
   a.rows = lines.tensor.size(1);
   a.channels = x.size(-1);
   a.eps = eps;
   a.x = view(lines.tensor);
+  const OptTensor shares = factors(keep, x);
+  a.keep = data(shares);
+  a.sample = rows_of_sample(x);
   a.residual = view(other);
   a.weight = w.const_data_ptr();
   a.out = lines_output(out, a.rows);
   a.residual_out = lines_output(residual_out, a.rows);
   a.rstd = rstd.mutable_data_ptr();
   MMVIM_PER_ISA(norm_forward)(a, compute == at::kDouble);
-  return {out, residual_out, rstd};
+  return residual_out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
-                                            const OptTensor& grad_residual_out,
-                                            const Tensor& residual_out, const Tensor& weight,
-                                            const Tensor& rstd, bool has_residual,
-                                            at::ScalarType x_dtype, at::ScalarType residual_dtype) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptTensor& residual,
+                                           const Tensor& weight, double eps,
+                                           bool residual_in_fp32) {
+  check_x(x, "x");
+  const Tensor out = empty_like(x);
+  const Tensor rstd = empty(x.sizes().slice(0, x.dim() - 1), compute_type(x.scalar_type()));
+  const Tensor total = forward_into(x, residual, weight, eps, residual_in_fp32, {}, out, rstd);
+  return {out, total, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_kept(
+    const Tensor& grad_out, const OptTensor& grad_residual_out, const Tensor& residual_out,
+    const Tensor& weight, const Tensor& rstd, bool has_residual, at::ScalarType x_dtype,
+    at::ScalarType residual_dtype, const OptTensor& keep) {
   check_x(residual_out, "residual_out");
   const auto compute = compute_type(x_dtype);
   const at::IntArrayRef sizes = residual_out.sizes();
@@ -90,6 +112,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
   a.rows = r.tensor.size(1);
   a.channels = sizes.back();
   a.grad_out = view(grad.tensor);
+  const OptTensor shares = factors(keep, grad_out);
+  a.keep = data(shares);
+  a.sample = rows_of_sample(grad_out);
   a.grad_residual_out = view(grad_r);
   a.residual_out = view(r.tensor);
   a.weight = w.const_data_ptr();
@@ -100,6 +125,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
   MMVIM_PER_ISA(norm_backward)(a, compute == at::kDouble);
   return {dx, dresidual, dweight.to(weight.scalar_type())};
 }
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
+                                            const OptTensor& grad_residual_out,
+                                            const Tensor& residual_out, const Tensor& weight,
+                                            const Tensor& rstd, bool has_residual,
+                                            at::ScalarType x_dtype, at::ScalarType residual_dtype) {
+  return backward_kept(grad_out, grad_residual_out, residual_out, weight, rstd, has_residual,
+                       x_dtype, residual_dtype, {});
+}
+
+const bool known = [] {
+  direct::cpu.norm = forward_into;
+  direct::cpu.norm_backward = backward_kept;
+  return true;
+}();
 
 }  // namespace
 

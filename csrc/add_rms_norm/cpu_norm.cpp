@@ -20,6 +20,14 @@ void put_line(const Output& out, int64_t row, const S* src, int64_t channels) {
   store_row(out.at(0, row, 0), out.dtype, src, static_cast<int>(channels));
 }
 
+// Multiplies a line by the factor of its sample.
+template <class Args, class S>
+void keep_share(const Args& a, int64_t row, S* line, int64_t padded) {
+  if (a.keep == nullptr) return;
+  const auto share = VectorMath<S>::set(static_cast<const S*>(a.keep)[row / a.sample]);
+  for (int64_t c = 0; c < padded; c += kLanes<S>) store(line + c, load(line + c) * share);
+}
+
 // Sum of products of two lines, in eight chains.
 template <class S>
 S dot(const S* a, const S* b, int64_t padded) {
@@ -54,6 +62,7 @@ void forward(const NormForwardArgs& a) {
     std::memcpy(weight, a.weight, a.channels * sizeof(S));
     for (int64_t row = begin * kRows; row < smaller(end * kRows, a.rows); ++row) {
       load_line(r, a.x, row, a.channels, padded);
+      keep_share(a, row, r, padded);
       if (a.residual.data != nullptr) {
         load_line(line, a.residual, row, a.channels, padded);
         for (int64_t c = 0; c < padded; c += kLanes<S>) store(r + c, load(r + c) + load(line + c));
@@ -111,8 +120,9 @@ void backward(const NormBackwardArgs& a) {
           const V dr = (load(g + c) - load(n + c) * mean) * M::set(rstd);
           store(g + c, has_grad ? dr + load(line + c) : dr);
         }
-        put_line(a.dx, row, g, a.channels);
         put_line(a.dresidual, row, g, a.channels);
+        keep_share(a, row, g, padded);
+        put_line(a.dx, row, g, a.channels);
       }
     }
   });

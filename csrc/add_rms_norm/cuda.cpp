@@ -8,6 +8,8 @@
 #include <tuple>
 
 #include "../common/cuda_glue.h"
+#include "../common/direct.h"
+#include "../common/scratch.h"
 
 namespace mmvim {
 namespace norm {
@@ -41,11 +43,20 @@ Tensor checked_weight(const Tensor& weight, const Tensor& x) {
   return aligned(weight.to(at::kFloat));
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptTensor& residual_in,
-                                           const Tensor& weight_in, double eps,
-                                           bool residual_in_fp32) {
-  TORCH_CHECK_VALUE(x_in.dim() >= 1 && x_in.is_cuda(), "x must be (..., d) on a CUDA device, got ",
-                    x_in.sizes(), " on ", x_in.device());
+// One factor for each entry of the first dimension.
+const void* factors(const OptTensor& keep, const Tensor& x) {
+  if (!keep.has_value()) return nullptr;
+  check(*keep, "keep", {x.size(0)}, x.scalar_type(), x.device());
+  TORCH_CHECK_VALUE(keep->is_contiguous(), "keep must be contiguous");
+  return keep->const_data_ptr();
+}
+int64_t rows_of_sample(const Tensor& x) {
+  return std::max<int64_t>(x.numel() / std::max<int64_t>(x.size(0) * x.size(-1), 1), 1);
+}
+
+Tensor forward_into(const Tensor& x_in, const OptTensor& residual_in, const Tensor& weight_in,
+                    double eps, bool residual_in_fp32, const OptTensor& keep, const Tensor& out,
+                    const Tensor& rstd) {
   const c10::cuda::CUDAGuard guard(x_in.device());
   const DType dtype = dtype_of(x_in, "x");
   const Tensor x = aligned(x_in), weight = checked_weight(weight_in, x);
@@ -60,9 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptTensor& 
     p.residual_type = float_or(dtype, residual_type, "residual", x.scalar_type());
   }
   const auto out_type = residual_in_fp32 ? at::kFloat : residual_type;
-  Tensor out = at::empty(x.sizes(), x.options());
   Tensor residual_out = at::empty(x.sizes(), x.options().dtype(out_type));
-  Tensor rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr<float>();
   p.out = out.mutable_data_ptr();
@@ -72,15 +81,28 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_in, const OptTensor& 
   p.rows = rstd.numel();
   p.columns = x.size(-1);
   p.eps = static_cast<float>(eps);
+  p.keep = factors(keep, x);
+  p.sample = rows_of_sample(x);
   launch(dtype, p);
-  return {out, residual_out, rstd};
+  return residual_out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
-                                            const OptTensor& grad_residual_out,
-                                            const Tensor& residual_out_in, const Tensor& weight_in,
-                                            const Tensor& rstd_in, bool has_residual,
-                                            at::ScalarType x_type, at::ScalarType residual_type) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const OptTensor& residual,
+                                           const Tensor& weight, double eps,
+                                           bool residual_in_fp32) {
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_cuda(), "x must be (..., d) on a CUDA device, got ",
+                    x.sizes(), " on ", x.device());
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor out = at::empty(x.sizes(), x.options());
+  const Tensor rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(at::kFloat));
+  const Tensor total = forward_into(x, residual, weight, eps, residual_in_fp32, {}, out, rstd);
+  return {out, total, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_kept(
+    const Tensor& grad_out, const OptTensor& grad_residual_out, const Tensor& residual_out_in,
+    const Tensor& weight_in, const Tensor& rstd_in, bool has_residual, at::ScalarType x_type,
+    at::ScalarType residual_type, const OptTensor& keep) {
   const c10::cuda::CUDAGuard guard(residual_out_in.device());
   check(grad_out, "grad_out", residual_out_in.sizes(), x_type, residual_out_in.device());
   const DType dtype = dtype_of(grad_out, "grad_out");
@@ -118,13 +140,30 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
   // A block's sums for the weight lie in shared memory.
   TORCH_CHECK(p.columns <= 12288, "add_rms_norm_backward takes at most 12288 columns on CUDA, got ",
               p.columns);
-  Tensor partial = at::empty({p.slots, p.columns}, options.dtype(at::kFloat));
+  Tensor partial = Scratch::empty({p.slots, p.columns}, options.dtype(at::kFloat));
   Tensor dweight = at::empty(weight_in.sizes(), options.dtype(at::kFloat));
   p.partial = partial.mutable_data_ptr<float>();
   p.dweight = dweight.mutable_data_ptr<float>();
+  p.keep = factors(keep, grad);
+  p.sample = rows_of_sample(grad);
   launch(dtype, p);
   return {dx, dresidual, dweight.to(weight_in.scalar_type())};
 }
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out,
+                                            const OptTensor& grad_residual_out,
+                                            const Tensor& residual_out, const Tensor& weight,
+                                            const Tensor& rstd, bool has_residual,
+                                            at::ScalarType x_type, at::ScalarType residual_type) {
+  return backward_kept(grad_out, grad_residual_out, residual_out, weight, rstd, has_residual,
+                       x_type, residual_type, {});
+}
+
+const bool known = [] {
+  direct::cuda.norm = forward_into;
+  direct::cuda.norm_backward = backward_kept;
+  return true;
+}();
 
 }  // namespace
 

@@ -14,12 +14,13 @@ namespace norm {
 struct Forward {
   const void* x = nullptr;
   const void* residual = nullptr;  // or null
+  const void* keep = nullptr;      // (samples,), factors of x, of its dtype; or null
   const float* weight = nullptr;
   void* out = nullptr;  // dtype of x
   void* residual_out = nullptr;
   float* rstd = nullptr;  // (rows,)
   DType residual_type = DType::kFloat, residual_out_type = DType::kFloat;
-  int64_t rows = 0, columns = 0;
+  int64_t rows = 0, columns = 0, sample = 0;  // sample: rows of one
   float eps = 0.f;
 };
 
@@ -27,6 +28,7 @@ struct Backward {
   const void* grad_out = nullptr;       // dtype of x
   const void* grad_residual = nullptr;  // dtype of residual_out, or null
   const void* residual_out = nullptr;
+  const void* keep = nullptr;  // as in Forward
   const float* weight = nullptr;
   const float* rstd = nullptr;
   void* dx = nullptr;         // dtype of x
@@ -34,7 +36,7 @@ struct Backward {
   float* partial = nullptr;   // (slots, columns): sums of one block each
   float* dweight = nullptr;   // (columns,)
   DType residual_type = DType::kFloat, residual_out_type = DType::kFloat;
-  int64_t rows = 0, columns = 0, slots = 0;
+  int64_t rows = 0, columns = 0, slots = 0, sample = 0;
 };
 
 // Rows of up to this many columns stay in registers.

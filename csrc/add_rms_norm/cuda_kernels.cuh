@@ -94,6 +94,12 @@ __device__ __forceinline__ float warp_sum(float v) {
   return v;
 }
 
+// The factor of x in a row.
+template <class T>
+__device__ __forceinline__ float kept_share(const void* keep, int64_t row, int64_t sample) {
+  return keep == nullptr ? 1.f : to_float(static_cast<const T*>(keep)[row / sample]);
+}
+
 // kSteps > 0: the row is kSteps * kStep columns or fewer and stays in registers.
 template <class T, int kSteps, bool kAligned>
 __global__ void __launch_bounds__(32 * kWarps) forward_kernel(Forward p) {
@@ -102,9 +108,12 @@ __global__ void __launch_bounds__(32 * kWarps) forward_kernel(Forward p) {
   const int64_t c0 = threadIdx.x * kVector;
   float kept[kSteps > 0 ? kSteps : 1][kVector];
   float squares = 0.f;
+  const float keep = kept_share<T>(p.keep, row, p.sample);
 
   auto read = [&](int64_t c, float (&v)[kVector]) {
     load_columns<kAligned>(static_cast<const T*>(p.x) + row * p.columns, c, p.columns, v);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] *= keep;
     if (p.residual != nullptr) {
       float r[kVector];
       load_either<kAligned, T>(p.residual, p.residual_type, row, c, p.columns, r);
@@ -169,7 +178,7 @@ __global__ void __launch_bounds__(32 * kWarps) backward_kernel(Backward p) {
 
   for (int64_t row = blockIdx.x * static_cast<int64_t>(kWarps) + threadIdx.y; row < p.rows;
        row += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const float rstd = p.rstd[row];
+    const float rstd = p.rstd[row], keep = kept_share<T>(p.keep, row, p.sample);
     float grad[kSteps > 0 ? kSteps : 1][kVector], normed[kSteps > 0 ? kSteps : 1][kVector];
     float dot = 0.f;
     auto read = [&](int64_t c, float (&g)[kVector], float (&n)[kVector], float (&sum)[kVector]) {
@@ -195,10 +204,12 @@ __global__ void __launch_bounds__(32 * kWarps) backward_kernel(Backward p) {
 #pragma unroll
         for (int i = 0; i < kVector; ++i) result[i] += r[i];
       }
-      store_columns<kAligned>(static_cast<T*>(p.dx) + row * p.columns, c, p.columns, result);
       if (p.dresidual != nullptr) {
         store_either<kAligned, T>(p.dresidual, p.residual_type, row, c, p.columns, result);
       }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) result[i] *= keep;
+      store_columns<kAligned>(static_cast<T*>(p.dx) + row * p.columns, c, p.columns, result);
     };
 
     if constexpr (kSteps > 0) {

@@ -133,10 +133,10 @@ struct FilterGradient {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_into(
     const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& x, const Tensor& weight,
     const OptTensor& bias, const OptTensor& initial_state, std::string_view mode, bool silu,
-    const OptTensor& seq_idx) {
+    const Tensor& place, const OptTensor& seq_idx) {
   const Filter filter(weight, bias, x);
   const int64_t width = weight.size(1);
   ConvBackwardArgs a;
@@ -148,12 +148,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   a.in.initial = state(initial_state, keep_state, "initial_state", x, width);
   a.grad_last = state(grad_last_state, keep_grad, "grad_last_state", x, width);
   a.grad[0] = view(grad_out);
-  Tensor dx = empty_like(x), dinitial = empty_like(initial_state, compute_type(x.scalar_type()));
+  const Tensor dx = place.defined() ? place : empty_like(x);
+  Tensor dinitial = empty_like(initial_state, compute_type(x.scalar_type()));
   a.dx = output(dx);
   if (initial_state.has_value()) a.dinitial = state(dinitial);
   const FilterGradient grads(filter, a, 0);
   MMVIM_PER_ISA(conv_backward)(a, is_double(x));
   return {dx, grads.weight_like(weight), grads.bias_like(bias), dinitial};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const OptTensor& grad_last_state, const Tensor& x, const Tensor& weight,
+    const OptTensor& bias, const OptTensor& initial_state, std::string_view mode, bool silu,
+    const OptTensor& seq_idx) {
+  return backward_into(grad, grad_last_state, x, weight, bias, initial_state, mode, silu, {},
+                       seq_idx);
 }
 
 void set_both(ConvInput& in, const Filter& f, const Filter& b) {
@@ -185,9 +194,10 @@ std::tuple<Tensor, Tensor> both_forward(const Tensor& x, const Tensor& weight_f,
   return {out_f, out_b};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward_into(
     const Tensor& grad_f, const Tensor& grad_b, const Tensor& x, const Tensor& weight_f,
-    const OptTensor& bias_f, const Tensor& weight_b, const OptTensor& bias_b, bool silu) {
+    const OptTensor& bias_f, const Tensor& weight_b, const OptTensor& bias_b, bool silu,
+    const Tensor& place) {
   const Filter f(weight_f, bias_f, x), b(weight_b, bias_b, x);
   check(grad_f, "grad_f", x.sizes(), x.scalar_type(), at::kCPU);
   check(grad_b, "grad_b", x.sizes(), x.scalar_type(), at::kCPU);
@@ -196,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
   set_both(a.in, f, b);
   a.grad[0] = view(grad_f);
   a.grad[1] = view(grad_b);
-  Tensor dx = empty_like(x);
+  const Tensor dx = place.defined() ? place : empty_like(x);
   a.dx = output(dx);
   const FilterGradient gf(f, a, 0), gb(b, a, 1);
   MMVIM_PER_ISA(conv_backward)(a, is_double(x));
@@ -204,11 +214,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
           gb.bias_like(bias_b)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
+    const Tensor& grad_f, const Tensor& grad_b, const Tensor& x, const Tensor& weight_f,
+    const OptTensor& bias_f, const Tensor& weight_b, const OptTensor& bias_b, bool silu) {
+  return both_backward_into(grad_f, grad_b, x, weight_f, bias_f, weight_b, bias_b, silu, {});
+}
+
 const bool known = [] {
   direct::enter<forward>(direct::cpu.conv);
-  direct::enter<backward>(direct::cpu.conv_backward);
+  direct::enter<backward_into>(direct::cpu.conv_backward);
   direct::cpu.two_convs = both_forward_into;
-  direct::cpu.two_convs_backward = both_backward;
+  direct::cpu.two_convs_backward = both_backward_into;
   return true;
 }();
 

@@ -188,10 +188,10 @@ void run_backward(Backward& p, DType dtype, const Tensor& x) {
   launch(dtype, p);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_into(
     const Tensor& grad_in, const OptTensor& grad_last_state, const Tensor& x_in,
     const Tensor& weight, const OptTensor& bias, const OptTensor& initial_state,
-    std::string_view mode, bool silu, const OptTensor& seq_idx) {
+    std::string_view mode, bool silu, const Tensor& place, const OptTensor& seq_idx) {
   check_input(x_in);
   const c10::cuda::CUDAGuard guard(x_in.device());
   const DType dtype = dtype_of(x_in, "x");
@@ -211,8 +211,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   p.grad[0] = grad.const_data_ptr();
   p.grad_stride_b[0] = grad.stride(0);
   p.grad_stride_l[0] = grad.stride(1);
-  Tensor dx = Scratch::empty(x.sizes(), x.options());
+  const Tensor dx = place.defined() ? place : Scratch::empty(x.sizes(), x.options());
   p.dx = dx.mutable_data_ptr();
+  p.dx_pitch = dx.stride(1);
   Tensor dinitial = Scratch::empty({0}, x.options().dtype(at::kFloat));
   if (initial_state.has_value()) {
     dinitial = at::empty(initial_state->sizes(), initial_state->options());
@@ -224,9 +225,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
   return {dx, taps.weight, taps.bias, dinitial};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const OptTensor& grad_last_state, const Tensor& x, const Tensor& weight,
+    const OptTensor& bias, const OptTensor& initial_state, std::string_view mode, bool silu,
+    const OptTensor& seq_idx) {
+  return backward_into(grad, grad_last_state, x, weight, bias, initial_state, mode, silu, {},
+                       seq_idx);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward_into(
     const Tensor& grad_f, const Tensor& grad_b, const Tensor& x_in, const Tensor& weight_f,
-    const OptTensor& bias_f, const Tensor& weight_b, const OptTensor& bias_b, bool silu) {
+    const OptTensor& bias_f, const Tensor& weight_b, const OptTensor& bias_b, bool silu,
+    const Tensor& place) {
   check_input(x_in);
   const c10::cuda::CUDAGuard guard(x_in.device());
   const DType dtype = dtype_of(x_in, "x");
@@ -248,8 +258,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
     p.grad_stride_b[i] = grads[i].stride(0);
     p.grad_stride_l[i] = grads[i].stride(1);
   }
-  Tensor dx = Scratch::empty(x.sizes(), x.options());
+  const Tensor dx = place.defined() ? place : Scratch::empty(x.sizes(), x.options());
   p.dx = dx.mutable_data_ptr();
+  p.dx_pitch = dx.stride(1);
   const OwnedTapGradients taps_f(weight_f, bias_f), taps_b(weight_b, bias_b);
   p.dtaps[0] = taps_f.get();
   p.dtaps[1] = taps_b.get();
@@ -257,11 +268,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
   return {dx, taps_f.weight, taps_f.bias, taps_b.weight, taps_b.bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> both_backward(
+    const Tensor& grad_f, const Tensor& grad_b, const Tensor& x, const Tensor& weight_f,
+    const OptTensor& bias_f, const Tensor& weight_b, const OptTensor& bias_b, bool silu) {
+  return both_backward_into(grad_f, grad_b, x, weight_f, bias_f, weight_b, bias_b, silu, {});
+}
+
 const bool known = [] {
   direct::enter<forward>(direct::cuda.conv);
-  direct::enter<backward>(direct::cuda.conv_backward);
+  direct::enter<backward_into>(direct::cuda.conv_backward);
   direct::cuda.two_convs = both_forward_into;
-  direct::cuda.two_convs_backward = both_backward;
+  direct::cuda.two_convs_backward = both_backward_into;
   return true;
 }();
 

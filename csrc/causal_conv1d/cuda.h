@@ -67,7 +67,8 @@ struct Backward {
   State grad_last;           // gradient of the last state
   const void* grad[2] = {};  // (b, l, d), inner stride 1
   int64_t grad_stride_b[2] = {}, grad_stride_l[2] = {};
-  void* dx = nullptr;        // (b, l, d), contiguous
+  void* dx = nullptr;        // (b, l, d)
+  int64_t dx_pitch = 0;      // from row to row
   void* dinitial = nullptr;  // dtype of the initial state, or null
   float* partial = nullptr;  // (2 if both, slots, width + 1, d): sums of one block each
   TapGradients dtaps[2];

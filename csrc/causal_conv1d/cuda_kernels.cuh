@@ -382,7 +382,7 @@ __device__ __noinline__ void store_gradient(const Backward& p, int64_t b, int64_
     }
   }
   if (at >= 0 && at < p.in.length) {
-    static_cast<T*>(p.dx)[(b * p.in.length + at) * p.in.channels + c] = from_float<T>(value);
+    static_cast<T*>(p.dx)[(b * p.in.length + at) * p.dx_pitch + c] = from_float<T>(value);
     return;
   }
   if (p.dinitial == nullptr) return;
@@ -454,7 +454,7 @@ __global__ void __launch_bounds__(kBackwardShape[kBoth].threads,
     const auto load = [&](int at) {
       return load_input<kStates>(column, p.in, p.initial, p.taps[0].reverse, b, at, c);
     };
-    T* to = static_cast<T*>(p.dx) + (b * length + begin) * p.in.channels + c;
+    T* to = static_cast<T*>(p.dx) + (b * length + begin) * p.dx_pitch + c;
     const auto store = [&](int at, const float (&dx)[kCount]) {
       if (kStates && (p.grad_last.data != nullptr || at < 0 || at >= length)) {
         for (int i = 0; i < kCount; ++i) store_gradient<T, kPacked>(p, b, at, c + i, dx[i]);
@@ -546,7 +546,7 @@ __global__ void __launch_bounds__(kBackwardShape[kBoth].threads,
         }
       }
 #pragma unroll
-      for (int r = 0; r < kBatch; ++r, to += p.in.channels) {
+      for (int r = 0; r < kBatch; ++r, to += p.dx_pitch) {
         if (at + r >= end) break;
         float dx[kCount] = {};
         shift(x);

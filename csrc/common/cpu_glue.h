@@ -18,13 +18,13 @@ inline View view(const Tensor& t) {
 }
 inline View view(const OptTensor& t) { return t.has_value() ? view(*t) : View(); }
 
-// `t` is contiguous, (batch, length, ...).
+// `t`, (batch, length, ...), is contiguous or columns of what is.
 inline Output output(const Tensor& t) {
   Output o;
   o.data = t.mutable_data_ptr();
   o.dtype = dtype_of(t.scalar_type(), "output");
   o.length = t.size(1);
-  o.channels = t.dim() == 4 ? t.size(2) * t.size(3) : t.size(2);
+  o.pitch = t.stride(1);
   return o;
 }
 

@@ -26,14 +26,14 @@ struct View {
   }
 };
 
-// A contiguous (batch, length, channels) output.
+// A (batch, length, channels) output: neighbouring channels, and rows at equal distances.
 struct Output {
   void* data = nullptr;
   DType dtype = DType::kFloat;
-  int64_t length = 0, channels = 0;
+  int64_t length = 0, pitch = 0;
 
   void* at(int64_t b, int64_t t, int64_t c) const {
-    return static_cast<char*>(data) + ((b * length + t) * channels + c) * element_size(dtype);
+    return static_cast<char*>(data) + ((b * length + t) * pitch + c) * element_size(dtype);
   }
 };
 

@@ -14,9 +14,11 @@ const bool known = [] {
   direct::cpu.convert = [](const Segments& segments, bool is_double) {
     MMVIM_PER_ISA(convert_segments)(segments, is_double);
   };
-  direct::cpu.gate = [](const at::Tensor& z, const at::Tensor& y, const at::Tensor& out) {
+  direct::cpu.gate = [](const at::Tensor& z, const at::Tensor& y, const at::Tensor& out,
+                        const at::Tensor& cleared) {
     at::Tensor result = out;
     at::silu_out(result, z).mul_(y);
+    if (cleared.defined()) cleared.zero_();
   };
   return true;
 }();

@@ -10,7 +10,8 @@ namespace mmvim {
 namespace mixers {
 namespace {
 
-void gate(const at::Tensor& z, const at::Tensor& y, const at::Tensor& out) {
+void gate(const at::Tensor& z, const at::Tensor& y, const at::Tensor& out,
+          const at::Tensor& cleared) {
   Gate p;
   p.z = z.const_data_ptr();
   p.y = y.const_data_ptr();
@@ -19,6 +20,10 @@ void gate(const at::Tensor& z, const at::Tensor& y, const at::Tensor& out) {
   p.channels = z.size(2);
   p.stride = z.stride(1);
   p.vectorized = rows_are_aligned(z) && rows_are_aligned(y);
+  if (cleared.defined()) {
+    p.cleared = cleared.mutable_data_ptr<float>();
+    p.cleared_count = cleared.numel();
+  }
   auto* stream = c10::cuda::getCurrentCUDAStream().stream();
   check_launch(launch_gate(dtype_of(z, "z"), p, stream), "mixer_backward");
 }

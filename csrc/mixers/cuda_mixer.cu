@@ -92,6 +92,9 @@ template <class T, int kCount>
 __global__ void __launch_bounds__(kThreads) gate_kernel(const __grid_constant__ Gate p) {
   const int64_t words = p.channels / kCount;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t i = index; i < p.cleared_count; i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    p.cleared[i] = 0.f;
+  }
   if (index >= p.rows * words) return;
   const int64_t row = index / words, c = (index - row * words) * kCount;
   const auto z = Packed<T, kCount>::load(static_cast<const T*>(p.z) + row * p.stride + c);

@@ -7,11 +7,10 @@
 #include <ATen/TensorUtils.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -27,12 +26,11 @@
 #include "../common/glue.h"
 #include "../common/scratch.h"
 #include "parameters.h"
+#include "products.h"
 
 namespace mmvim {
 namespace mixers {
 namespace {
-
-using at::IntArrayRef;
 
 // Order of the parameters; those from kTaps on once for each direction.
 enum Index : int {
@@ -48,7 +46,8 @@ enum Index : int {
   kALog,
   kSkip,
   kPerDirection = kSkip + 1 - kTaps,
-  kCount = kTaps + 2 * kPerDirection,
+  kNorm = kTaps + 2 * kPerDirection,
+  kCount,
 };
 
 // Numbers that the scans' blocks find cleared.
@@ -67,6 +66,8 @@ struct Options {
   double bias_scale;
   std::string_view discretization;
   bool recompute;
+  double eps;  // of the norm
+  bool residual_in_fp32;
   int64_t interval;  // between checkpoints; 0: there will be no backward pass
 
   bool is_half() const { return kind == "half"; }
@@ -75,18 +76,6 @@ struct Options {
   std::string_view conv_mode() const { return is_half() ? "same" : reverse ? "reverse" : "causal"; }
 };
 
-// A view without a way through the dispatcher.
-Tensor view(const Tensor& base, int64_t offset, IntArrayRef sizes, IntArrayRef strides) {
-  auto impl = c10::make_intrusive<c10::TensorImpl>(
-      c10::TensorImpl::VIEW, c10::Storage(base.storage()), base.key_set(), base.dtype());
-  impl->set_sizes_and_strides(sizes, strides, base.storage_offset() + offset);
-  return Tensor(std::move(impl));
-}
-Tensor view(const Tensor& base, int64_t offset, IntArrayRef sizes) {
-  at::DimVector strides(sizes.size(), 1);
-  for (size_t i = sizes.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * sizes[i - 1];
-  return view(base, offset, sizes, strides);
-}
 // What ends with the call, and what does not.
 Tensor empty(IntArrayRef sizes, const Tensor& like) {
   return Scratch::empty(sizes, like.options());
@@ -96,26 +85,11 @@ Tensor fresh(IntArrayRef sizes, at::ScalarType type, const Tensor& like) {
 }
 Tensor fresh(IntArrayRef sizes, const Tensor& like) { return at::empty(sizes, like.options()); }
 
-// (..., rows, columns) with the last two dimensions exchanged.
-Tensor transposed(const Tensor& t) {
-  at::DimVector sizes(t.sizes()), strides(t.strides());
-  std::swap(sizes[t.dim() - 1], sizes[t.dim() - 2]);
-  std::swap(strides[t.dim() - 1], strides[t.dim() - 2]);
-  return view(t, 0, sizes, strides);
-}
 // Columns from `first` on of the last dimension.
 Tensor columns(const Tensor& t, int64_t first, int64_t count) {
   at::DimVector sizes(t.sizes());
   sizes.back() = count;
   return view(t, first * t.strides().back(), sizes, t.strides());
-}
-// (batch, length, d) as (batch * length, d). Length steps over whole rows of one batch entry.
-Tensor rows(const Tensor& t) {
-  return view(t, 0, {t.size(0) * t.size(1), t.size(2)}, {t.stride(1), t.stride(2)});
-}
-// One of a stack.
-Tensor at_index(const Tensor& stack, int64_t i) {
-  return view(stack, i * stack.stride(0), stack.sizes().slice(1), stack.strides().slice(1));
 }
 // (..., n) as (..., 1, n).
 Tensor one_group(const Tensor& t) {
@@ -123,32 +97,6 @@ Tensor one_group(const Tensor& t) {
   sizes.insert(sizes.end() - 1, 1);
   strides.insert(strides.end() - 1, strides.back() * t.size(-1));
   return view(t, 0, sizes, strides);
-}
-
-void product(const Tensor& out, const Tensor& a, const Tensor& b) {
-  at::mm_out(const_cast<Tensor&>(out), a, b);
-}
-// x w' + bias, for w (out, in).
-void linear(const Tensor& out, const Tensor& x, const Tensor& w, const Tensor& bias) {
-  if (bias.defined()) {
-    at::addmm_out(const_cast<Tensor&>(out), bias, x, transposed(w));
-  } else {
-    product(out, x, transposed(w));
-  }
-}
-// Of each of a stack; one launch on GPUs.
-void products(const Tensor& out, const Tensor& a, const Tensor& b) {
-  if (out.is_cuda() && out.size(0) > 1) {
-    at::bmm_out(const_cast<Tensor&>(out), a, b);
-  } else {
-    for (int64_t i = 0; i < out.size(0); ++i) {
-      product(at_index(out, i), at_index(a, i), at_index(b, i));
-    }
-  }
-}
-// One after the other: cuBLAS has much slower kernels for batches of these shapes.
-void add_products(const Tensor& sum, const Tensor& a, const Tensor& b) {
-  for (int64_t i = 0; i < sum.size(0); ++i) at_index(sum, i).addmm_(at_index(a, i), at_index(b, i));
 }
 
 // Conversions that are collected, and then made at once.
@@ -230,6 +178,8 @@ class Prepared {
   std::array<at::ScalarType, kCount> types{};
   std::array<at::DimVector, kCount> shapes;
   bool has(int i) const { return given_[i].defined(); }
+  // Of the norm, in the computing type.
+  Tensor norm() const { return given_[kNorm].to(wide_); }
   IntArrayRef sizes(int i) const { return given_[i].sizes(); }
   // Index of a parameter of a direction.
   static constexpr int of(Index i, int direction) { return i + direction * kPerDirection; }
@@ -312,6 +262,7 @@ class Prepared {
       expect(of(kSkip, i), "skip", {d});
     }
     TORCH_CHECK_VALUE(!half || !has(kConvBias), "kind 'half' has no conv_bias");
+    expect(kNorm, "norm", {s.model}, true);
   }
 
   // Next place in an array: starts at multiples of 16 bytes.
@@ -396,7 +347,7 @@ class Mixer {
   }
 
   const Options& options;
-  const Tensor x;
+  Tensor x;  // what in_proj reads
   Prepared p;
   const Sizes& s;
   const direct::Functions& call;
@@ -416,14 +367,32 @@ class Mixer {
       activations += 3 * d * s.model + d * s.out + 4 * directions * d * s.low_rank();
       floats += scans * d * (s.states + 8);
     }
+    if (p.has(kNorm)) {
+      activations += s.tokens() * s.model;
+      floats += s.tokens() + (is_backward ? 1024 * s.model : 0);
+    }
     const int64_t bytes = activations * element + floats * 4 + (64 << 10);
     return bytes <= kMostScratch ? bytes : 0;
   }
 
-  void project(Activations& a) const {
-    a.projected = empty({s.batch, s.length, 2 * s.channels}, x);
-    linear(rows(a.projected), rows(x), p.in_weight, p.in_bias);
+  // The norm of x, kept * x + residual being the stream.
+  Tensor add_norm(const OptTensor& residual_in, const OptTensor& keep, Tensor& rstd) {
+    const auto type = x.scalar_type(), wide = compute_type(type);
+    OptTensor residual = residual_in;
+    if (residual.has_value() && residual->scalar_type() != type) residual = residual->to(wide);
+    const auto make = [&](IntArrayRef sizes, at::ScalarType t) {
+      return options.interval > 0 ? fresh(sizes, t, x)
+                                  : Scratch::empty(sizes, x.options().dtype(t));
+    };
+    const Tensor normed = make(x.sizes(), type);
+    rstd = make({s.batch, s.length}, wide);
+    const Tensor stream =
+        call.norm(x, residual, p.norm(), options.eps, options.residual_in_fp32, keep, normed, rstd);
+    x = normed;
+    return stream;
   }
+
+  void project(Activations& a) const { a.projected = linear(x, p.in_weight, p.in_bias, false); }
 
   void convolve(Activations& a) const {
     if (options.is_half()) {
@@ -494,18 +463,25 @@ struct Plain {
 
 }  // namespace
 
-std::tuple<Tensor, std::vector<Tensor>> forward(const Tensor& x, const Parameters& parameters,
-                                                std::string_view kind, bool reverse, double scale,
-                                                double bias_scale, std::string_view discretization,
-                                                bool recompute, int64_t checkpoint_interval) {
+std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(
+    const Tensor& x, const OptTensor& residual, const OptTensor& keep, const Parameters& parameters,
+    std::string_view kind, bool reverse, double scale, double bias_scale,
+    std::string_view discretization, bool recompute, double eps, bool residual_in_fp32,
+    int64_t checkpoint_interval) {
   const Plain plain(x);
-  const Options options{
-      kind, reverse, scale, bias_scale, discretization, recompute, checkpoint_interval};
+  const Options options{kind,       reverse,          scale,
+                        bias_scale, discretization,   recompute,
+                        eps,        residual_in_fp32, checkpoint_interval};
   Mixer m(x, parameters, options);
+  const bool has_norm = m.p.has(kNorm);
+  TORCH_CHECK_VALUE(has_norm || (!residual.has_value() && !keep.has_value()),
+                    "residual and keep are for a mixer with a norm");
   const Sizes& s = m.s;
   const bool keeps_all = checkpoint_interval > 0 && !recompute;
   Scratch scratch(keeps_all ? 0 : m.scratch_bytes(false), m.x);
   m.p.make(scratch);
+  Tensor rstd;
+  const Tensor stream = has_norm ? m.add_norm(residual, keep, rstd) : fresh({0}, m.x);
   Activations a;
   m.project(a);
   m.convolve(a);
@@ -532,29 +508,31 @@ std::tuple<Tensor, std::vector<Tensor>> forward(const Tensor& x, const Parameter
     kept = {out, checkpoints};
     mixed = options.is_half() ? at::cat({out, m.other_half(a)}, -1) : out;
   }
-  const Tensor out = fresh({s.batch, s.length, s.out}, m.x);
-  linear(rows(out), rows(mixed), p.out_weight, p.out_bias);
-  if (checkpoint_interval == 0) return {out, std::vector<Tensor>()};
+  const Tensor out = linear(mixed, p.out_weight, p.out_bias, true);
+  if (checkpoint_interval == 0) return {out, stream, std::vector<Tensor>()};
   kept.insert(kept.end(), {p.matrices, p.vectors, a.low_rank});
   if (!recompute) {
     kept.insert(kept.end(), {a.projected, a.u, a.delta});
     if (options.scans() == 2) kept.push_back(mixed);
   }
-  return {out, kept};
+  if (has_norm) kept.insert(kept.end(), {m.x, rstd});
+  return {out, stream, kept};
 }
 
 namespace {
 
-// Gradients of x and of the parameters, each in the dtype of what it belongs to.
+// Gradients of x, of the parameters and of the residual, each in the dtype of what it belongs to.
 class Gradients {
  public:
   Gradients(const Mixer& m, int64_t needed)
-      : m_(m), needed_(needed), conversions_(compute_type(m.x.scalar_type())), all_(1 + kCount) {}
+      : m_(m), needed_(needed), conversions_(compute_type(m.x.scalar_type())), all_(2 + kCount) {}
 
   bool needs(int i) const { return (needed_ >> (1 + i) & 1) != 0; }
   bool needs_x() const { return (needed_ & 1) != 0; }
+  bool needs_residual() const { return needs(kCount); }
 
   void set_x(const Tensor& dx) { all_[0] = dx; }
+  void set_residual(const Tensor& dresidual) { all_[1 + kCount] = dresidual; }
   void set(int i, const Tensor& gradient, double scale = 1) {
     if (!needs(i)) return;
     if (gradient.scalar_type() == m_.p.types[i] && scale == 1 && !Scratch::owns(gradient)) {
@@ -591,7 +569,7 @@ class Gradients {
     for (size_t i = 0; i < all_.size(); ++i) {
       if (!all_[i].defined()) {
         all_[i] = fresh({0}, m_.x);
-      } else if (i > 0) {
+      } else if (i > 0 && i <= kCount) {
         const IntArrayRef shape = m_.p.shapes[i - 1];
         if (all_[i].sizes() != shape) all_[i] = view(all_[i], 0, shape);
         const auto type = m_.p.types[i - 1];
@@ -616,14 +594,25 @@ class Gradients {
 
 }  // namespace
 
-std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Parameters& parameters,
-                             at::TensorList kept, std::string_view kind, bool reverse, double scale,
-                             double bias_scale, std::string_view discretization, bool recompute,
-                             int64_t checkpoint_interval, int64_t needed) {
-  const Plain plain(x);
-  const Options options{
-      kind, reverse, scale, bias_scale, discretization, recompute, checkpoint_interval};
-  Mixer m(x, parameters, options);
+std::vector<Tensor> backward(const Tensor& grad_out, const OptTensor& grad_stream,
+                             const OptTensor& x, const OptTensor& stream, const OptTensor& keep,
+                             const Parameters& parameters, at::TensorList kept,
+                             std::string_view kind, bool reverse, double scale, double bias_scale,
+                             std::string_view discretization, bool recompute, double eps,
+                             bool residual_in_fp32, int64_t checkpoint_interval,
+                             std::optional<at::ScalarType> residual_type, int64_t needed) {
+  const Plain plain(grad_out);
+  const Options options{kind,       reverse,          scale,
+                        bias_scale, discretization,   recompute,
+                        eps,        residual_in_fp32, checkpoint_interval};
+  TORCH_CHECK_VALUE(x.has_value() != stream.has_value() && (x.has_value() || kept.size() >= 2),
+                    "mixer_backward needs x, or with a norm the stream");
+  const bool has_norm = stream.has_value();
+  Mixer m(has_norm ? kept[kept.size() - 2] : *x, parameters, options);
+  const Tensor rstd = has_norm ? kept.back() : Tensor();
+  if (has_norm) kept = kept.slice(0, kept.size() - 2);
+  TORCH_CHECK_VALUE(has_norm == m.p.has(kNorm),
+                    "mixer_backward: x and the norm exclude each other");
   const Sizes& s = m.s;
   Prepared& p = m.p;
   const Scratch scratch(m.scratch_bytes(true), m.x);
@@ -634,7 +623,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
                     "mixer_backward needs what mixer kept: ", count, " tensors, got ", kept.size());
   TORCH_CHECK_VALUE(
       grad_out.dim() == 3 && grad_out.size(0) == s.batch && grad_out.size(1) == s.length &&
-          grad_out.size(2) == s.out && grad_out.scalar_type() == x.scalar_type(),
+          grad_out.size(2) == s.out && grad_out.scalar_type() == m.x.scalar_type(),
       "grad_out must be like the output, got ", grad_out.sizes(), " ", grad_out.scalar_type());
   size_t next = 0;
   const Tensor scanned = kept[next++], checkpoints_f = kept[next++];
@@ -643,7 +632,7 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
   next += 2;
   Activations a;
   a.low_rank = kept[next++].contiguous();
-  Tensor mixed;
+  Tensor mixed, zeros;
   if (recompute) {
     m.project(a);
   } else {
@@ -666,7 +655,11 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
       mixed = scanned;
     } else if (recompute) {
       mixed = empty({s.batch, s.length, s.channels}, m.x);
-      m.call.gate(a.z(s), scanned, mixed);
+      if (m.x.is_cuda()) {
+        zeros = Scratch::empty({2, 1, s.batch, s.length, 1, 2, s.states},
+                               m.x.options().dtype(at::kFloat));
+      }
+      m.call.gate(a.z(s), scanned, mixed, zeros);
       left = scale;
     }
     const Tensor dweight = grads.product_for(kOutWeight);
@@ -686,22 +679,28 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
   }
   const Tensor dmixed = empty({s.batch, s.length, half ? 2 * d : d}, m.x);
   product(rows(dmixed), dy, p.out_weight);
-  const int projections = options.projections();
+  const int projections = options.projections(), scans = options.scans();
   const Mixer::Scan f = m.scan(a, 0);
-  Tensor du, ddelta, dB, dC, dz;
+  const Tensor du = empty({scans, s.batch, s.length, d}, m.x);
+  Tensor ddelta = empty(du.sizes(), m.x);
+  const Tensor dlow_rank = empty({scans, s.batch, s.length, s.low_rank()}, m.x);
+  // Of in_proj; with "half", before the convolution.
+  const Tensor dprojected = empty({s.batch, s.length, 2 * d}, m.x);
+  const auto gradient_of = [&](int64_t first, int64_t count) {
+    return columns(dlow_rank, first, count);
+  };
+  direct::ScanPlaces places[2];
+  for (int i = 0; i < scans; ++i) {
+    places[i] = {at_index(du, i), at_index(ddelta, i),
+                 one_group(at_index(gradient_of(s.rank, s.states), i)),
+                 one_group(at_index(gradient_of(s.rank + s.states, s.states), i))};
+  }
+  places[0].z = columns(dprojected, d, d);
+  places[0].sums = zeros;
   Tensor dA[2], dskip[2], ddt_bias[2];
   if (two) {
     const Mixer::Scan b = m.scan(a, 1);
     const int second = m.own(1);
-    du = empty({2, s.batch, s.length, d}, m.x);
-    ddelta = empty(du.sizes(), m.x);
-    dB = empty({2, s.batch, s.length, s.states}, m.x);
-    dC = empty(dB.sizes(), m.x);
-    direct::ScanPlaces places[2];
-    for (int i = 0; i < 2; ++i) {
-      places[i] = {at_index(du, i), at_index(ddelta, i), one_group(at_index(dB, i)),
-                   one_group(at_index(dC, i))};
-    }
     auto all = m.call.two_scans_backward(
         dmixed, f.u, f.delta, p.A[0], f.B, f.C, p.skip[0], p.dt_bias[0], b.u, b.delta, p.A[1], b.B,
         b.C, p.skip[second], p.dt_bias[second], a.z(s), scanned, checkpoints_f, checkpoints_b,
@@ -712,11 +711,9 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
     dA[1] = std::get<9>(all);
     dskip[1] = std::get<12>(all);
     ddt_bias[1] = std::get<13>(all);
-    dz = std::get<14>(all);
     if (projections == 1) {
-      for (Tensor* t : {&du, &ddelta, &dB, &dC}) {
-        at_index(*t, 0).add_(at_index(*t, 1));
-        *t = Mixer::stack_of(at_index(*t, 0));
+      for (const Tensor& t : {du, ddelta, gradient_of(s.rank, 2 * s.states)}) {
+        at_index(t, 0).add_(at_index(t, 1));
       }
       dskip[0].add_(dskip[1]);
       ddt_bias[0].add_(ddt_bias[1]);
@@ -726,17 +723,12 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
     const Tensor dscanned = half ? columns(dmixed, 0, d) : dmixed;
     auto all = m.call.scan_backward(dscanned, {}, f.u, f.delta, p.A[0], f.B, f.C, p.skip[0], gate,
                                     p.dt_bias[0], {}, checkpoints_f, true, discretization, reverse,
-                                    checkpoint_interval);
-    du = Mixer::stack_of(std::get<0>(all));
-    ddelta = Mixer::stack_of(std::get<1>(all));
+                                    checkpoint_interval, places[0]);
     dA[0] = std::get<2>(all);
-    dB = view(std::get<3>(all), 0, {1, s.batch, s.length, s.states});
-    dC = view(std::get<4>(all), 0, {1, s.batch, s.length, s.states});
     dskip[0] = std::get<5>(all);
-    dz = half ? columns(dmixed, d, d) : std::get<6>(all);
     ddt_bias[0] = std::get<7>(all);
   }
-  for (int i = 0; i < options.scans(); ++i) {
+  for (int i = 0; i < scans; ++i) {
     grads.set_multiplied(Prepared::of(kALog, i), dA[i], p.A[i]);
   }
   for (int i = 0; i < projections; ++i) {
@@ -745,75 +737,78 @@ std::vector<Tensor> backward(const Tensor& grad_out, const Tensor& x, const Para
   }
   a.delta = Tensor();
 
+  for (direct::ScanPlaces& place : places) place = {};
+
   // The projections.
-  const Tensor ddelta_rows = Mixer::stacked_rows(ddelta);
-  const Tensor drank = empty({projections, s.batch, s.length, s.rank}, m.x);
-  products(Mixer::stacked_rows(drank), ddelta_rows, p.dt_proj);
-  const Tensor dlow_rank = Mixer::stacked_rows(at::cat({drank, dB, dC}, -1));
-  grads.set_stack(kDtProj, ddelta_rows, Mixer::stacked_rows(columns(a.low_rank, 0, s.rank)));
-  grads.set_stack(kXProj, dlow_rank, Mixer::stacked_rows(m.inputs(a)));
+  const auto own_rows = [&](const Tensor& t) {
+    return Mixer::stacked_rows(
+        view(t, 0, {projections, s.batch, s.length, t.size(3)}, t.strides()));
+  };
+  const Tensor dlow_rank_rows = own_rows(dlow_rank);
+  products(own_rows(gradient_of(0, s.rank)), own_rows(ddelta), p.dt_proj);
+  grads.set_stack(kDtProj, own_rows(ddelta), Mixer::stacked_rows(columns(a.low_rank, 0, s.rank)));
+  grads.set_stack(kXProj, dlow_rank_rows, Mixer::stacked_rows(m.inputs(a)));
   ddelta = Tensor();
   a.u = Tensor();
-  add_products(Mixer::stacked_rows(du), dlow_rank, p.x_proj);
+  if (half) {
+    Tensor sum = rows(columns(dmixed, 0, d));
+    at::addmm_out(sum, rows(at_index(du, 0)), at_index(dlow_rank_rows, 0), at_index(p.x_proj, 0));
+  } else {
+    add_products(own_rows(du), dlow_rank_rows, p.x_proj);
+  }
 
   // The convolutions, and in_proj.
-  const Tensor x_rows = rows(m.x);
-  const Tensor dweight = grads.needs(kInWeight) ? grads.product_for(kInWeight) : Tensor();
-  Tensor dx = grads.needs_x() ? fresh(m.x.sizes(), m.x) : Tensor();
   if (half) {
-    const Tensor dall = at::cat({at_index(du, 0), dz}, -1);
-    auto [dprojected, dtaps, unused_bias, unused_state] =
-        m.call.conv_backward(dall, {}, a.projected, p.taps[0], {}, {}, options.conv_mode(), true);
+    auto [unused_dx, dtaps, unused_bias, unused_state] = m.call.conv_backward(
+        dmixed, {}, a.projected, p.taps[0], {}, {}, options.conv_mode(), true, dprojected);
     for (int i = 0; i < 2; ++i) {
-      const int index = Prepared::of(kTaps, i);
-      const Tensor own = view(dtaps, i * d * s.width, {d, s.width});
-      grads.set_copy(index, own);
+      grads.set_copy(Prepared::of(kTaps, i), view(dtaps, i * d * s.width, {d, s.width}));
     }
-    const Tensor grad = rows(dprojected);
-    if (dweight.defined()) product(dweight, transposed(grad), x_rows);
-    if (p.has(kInBias) && grads.needs(kInBias)) grads.set(kInBias, at::sum(grad, {0}));
-    if (dx.defined()) product(rows(dx), grad, p.in_weight);
+  } else if (projections == 2) {
+    auto [unused_dx, dtaps_f, dbias_f, dtaps_b, dbias_b] = m.call.two_convs_backward(
+        at_index(du, 0), at_index(du, 1), a.x(s), p.taps[0], p.conv_bias[0], p.taps[1],
+        p.conv_bias[1], true, columns(dprojected, 0, d));
+    grads.set(kTaps, dtaps_f);
+    grads.set(Prepared::of(kTaps, 1), dtaps_b);
+    if (p.has(kConvBias)) grads.set(kConvBias, dbias_f);
+    const int other = Prepared::of(kConvBias, 1);
+    if (p.has(other)) grads.set(other, dbias_b);
   } else {
-    Tensor dinput;
-    if (projections == 2) {
-      auto [dinput_, dtaps_f, dbias_f, dtaps_b, dbias_b] =
-          m.call.two_convs_backward(at_index(du, 0), at_index(du, 1), a.x(s), p.taps[0],
-                                    p.conv_bias[0], p.taps[1], p.conv_bias[1], true);
-      dinput = dinput_;
-      grads.set(kTaps, dtaps_f);
-      grads.set(Prepared::of(kTaps, 1), dtaps_b);
-      if (p.has(kConvBias)) grads.set(kConvBias, dbias_f);
-      const int other = Prepared::of(kConvBias, 1);
-      if (p.has(other)) grads.set(other, dbias_b);
-    } else {
-      auto [dinput_, dtaps, dbias, unused] = m.call.conv_backward(
-          at_index(du, 0), {}, a.x(s), p.taps[0], p.conv_bias[0], {}, options.conv_mode(), true);
-      dinput = dinput_;
-      grads.set(kTaps, dtaps);
-      if (p.has(kConvBias)) grads.set(kConvBias, dbias);
-    }
-    const Tensor parts[2] = {rows(dinput), rows(dz)};
-    Tensor dbias = p.has(kInBias) && grads.needs(kInBias) ? fresh({2 * d}, m.x) : Tensor();
-    for (int i = 0; i < 2; ++i) {
-      if (dweight.defined()) {
-        product(view(dweight, i * d * s.model, {d, s.model}), transposed(parts[i]), x_rows);
-      }
-      if (dbias.defined()) {
-        Tensor part = view(dbias, i * d, {d});
-        at::sum_out(part, parts[i], {0});
-      }
-      if (!dx.defined()) continue;
-      const Tensor weight = view(p.in_weight, i * d * s.model, {d, s.model});
-      if (i == 0) {
-        product(rows(dx), parts[i], weight);
-      } else {
-        rows(dx).addmm_(parts[i], weight);
-      }
-    }
-    if (dbias.defined()) grads.set(kInBias, dbias);
+    auto [unused_dx, dtaps, dbias, unused_state] =
+        m.call.conv_backward(at_index(du, 0), {}, a.x(s), p.taps[0], p.conv_bias[0], {},
+                             options.conv_mode(), true, columns(dprojected, 0, d));
+    grads.set(kTaps, dtaps);
+    if (p.has(kConvBias)) grads.set(kConvBias, dbias);
   }
-  if (dweight.defined()) grads.set(kInWeight, dweight);
-  if (dx.defined()) grads.set_x(dx);
+  const Tensor grad = rows(dprojected);
+  if (grads.needs(kInWeight)) {
+    const Tensor dweight = grads.product_for(kInWeight);
+    product(dweight, transposed(grad), rows(m.x));
+    grads.set(kInWeight, dweight);
+  }
+  if (p.has(kInBias) && grads.needs(kInBias)) grads.set(kInBias, at::sum(grad, {0}));
+  const bool before_norm = has_norm && (grads.needs_residual() || grads.needs(kNorm));
+  if (!grads.needs_x() && !before_norm) return grads.finish();
+  const Tensor dx = has_norm ? empty(m.x.sizes(), m.x) : fresh(m.x.sizes(), m.x);
+  product(rows(dx), grad, p.in_weight);
+  if (!has_norm) {
+    grads.set_x(dx);
+    return grads.finish();
+  }
+
+  // The norm. Its inputs have one gradient, but for their dtypes and the factors of x.
+  const auto type = m.x.scalar_type(), wide = compute_type(type);
+  const auto other_type = !residual_type.has_value() || *residual_type == type ? type : wide;
+  const bool separate = residual_type.has_value() && (keep.has_value() || other_type != type);
+  auto [dinput, dresidual, dnorm] = m.call.norm_backward(dx, grad_stream, *stream, p.norm(), rstd,
+                                                         separate, type, other_type, keep);
+  grads.set(kNorm, dnorm);
+  if (grads.needs_x()) grads.set_x(dinput);
+  if (!residual_type.has_value() || !grads.needs_residual()) return grads.finish();
+  // One gradient is enough where both are equal.
+  if (separate || *residual_type != type || !grads.needs_x()) {
+    grads.set_residual((separate ? dresidual : dinput).to(*residual_type));
+  }
   return grads.finish();
 }
 
@@ -831,67 +826,119 @@ const c10::TypedOperatorHandle<F>& handle(const char* name) {
 struct Call {
   std::string kind, discretization;
   bool reverse, recompute;
-  double scale, bias_scale;
+  double scale, bias_scale, eps;
+  bool residual_in_fp32;
   int64_t interval;
   int64_t present;
-  const Parameters* parameters;  // while forward runs
+  // While forward runs.
+  const Tensor* x;
+  const OptTensor *residual, *keep;
+  const Parameters* parameters;
+
+  std::tuple<Tensor, Tensor, std::vector<Tensor>> run() const {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return handle<Forward>("mmvim::mixer")
+        .call(*x, *residual, *keep, *parameters, kind, reverse, scale, bias_scale, discretization,
+              recompute, eps, residual_in_fp32, interval);
+  }
 };
+
+// Bits of what an autograd node may have as inputs: x, the parameters, the residual, the factors.
+constexpr int kResidualBit = 1 + kCount, kKeepBit = 2 + kCount;
 
 class Function : public torch::autograd::Function<Function> {
  public:
   static constexpr bool is_traceable = true;
 
-  // `all`: x and the parameters that there are, of which `call.present` has a bit each.
-  static Tensor forward(torch::autograd::AutogradContext* ctx, at::TensorList all,
-                        const Call& call) {
+  // `all`: the inputs that there are, of which `call.present` has a bit each.
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx,
+                                                at::TensorList all, const Call& call) {
     ctx->set_materialize_grads(false);
-    auto [out, kept] = [&] {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      return handle<Forward>("mmvim::mixer")
-          .call(all[0], *call.parameters, call.kind, call.reverse, call.scale, call.bias_scale,
-                call.discretization, call.recompute, call.interval);
-    }();
-    torch::autograd::variable_list saved(all.begin(), all.end());
+    auto [out, stream, kept] = call.run();
+    const bool has_norm = (call.present >> (1 + kNorm) & 1) != 0;
+    // Saved are the inputs (but x and the residual of a norm, which backward does not need), the
+    // stream and what was kept.
+    torch::autograd::variable_list saved;
+    saved.reserve(all.size() + kept.size() + 1);
+    size_t next = 0;
+    for (int i = 0; i <= kKeepBit; ++i) {
+      if ((call.present >> i & 1) == 0) continue;
+      const bool is_needed = i == kResidualBit ? false : i > 0 || !has_norm;
+      if (is_needed) saved.push_back(all[next]);
+      ++next;
+    }
+    if (has_norm) saved.push_back(stream);
     saved.insert(saved.end(), kept.begin(), kept.end());
     ctx->save_for_backward(std::move(saved));
     auto& data = ctx->saved_data;
     data["kind"] = call.kind;
     data["discretization"] = call.discretization;
-    data["flags"] = int64_t{call.reverse} + 2 * int64_t{call.recompute};
-    data["scale"] = call.scale;
-    data["bias_scale"] = call.bias_scale;
+    data["flags"] =
+        int64_t{call.reverse} + 2 * int64_t{call.recompute} + 4 * int64_t{call.residual_in_fp32};
+    data["numbers"] = std::vector<double>{call.scale, call.bias_scale, call.eps};
     data["interval"] = call.interval;
     data["present"] = call.present;
-    return out;
+    if (call.residual->has_value()) {
+      data["residual"] = static_cast<int64_t>((*call.residual)->scalar_type());
+    }
+    if (has_norm) return {out, stream};
+    return {out};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     auto& data = ctx->saved_data;
     const int64_t present = data["present"].toInt();
+    const auto is_present = [&](int i) { return (present >> i & 1) != 0; };
+    const bool has_norm = is_present(1 + kNorm);
     const auto saved = ctx->get_saved_variables();
     Parameters parameters;
     parameters.reserve(kCount);
+    OptTensor x, keep, stream;
     int64_t needed = 0;
-    size_t count = 0;
-    for (int i = 0; i <= kCount; ++i) {
-      const bool here = (present >> i & 1) != 0;
-      if (i > 0) parameters.push_back(here ? std::optional<Tensor>(saved[count]) : std::nullopt);
-      if (!here) continue;
-      if (ctx->needs_input_grad(count)) needed |= int64_t{1} << i;
+    size_t count = 0, next = 0;
+    for (int i = 0; i <= kKeepBit; ++i) {
+      const bool is_parameter = i > 0 && i <= kCount;
+      if (!is_present(i)) {
+        if (is_parameter) parameters.push_back(std::nullopt);
+        continue;
+      }
+      if (i != kKeepBit && ctx->needs_input_grad(count)) needed |= int64_t{1} << i;
       ++count;
+      if (is_parameter) {
+        parameters.push_back(saved[next++]);
+      } else if (i == 0 && !has_norm) {
+        x = saved[next++];
+      } else if (i == kKeepBit) {
+        keep = saved[next++];
+      }
     }
+    if (has_norm) stream = saved[next++];
+    // One more, for what is not a tensor.
     torch::autograd::variable_list results(count + 1);
-    if (!grads[0].defined()) return results;
+    const OptTensor grad_stream =
+        has_norm && grads[1].defined() ? OptTensor(grads[1]) : OptTensor();
+    if (!grads[0].defined() && !grad_stream.has_value()) return results;
+    const at::TensorList kept(saved.data() + next, saved.size() - next);
+    Tensor grad_out = grads[0];
+    if (!grad_out.defined()) {
+      const Tensor& normed = kept[kept.size() - 2];
+      const int64_t channels = parameters.get(kOutWeight)->size(0);
+      grad_out = at::zeros({normed.size(0), normed.size(1), channels}, normed.options());
+    }
     const std::string kind = data["kind"].toStringRef();
     const std::string discretization = data["discretization"].toStringRef();
     const int64_t flags = data["flags"].toInt();
-    const at::TensorList kept(saved.data() + count, saved.size() - count);
+    const auto numbers = data["numbers"].toDoubleVector();
+    std::optional<at::ScalarType> residual_type;
+    if (is_present(kResidualBit)) {
+      residual_type = static_cast<at::ScalarType>(data["residual"].toInt());
+    }
     const auto run = [&] {
       return handle<Backward>("mmvim::mixer_backward")
-          .call(grads[0], saved[0], parameters, kept, kind, (flags & 1) != 0,
-                data["scale"].toDouble(), data["bias_scale"].toDouble(), discretization,
-                (flags & 2) != 0, data["interval"].toInt(), needed);
+          .call(grad_out, grad_stream, x, stream, keep, parameters, kept, kind, (flags & 1) != 0,
+                numbers[0], numbers[1], discretization, (flags & 2) != 0, numbers[2],
+                (flags & 4) != 0, data["interval"].toInt(), residual_type, needed);
     };
     std::vector<Tensor> found;
     if (at::GradMode::is_enabled()) {
@@ -900,44 +947,60 @@ class Function : public torch::autograd::Function<Function> {
       const at::AutoDispatchBelowADInplaceOrView below;
       found = run();
     }
-    size_t next = 0;
-    for (int i = 0; i <= kCount; ++i) {
-      if ((present >> i & 1) == 0) continue;
-      if ((needed >> i & 1) != 0) results[next] = std::move(found[i]);
+    // Where the gradients of x and of the residual are equal, there is one.
+    Tensor& of_residual = found[kResidualBit];
+    if ((needed & 1) != 0 && of_residual.dim() == 1) of_residual = found[0];
+    next = 0;
+    for (int i = 0; i <= kKeepBit; ++i) {
+      if (!is_present(i)) continue;
+      if ((needed >> i & 1) != 0) results[next] = found[i];
       ++next;
     }
     return results;
   }
 };
 
-std::tuple<Tensor, std::vector<Tensor>> differentiable(
-    const Tensor& x, const Parameters& parameters, std::string_view kind, bool reverse,
-    double scale, double bias_scale, std::string_view discretization, bool recompute,
+std::tuple<Tensor, Tensor, std::vector<Tensor>> differentiable(
+    const Tensor& x, const OptTensor& residual, const OptTensor& keep, const Parameters& parameters,
+    std::string_view kind, bool reverse, double scale, double bias_scale,
+    std::string_view discretization, bool recompute, double eps, bool residual_in_fp32,
     int64_t checkpoint_interval) {
   bool wanted = false;
-  int64_t present = 1;
+  int64_t present = 0;
   std::vector<Tensor> all;
   if (at::GradMode::is_enabled() && checkpoint_interval > 0) {
-    all.reserve(1 + parameters.size());
-    all.push_back(x);
-    wanted = x.requires_grad();
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      const std::optional<Tensor> t = parameters.get(i);
-      if (!t.has_value()) continue;
+    all.reserve(3 + parameters.size());
+    const auto add = [&](int bit, const OptTensor& t) {
+      if (!t.has_value()) return;
       all.push_back(*t);
-      present |= int64_t{2} << i;
+      present |= int64_t{1} << bit;
       wanted = wanted || t->requires_grad();
+    };
+    add(0, x);
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      add(1 + static_cast<int>(i), parameters.get(i));
     }
+    add(kResidualBit, residual);
+    add(kKeepBit, keep);
   }
-  if (!wanted) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return handle<Forward>("mmvim::mixer")
-        .call(x, parameters, kind, reverse, scale, bias_scale, discretization, recompute,
-              checkpoint_interval);
-  }
-  const Call call{std::string(kind), std::string(discretization), reverse, recompute,  scale,
-                  bias_scale,        checkpoint_interval,         present, &parameters};
-  return {Function::apply(at::TensorList(all), call), std::vector<Tensor>()};
+  const Call call{std::string(kind),
+                  std::string(discretization),
+                  reverse,
+                  recompute,
+                  scale,
+                  bias_scale,
+                  eps,
+                  residual_in_fp32,
+                  checkpoint_interval,
+                  present,
+                  &x,
+                  &residual,
+                  &keep,
+                  &parameters};
+  if (!wanted) return call.run();
+  const auto results = Function::apply(at::TensorList(all), call);
+  const bool has_norm = results.size() == 2;
+  return {results[0], has_norm ? results[1] : fresh({0}, results[0]), std::vector<Tensor>()};
 }
 
 }  // namespace

@@ -43,7 +43,8 @@ MMVIM_DECLARE_PER_ISA(void convert_segments(const Segments& segments, bool is_do
 // No array is of doubles.
 int launch_convert_segments(const Segments& segments, CUstream_st* stream);
 
-// out = y silu(z), for rows of channels; y and out are contiguous.
+// out = y silu(z), for rows of channels; y and out are contiguous. Beside it numbers are cleared,
+// for which a launch of its own would take longer.
 struct Gate {
   const void* z = nullptr;
   const void* y = nullptr;
@@ -51,6 +52,8 @@ struct Gate {
   int64_t rows = 0, channels = 0;
   int64_t stride = 0;       // of z's rows
   bool vectorized = false;  // rows start at multiples of 16 bytes and hold whole vectors
+  float* cleared = nullptr;
+  int64_t cleared_count = 0;
 };
 int launch_gate(DType type, const Gate& p, CUstream_st* stream);
 

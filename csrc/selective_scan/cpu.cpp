@@ -153,16 +153,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
   return {out, last_state, checkpoints};
 }
 
+Tensor at_or_empty(const Tensor& place, const Tensor& like) {
+  return place.defined() ? place : empty_like(like);
+}
+
 // Gradients of one direction.
 struct Gradients {
   Tensor u, delta, A, B, C, D, delta_bias;
 
-  Gradients(const Inputs& in, ScanBackwardArgs& a, const direct::ScanPlaces* places = nullptr)
-      : u(places != nullptr ? places->u : empty_like(in.u)),
-        delta(places != nullptr ? places->delta : empty_like(in.delta)),
+  Gradients(const Inputs& in, ScanBackwardArgs& a, const direct::ScanPlaces& places)
+      : u(at_or_empty(places.u, in.u)),
+        delta(at_or_empty(places.delta, in.delta)),
         A(empty_like(in.A)),
-        B(places != nullptr ? places->B : empty_like(in.B)),
-        C(places != nullptr ? places->C : empty_like(in.C)),
+        B(at_or_empty(places.B, in.B)),
+        C(at_or_empty(places.C, in.C)),
         D(empty_like(in.D, in.compute)),
         delta_bias(empty_like(in.delta_bias, in.compute)) {
     if (in.u.size(2) == 0) {
@@ -201,12 +205,12 @@ void find_checkpoints(ScanBackwardArgs& a, const Tensor& saved, int64_t interval
   a.checkpoint_interval = interval;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_into(
     const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& u, const Tensor& delta,
     const Tensor& A, const Tensor& B, const Tensor& C, const OptTensor& D, const OptTensor& z,
     const OptTensor& delta_bias, const OptTensor& initial_state, const Tensor& checkpoints,
     bool delta_softplus, std::string_view discretization, bool reverse, int64_t checkpoint_interval,
-    const OptTensor& seq_idx) {
+    const direct::ScanPlaces& places, const OptTensor& seq_idx) {
   const Inputs in(u, delta, A, B, C, D, delta_bias);
   check(z, "z", u.sizes(), in.type, at::kCPU);
   check(grad_out, "grad_out", u.sizes(), in.type, at::kCPU);
@@ -224,8 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   a.grad_out = view(grad_out);
   a.grad_last_state = data(grad_last);
   a.z = view(z);
-  const Gradients grads(in, a);
-  Tensor dz = empty_like(z, in.compute);
+  const Gradients grads(in, a, places);
+  Tensor dz = z.has_value() ? at_or_empty(places.z, *z) : empty({0}, in.compute);
   if (z.has_value()) a.dz = output(dz);
   Tensor dinitial = empty_like(initial_state, in.compute);
   a.dinitial_state = data_if(initial_state, dinitial);
@@ -233,6 +237,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   find_checkpoints(a, checkpoints, checkpoint_interval, keep, in);
   MMVIM_PER_ISA(scan_backward)(a, in.is_double());
   return {grads.u, grads.delta, grads.A, grads.B, grads.C, grads.D, dz, grads.delta_bias, dinitial};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& u, const Tensor& delta,
+    const Tensor& A, const Tensor& B, const Tensor& C, const OptTensor& D, const OptTensor& z,
+    const OptTensor& delta_bias, const OptTensor& initial_state, const Tensor& checkpoints,
+    bool delta_softplus, std::string_view discretization, bool reverse, int64_t checkpoint_interval,
+    const OptTensor& seq_idx) {
+  return backward_into(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias,
+                       initial_state, checkpoints, delta_softplus, discretization, reverse,
+                       checkpoint_interval, {}, seq_idx);
 }
 
 void check_pair(const Inputs& f, const Inputs& b) {
@@ -295,13 +310,13 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
                             const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
                             const Tensor& checkpoints_b, double scale, bool delta_softplus,
                             std::string_view discretization, int64_t checkpoint_interval,
-                            const direct::ScanPlaces* places, const OptTensor& seq_idx) {
+                            const direct::ScanPlaces (&places)[2], const OptTensor& seq_idx) {
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
   const OptTensor numbers = numbers_of(seq_idx, f);
   check(z, "z", u_f.sizes(), f.type, at::kCPU);
   check(grad_out, "grad_out", u_f.sizes(), f.type, at::kCPU);
-  Tensor dz = empty_like(z, f.compute);
+  Tensor dz = z.has_value() ? at_or_empty(places[0].z, *z) : empty({0}, f.compute);
   Tensor saved[2] = {checkpoints_f, checkpoints_b};
   int64_t interval = checkpoint_interval;
   if (z.has_value()) {
@@ -336,7 +351,6 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
     MMVIM_PER_ISA(gate_backward)(gate, f.is_double());
   }
   const auto direction = [&](const Inputs& in, const Tensor& checkpoints, bool reverse) {
-    const direct::ScanPlaces* place = places == nullptr ? nullptr : places + reverse;
     ScanBackwardArgs a;
     a.shape = in.shape(discretization, delta_softplus);
     a.shape.seq_idx = integers(numbers);
@@ -344,7 +358,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
     a.grad_out = view(grad_out);
     a.z = view(z);
     a.scale = scale;
-    Gradients grads(in, a, place);
+    Gradients grads(in, a, places[reverse]);
     Tensor keep;
     find_checkpoints(a, checkpoints, interval, keep, in);
     MMVIM_PER_ISA(scan_backward)(a, in.is_double());
@@ -370,12 +384,12 @@ bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& 
   return bidirectional_backward_into(grad_out, u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f, u_b,
                                      delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, pregate,
                                      checkpoints_f, checkpoints_b, scale, delta_softplus,
-                                     discretization, checkpoint_interval, nullptr, seq_idx);
+                                     discretization, checkpoint_interval, {}, seq_idx);
 }
 
 const bool known = [] {
   direct::enter<forward>(direct::cpu.scan);
-  direct::enter<backward>(direct::cpu.scan_backward);
+  direct::enter<backward_into>(direct::cpu.scan_backward);
   direct::enter<bidirectional_forward>(direct::cpu.two_scans);
   direct::enter<bidirectional_backward_into>(direct::cpu.two_scans_backward);
   return true;

@@ -395,16 +395,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
   return {call.out, pregate, call.checkpoints[0], call.checkpoints[1]};
 }
 
+Tensor at_or_empty(const Tensor& place, const Tensor& like) {
+  return place.defined() ? place : Scratch::empty(like.sizes(), like.options());
+}
+
 // Gradients of one direction.
 struct Gradients {
   Tensor u, delta, A, B, C, D, delta_bias;
 
-  explicit Gradients(const Inputs& in, const direct::ScanPlaces* places = nullptr)
-      : u(places != nullptr ? places->u : Scratch::empty(in.u.sizes(), in.u.options())),
-        delta(places != nullptr ? places->delta : Scratch::empty(in.u.sizes(), in.u.options())),
+  Gradients(const Inputs& in, const direct::ScanPlaces& places)
+      : u(at_or_empty(places.u, in.u)),
+        delta(at_or_empty(places.delta, in.u)),
         A(Scratch::empty(in.A.sizes(), in.A.options())),
-        B(places != nullptr ? places->B : Scratch::empty(in.B.sizes(), in.B.options())),
-        C(places != nullptr ? places->C : Scratch::empty(in.C.sizes(), in.C.options())),
+        B(at_or_empty(places.B, in.B)),
+        C(at_or_empty(places.C, in.C)),
         D(like_or_empty(in.D, in.A)),
         delta_bias(like_or_empty(in.delta_bias, in.A)) {}
 
@@ -424,6 +428,7 @@ struct BackwardCall {
   OptTensor z, initial_state, grad_last;
   double scale = 1.0;
   Tensor dz, dinitial, pregate;  // undefined: not there
+  Tensor zeros;                  // for sums; undefined: to be made
   Tensor checkpoints[2];
   int64_t interval = 0;
 
@@ -463,7 +468,10 @@ struct BackwardCall {
     if (z.has_value()) p.z = Inputs::rows(*z, unit);
     if (pregate.defined()) p.pregate = Inputs::rows(pregate, unit);
     p.scale = static_cast<float>(scale);
-    if (dz.defined()) p.dz = dz.mutable_data_ptr();
+    if (dz.defined()) {
+      p.dz = dz.mutable_data_ptr();
+      p.dz_pitch = static_cast<int>(dz.stride(1));
+    }
     const int64_t states = first.states();
     const int64_t limit = kMaxStates;
     p.size.states = static_cast<int>(std::min(states, limit));
@@ -482,6 +490,9 @@ struct BackwardCall {
     finish.size = p.size;
     finish.directions = directions;
     finish.rows = rows;
+    // Of groups, too, whose rows follow each other.
+    const Tensor& dB = grads[0]->B;
+    finish.out_pitch = static_cast<int>(dB.stride(dB.size(2) == 1 ? 1 : 2));
     Tensor dBC[2], cleared, dA[2], dD[2], sums[2];
     for (int d = 0; d < directions; ++d) {
       const Tensor& B = in[d]->B;
@@ -497,8 +508,11 @@ struct BackwardCall {
         dBC[1] = cleared.select(0, 1);
       } else {
         // For both directions at once, as they most often have equal sizes.
-        cleared =
-            at::zeros({directions, sizes[0], sizes[1], sizes[2], sizes[3], 2, states}, parameters);
+        cleared = zeros;
+        if (!cleared.defined()) {
+          cleared = at::zeros({directions, sizes[0], sizes[1], sizes[2], sizes[3], 2, states},
+                              parameters);
+        }
         dBC[d] = cleared.select(0, 0);
       }
       // A block's part of dA takes the place of the gradient that entered its chunk.
@@ -567,12 +581,12 @@ Tensor checked_gradient(const Tensor& grad, const Inputs& in) {
   return with_rows(grad);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_into(
     const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& u, const Tensor& delta,
     const Tensor& A, const Tensor& B, const Tensor& C, const OptTensor& D, const OptTensor& z,
     const OptTensor& delta_bias, const OptTensor& initial_state, const Tensor& checkpoints,
     bool delta_softplus, std::string_view discretization, bool reverse, int64_t checkpoint_interval,
-    const OptTensor& seq_idx) {
+    const direct::ScanPlaces& places, const OptTensor& seq_idx) {
   const c10::cuda::CUDAGuard guard(u.device());
   const Inputs in(u, delta, A, B, C, D, delta_bias);
   const Discretization method = method_of(discretization);
@@ -581,7 +595,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
         u.device());
   check(grad_last_state, "grad_last_state", {s.batch, s.channels, state_parts(method) * s.pitch},
         at::kFloat, u.device());
-  Gradients grads(in);
+  Gradients grads(in, places);
   BackwardCall call;
   call.in[0] = &in;
   call.grads[0] = &grads;
@@ -594,8 +608,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   call.seq_idx = checked_numbers(seq_idx, in);
   call.checkpoints[0] = checkpoints.contiguous();
   call.interval = checkpoint_interval;
-  const Tensor dz = z.has_value() ? Scratch::empty(z->sizes(), z->options()) : like_or_empty({}, u);
+  const Tensor dz = z.has_value() ? at_or_empty(places.z, *z) : like_or_empty({}, u);
   if (z.has_value()) call.dz = dz;
+  call.zeros = places.sums;
   const Tensor dinitial = like_or_empty(call.initial_state, u);
   call.dinitial = dinitial;
   if (!in.empty()) {
@@ -610,6 +625,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {grads.u, grads.delta, grads.A, grads.B, grads.C, grads.D, dz, grads.delta_bias, dinitial};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_out, const OptTensor& grad_last_state, const Tensor& u, const Tensor& delta,
+    const Tensor& A, const Tensor& B, const Tensor& C, const OptTensor& D, const OptTensor& z,
+    const OptTensor& delta_bias, const OptTensor& initial_state, const Tensor& checkpoints,
+    bool delta_softplus, std::string_view discretization, bool reverse, int64_t checkpoint_interval,
+    const OptTensor& seq_idx) {
+  return backward_into(grad_out, grad_last_state, u, delta, A, B, C, D, z, delta_bias,
+                       initial_state, checkpoints, delta_softplus, discretization, reverse,
+                       checkpoint_interval, {}, seq_idx);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
            Tensor, Tensor, Tensor, Tensor>
 bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Tensor& delta_f,
@@ -620,7 +646,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
                             const OptTensor& z, const Tensor& pregate, const Tensor& checkpoints_f,
                             const Tensor& checkpoints_b, double scale, bool delta_softplus,
                             std::string_view discretization, int64_t checkpoint_interval,
-                            const direct::ScanPlaces* places, const OptTensor& seq_idx) {
+                            const direct::ScanPlaces (&places)[2], const OptTensor& seq_idx) {
   const c10::cuda::CUDAGuard guard(u_f.device());
   const Inputs f(u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f);
   const Inputs b(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b);
@@ -628,7 +654,7 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
   check(A_b, "A_b", A_f.sizes(), at::kFloat, u_f.device());
   const Discretization method = method_of(discretization);
   const Sizes s = sizes_of(f, b.B.size(2), delta_softplus);
-  Gradients grads_f(f, places), grads_b(b, places == nullptr ? nullptr : places + 1);
+  Gradients grads_f(f, places[0]), grads_b(b, places[1]);
   BackwardCall call;
   call.in[0] = &f;
   call.in[1] = &b;
@@ -647,8 +673,8 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
           checkpoint_sizes(s, checkpoint_interval), at::kFloat, u_f.device());
     call.checkpoints[d] = saved[d]->contiguous();
   }
-  const Tensor dz =
-      z.has_value() ? Scratch::empty(z->sizes(), z->options()) : like_or_empty({}, u_f);
+  const Tensor dz = z.has_value() ? at_or_empty(places[0].z, *z) : like_or_empty({}, u_f);
+  call.zeros = places[0].sums;
   if (z.has_value()) {
     call.dz = dz;
     if (pregate.dim() == 3) {
@@ -681,12 +707,12 @@ bidirectional_backward(const Tensor& grad_out, const Tensor& u_f, const Tensor& 
   return bidirectional_backward_into(grad_out, u_f, delta_f, A_f, B_f, C_f, D_f, delta_bias_f, u_b,
                                      delta_b, A_b, B_b, C_b, D_b, delta_bias_b, z, pregate,
                                      checkpoints_f, checkpoints_b, scale, delta_softplus,
-                                     discretization, checkpoint_interval, nullptr, seq_idx);
+                                     discretization, checkpoint_interval, {}, seq_idx);
 }
 
 const bool known = [] {
   direct::enter<forward>(direct::cuda.scan);
-  direct::enter<backward>(direct::cuda.scan_backward);
+  direct::enter<backward_into>(direct::cuda.scan_backward);
   direct::enter<bidirectional_forward>(direct::cuda.two_scans);
   direct::enter<bidirectional_backward_into>(direct::cuda.two_scans_backward);
   return true;

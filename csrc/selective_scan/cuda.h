@@ -98,6 +98,7 @@ struct Backward {
   void* du[2] = {};
   void* ddelta[2] = {};
   void* dz = nullptr;
+  int dz_pitch = 0;  // from row to row
   // Launches for parts of the states: (3, b, l, d) sums of du, ddelta and y.
   const float* sum_in[2] = {};
   float* sum_out[2] = {};
@@ -126,6 +127,7 @@ struct Finish {
   int64_t rows = 0;  // b * chunks
   void* out_dB[2] = {};
   void* out_dC[2] = {};
+  int out_pitch = 0;  // of both, from row to row
   float* out_dA[2] = {};
   float* out_dD[2] = {};           // or null
   float* out_ddelta_bias[2] = {};  // or null

@@ -295,7 +295,7 @@ MMVIM_DEVICE void store_row(const Backward& p, int direction, int64_t b, int t, 
   if (writes_dz && needs_y) {
     const Quad gate = Quad::load(gates + from);
     y = Quad::of([&](int i) { return gate.v[i] * gpu::fused(skip.v[i], u.v[i], y.v[i]); });
-    QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad).store(t, y);
+    QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad, p.dz_pitch).store(t, y);
   }
 }
 
@@ -584,7 +584,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kBackwardRegisters<kCpt>)
             } else if (inside) {
               const int t = time_of(at + r);
               const Quad y = Quad::of(QuadInput<T>(p.pregate, b, channels, quad).load(t));
-              QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad)
+              QuadRows<T>(static_cast<T*>(p.dz), size, b, channels, quad, p.dz_pitch)
                   .store(t, Quad::of([&](int j) { return gate.v[j] * y.v[j]; }));
             }
           }

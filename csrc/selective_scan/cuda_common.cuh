@@ -321,10 +321,13 @@ struct QuadRows {
   bool whole;
 
   MMVIM_DEVICE QuadRows(T* data, const Sizes& size, int64_t b, const Channels& channels, int quad)
-      : base(data + b * size.length * size.channels + channels.first + 4 * quad),
-        stride(size.channels),
+      : QuadRows(data, size, b, channels, quad, size.channels) {}
+  MMVIM_DEVICE QuadRows(T* data, const Sizes& size, int64_t b, const Channels& channels, int quad,
+                        int pitch)
+      : base(data + b * size.length * pitch + channels.first + 4 * quad),
+        stride(pitch),
         count(channels.count - 4 * quad),
-        whole(count >= 4 && (size.channels | channels.first) % 4 == 0) {}
+        whole(count >= 4 && (pitch | size.channels | channels.first) % 4 == 0) {}
 
   MMVIM_DEVICE Quad load(int t) const {
     return whole ? Quad::load(base + t * stride) : Quad::load(base + t * stride, count);

@@ -83,7 +83,7 @@ MMVIM_KERNEL void finish_kernel(const MMVIM_GRID_CONSTANT FinishLaunch p) {
       const int column = static_cast<int>(i - row * 2 * size.pitch);
       const bool is_C = column >= size.pitch;
       T* out = static_cast<T*>(is_C ? p.finish.out_dC[d] : p.finish.out_dB[d]);
-      out[row * size.pitch + column - (is_C ? size.pitch : 0)] = from_float<T>(sum);
+      out[row * p.finish.out_pitch + column - (is_C ? size.pitch : 0)] = from_float<T>(sum);
       return;
     }
     block -= p.convert_blocks[d];

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from mmvim import ops
 from mmvim._checks import check_choice
 from mmvim.ops._library import as_compute_dtype
-from mmvim.ops.mixer import mixer
 
 from .conv import CausalConv1d
 from .fusion import Parts, parts
@@ -161,7 +160,7 @@ class BiMamba(MixerBase):
         """
         self._check_input(x)
         if seq_idx is None and self._may_fuse(x):
-            return self._scaled(self._fused(x))
+            return self._fused(x)
         u, z = self.in_proj(x).chunk(2, dim=-1)
         forward, backward = self._branches(u, seq_idx)
         if self.reverse:
@@ -196,8 +195,7 @@ class BiMamba(MixerBase):
             self._is_silu('conv1d_b', not self.reverse) and first.kernel_size == second.kernel_size
         )
 
-    def _fused(self, x: Tensor) -> Tensor:
-        """The step-by-step computation as one op."""
+    def _arguments(self) -> tuple[tuple[Tensor | None, ...], str, bool, float]:
         forward = self._direction()
         if self.bimamba == 'v2':
             backward = self._direction('_b')
@@ -209,14 +207,11 @@ class BiMamba(MixerBase):
             if self.reverse:
                 a_log, a_b_log = a_b_log, a_log
             forward, backward = (*shared, a_log, skip), (*(None,) * 5, a_b_log, None)
-        return mixer(
-            x,
+        return (
             (*self._projections(), *forward, *backward),
             self.bimamba,
-            reverse=self.reverse and self.bimamba == 'v1',
-            scale=0.5 if self.merge == 'mean' else 1.0,
-            discretization=self.discretization,
-            recompute=self.recompute,
+            self.reverse and self.bimamba == 'v1',
+            0.5 if self.merge == 'mean' else 1.0,
         )
 
     def extra_repr(self) -> str:

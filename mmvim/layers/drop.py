@@ -1,8 +1,11 @@
 """Stochastic depth."""
 
+import torch
 from torch import Tensor, nn
 
 from mmvim._checks import check_number
+
+from .fusion import calls_are_watched, is_hooked
 
 
 class DropPath(nn.Module):
@@ -25,12 +28,48 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop samples of ``x`` (batch, ...)."""
+        factors = self.factors(x)
+        return x if factors is None else x * factors
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """Draw what ``x`` (batch, ...) is to be multiplied by: (batch, 1, ...), or None for 1."""
         if self.drop_prob == 0 or not self.training:
-            return x
+            return None
         keep = 1 - self.drop_prob
         mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+        return mask.div_(keep)
 
     def extra_repr(self) -> str:
         """Describe the layer."""
         return f'drop_prob={self.drop_prob:.4g}'
+
+
+_FORWARD = DropPath.forward
+
+
+def deferred(drop_path: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return ``x`` and what it is still to be multiplied by.
+
+    Where there is nothing to multiply by, or a call of the module means more than that, it is
+    called, and nothing is left to be done.
+    """
+    if (
+        type(drop_path) is not DropPath
+        or DropPath.forward is not _FORWARD
+        or 'forward' in drop_path.__dict__
+        or is_hooked(drop_path)
+        or calls_are_watched()
+    ):
+        return drop_path(x), None
+    factors = drop_path.factors(x)
+    return (drop_path(x), None) if factors is None else (x, factors)
+
+
+def add_dropped(drop_path: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
+    """Return ``x`` plus what stochastic depth leaves of ``branch``."""
+    branch, factors = deferred(drop_path, branch)
+    if factors is None:
+        return x + branch
+    if x.dtype != branch.dtype:
+        return x + branch * factors
+    return torch.addcmul(x, branch, factors)

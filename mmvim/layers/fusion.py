@@ -19,6 +19,21 @@ def parts(**kinds: type[nn.Module]) -> Parts:
     return {name: (kind, kind.forward) for name, kind in kinds.items()}
 
 
+def calls_are_watched() -> bool:
+    """Whether a call of any module means more than its forward pass."""
+    return _has_any_global_hook() or nn.Module.__call__ is not _CALL
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module would call hooks of its own, too."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class Fusable(nn.Module):
     """Base of modules with a fused path.
 
@@ -50,23 +65,16 @@ class Fusable(nn.Module):
 
         Subclasses add the options of submodules that their fused function takes for granted.
         """
-        if not self.fused or _has_any_global_hook() or nn.Module.__call__ is not _CALL:
+        if not self.fused or calls_are_watched():
             return False
         # A loop over dictionaries: this runs in every layer and step, and attributes of modules
         # are slow.
         for name in names or self._fused_parts:
             module, (kind, forward) = self._modules.get(name), self._fused_parts[name]
-            if type(module) is not kind or kind.forward is not forward:
+            if type(module) is not kind or kind.forward is not forward or is_hooked(module):
                 return False
             own = module.__dict__
             if 'forward' in own or 'weight' in own or 'bias' in own:
-                return False
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-            ):
                 return False
             for parameter in module._parameters.values():
                 if type(parameter) not in _PLAIN_TENSORS:

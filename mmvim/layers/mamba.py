@@ -11,7 +11,7 @@ from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.backend import BACKENDS
-from mmvim.ops.mixer import mixer, serves
+from mmvim.ops.mixer import AddNorm, mixer, serves
 
 from .conv import CausalConv1d
 from .fusion import Fusable, parts
@@ -213,6 +213,33 @@ class MixerBase(Fusable):
             and serves(self.ops_backend, x)
         )
 
+    def _fused(self, x: Tensor, norm: AddNorm | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """The step-by-step computation as one op, after a norm if there is one."""
+        parameters, kind, reverse, scale = self._arguments()
+        results = mixer(
+            x,
+            parameters,
+            kind,
+            reverse,
+            scale,
+            self._bias_scale,
+            self.discretization,
+            self.recompute,
+            norm,
+        )
+        if norm is None:
+            return self._scaled(results)
+        out, stream = results
+        return self._scaled(out), stream
+
+    def _arguments(self) -> tuple[tuple[Tensor | None, ...], str, bool, float]:
+        """The op's arguments ``parameters``, ``kind``, ``reverse`` and ``scale``."""
+        raise NotImplementedError
+
+    @property
+    def _bias_scale(self) -> float:
+        return 1.0
+
     def _is_silu(self, name: str, reverse: bool) -> bool:
         """Whether a convolution runs in this direction and applies SiLU."""
         conv = self._modules[name]
@@ -300,6 +327,10 @@ class Mamba(MixerBase):
     def _is_plain(self, *names: str) -> bool:
         return super()._is_plain(*names) and self._is_silu('conv1d', self.reverse)
 
+    def _arguments(self) -> tuple[tuple[Tensor | None, ...], str, bool, float]:
+        parameters = (*self._projections(), *self._direction(), *(None,) * 7)
+        return parameters, 'one', self.reverse, 1.0
+
     def init_state(
         self,
         batch_size: int,
@@ -348,16 +379,7 @@ class Mamba(MixerBase):
         self._check_input(x)
         plain = state is None and not return_state and seq_idx is None
         if plain and self._may_fuse(x):
-            parameters = (*self._projections(), *self._direction(), *(None,) * 7)
-            y = mixer(
-                x,
-                parameters,
-                'one',
-                reverse=self.reverse,
-                discretization=self.discretization,
-                recompute=self.recompute,
-            )
-            return self._scaled(y)
+            return self._fused(x)
         u, z = self.in_proj(x).chunk(2, dim=-1)
         conv_state, ssm_state = (None, None) if state is None else state
         u = self.conv1d(u, conv_state, return_state, **packed(seq_idx))

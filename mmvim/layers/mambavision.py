@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from mmvim import ops
 from mmvim._checks import check_flags, check_number, check_positive
 from mmvim.ops._library import as_compute_dtype
-from mmvim.ops.mixer import mixer
 
 from .conv import CausalConv1d
 from .fusion import parts
@@ -156,6 +155,10 @@ class MambaVisionMixer(MixerBase):
         bias = as_compute_dtype(self.dt_proj.bias)
         return 2 * bias if self.double_dt_bias else bias
 
+    @property
+    def _bias_scale(self) -> float:
+        return 2.0 if self.double_dt_bias else 1.0
+
     def _is_plain(self, *names: str) -> bool:
         if not super()._is_plain(*names):
             return False
@@ -168,29 +171,22 @@ class MambaVisionMixer(MixerBase):
             and first.bias is second.bias is None
         )
 
-    def _fused(self, x: Tensor) -> Tensor:
-        """The same as step by step, as one op."""
+    def _arguments(self) -> tuple[tuple[Tensor | None, ...], str, bool, float]:
         taps, taps_z = (self._modules[f'conv1d_{k}']._parameters['weight'] for k in 'xz')
         dt_proj = self._modules['dt_proj']._parameters
-        return mixer(
-            x,
-            (
-                *self._projections(),
-                taps,
-                None,
-                self._modules['x_proj']._parameters['weight'],
-                dt_proj['weight'],
-                dt_proj['bias'],
-                self.A_log,
-                self.D,
-                taps_z,
-                *(None,) * 6,
-            ),
-            'half',
-            bias_scale=2.0 if self.double_dt_bias else 1.0,
-            discretization=self.discretization,
-            recompute=self.recompute,
+        parameters = (
+            *self._projections(),
+            taps,
+            None,
+            self._modules['x_proj']._parameters['weight'],
+            dt_proj['weight'],
+            dt_proj['bias'],
+            self.A_log,
+            self.D,
+            taps_z,
+            *(None,) * 6,
         )
+        return parameters, 'half', False, 1.0
 
     def extra_repr(self) -> str:
         """Describe the layer."""

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from mmvim._checks import check_choice, check_number, check_positive
+from mmvim.ops.mixer import AddNorm, serves
 
 from .bimamba import BiMamba
-from .drop import DropPath
+from .drop import DropPath, deferred
+from .fusion import Fusable, Parts, parts
 from .mamba import Mamba, MambaState, packed
-from .norm import build_norm
+from .norm import RMSNorm, build_norm
 
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
@@ -28,8 +30,14 @@ def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
     return [0.0, *inner, drop_path_rate]
 
 
-class MambaBlock(nn.Module):
+_PARTS = {kind: parts(norm=RMSNorm, mixer=kind) for kind in (Mamba, BiMamba)}
+
+
+class MambaBlock(Fusable):
     """Pre-norm block: ``residual += hidden; hidden = mixer(norm(residual))``.
+
+    An RMSNorm is computed in one op with the mixer where both may be fused (see
+    :class:`mmvim.layers.fusion.Fusable`).
 
     Args:
         d_model (int): Channels.
@@ -69,7 +77,11 @@ class MambaBlock(nn.Module):
             self.mixer = BiMamba(d_model, bimamba=bidirectional, **mixer)
 
     def forward(
-        self, hidden: Tensor, residual: Tensor | None = None, seq_idx: Tensor | None = None
+        self,
+        hidden: Tensor,
+        residual: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add, norm and mix.
 
@@ -79,12 +91,46 @@ class MambaBlock(nn.Module):
                 the first block.
             seq_idx (Tensor, optional): (batch, length) int32, the number of each token's sequence
                 where a row holds several.
+            keep (Tensor, optional): (batch, 1, 1), factors of ``hidden`` that are still to be
+                applied, from :meth:`DropPath.factors`. Defaults to None: none.
 
         Returns:
             tuple: The mixer's output and the stream, both (batch, length, d_model).
         """
+        if seq_idx is None and self._may_fuse(hidden):
+            norm = self._modules['norm']
+            return self._modules['mixer']._fused(
+                hidden,
+                AddNorm(
+                    norm._parameters['weight'],
+                    residual,
+                    None if keep is None else keep.view(-1),
+                    norm.eps,
+                    norm.residual_in_fp32,
+                ),
+            )
+        if keep is not None:
+            hidden = hidden * keep
         hidden, residual = self.norm(hidden, residual, return_residual=True)
         return self.mixer(hidden, **packed(seq_idx)), residual
+
+    @property
+    def _fused_parts(self) -> Parts:
+        # Of any other mixer, parts that it is not.
+        return _PARTS.get(type(self._modules['mixer']), _PARTS[Mamba])
+
+    def _may_fuse(self, x: Tensor) -> bool:
+        """Whether norm and mixer may be one op; x is checked as they would."""
+        modules = self._modules
+        norm, mixer = modules['norm'], modules['mixer']
+        if type(norm) is not RMSNorm or x.dim() != 3 or x.shape[-1] != norm.dim:
+            return False
+        return (
+            self._is_plain()
+            and norm.dim == mixer.d_model
+            and serves(norm.ops_backend, x)
+            and mixer._may_fuse(x)
+        )
 
 
 class MambaStack(nn.Module):
@@ -213,10 +259,12 @@ class MambaStack(nn.Module):
                 raise ValueError(f'{len(state)} states were given to {len(self.layers)} layers')
         hidden, residual, new_state = x, None, []
         for i, layer in enumerate(self.layers):
-            hidden = layer.drop_path(hidden)
             if not streaming:
-                hidden, residual = layer(hidden, residual, **packed(seq_idx))
+                hidden, keep = deferred(layer.drop_path, hidden)
+                factors = {} if keep is None else {'keep': keep}
+                hidden, residual = layer(hidden, residual, **packed(seq_idx), **factors)
                 continue
+            hidden = layer.drop_path(hidden)
             hidden, residual = layer.norm(hidden, residual, return_residual=True)
             hidden, layer_state = layer.mixer(
                 hidden, None if state is None else state[i], return_state=True, **packed(seq_idx)

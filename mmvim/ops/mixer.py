@@ -7,6 +7,7 @@ used.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,25 @@ def serves(backend: str | None, x: Tensor) -> bool:
     return backends.resolve(backend, 'mixer', x) is torch.ops.mmvim
 
 
+class AddNorm(NamedTuple):
+    """What comes before a mixer in a pre-norm block: an addition to the stream and an RMSNorm.
+
+    Attributes:
+        weight: (c,), of the norm.
+        residual: (batch, length, c), the stream so far; None before the first block.
+        keep: (batch,), factors of the samples of x (stochastic depth), in the dtype of x or of
+            autocast; None: 1.
+        eps: Of the norm.
+        residual_in_fp32: As for :func:`mmvim.ops.add_rms_norm`.
+    """
+
+    weight: Tensor
+    residual: Tensor | None = None
+    keep: Tensor | None = None
+    eps: float = 1e-5
+    residual_in_fp32: bool = True
+
+
 def mixer(
     x: Tensor,
     parameters: Parameters,
@@ -34,7 +54,8 @@ def mixer(
     bias_scale: float = 1.0,
     discretization: str = 'zoh',
     recompute: bool | None = None,
-) -> Tensor:
+    norm: AddNorm | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Mix along the sequence.
 
     Under autocast x is cast to its dtype; parameters may have any floating dtype. With d scanned
@@ -56,27 +77,41 @@ def mixer(
         discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
         recompute: Whether backward recomputes most intermediates instead of keeping them. None:
             on CUDA devices.
+        norm: What comes first, if anything.
 
     Returns:
-        (batch, length, out channels), in the dtype of x or of autocast.
+        (batch, length, out channels), in the dtype of x or of autocast; with ``norm`` also the
+        stream, ``x * keep + residual``.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
+    weight, residual, keep, eps, residual_in_fp32 = norm or _NO_NORM
+    if keep is not None:
+        keep = keep.to(x.dtype)
     gradient = torch.is_grad_enabled() and (
-        x.requires_grad or any(p is not None and p.requires_grad for p in parameters)
+        x.requires_grad
+        or any(p is not None and p.requires_grad for p in (weight, residual, *parameters))
     )
-    return torch.ops.mmvim.mixer.default(
+    out, stream, _ = torch.ops.mmvim.mixer.default(
         x,
-        parameters,
+        residual,
+        keep,
+        (*parameters, weight),
         kind,
         reverse,
         scale,
         bias_scale,
         discretization,
         x.is_cuda if recompute is None else recompute,
+        eps,
+        residual_in_fp32,
         default_checkpoint_interval(x) if gradient else 0,
-    )[0]
+    )
+    return out if norm is None else (out, stream)
+
+
+_NO_NORM = (None, None, None, 0.0, False)
 
 
 def _prepared_sizes(x: Tensor, parameters: Parameters, kind: str, bias_scale: float) -> list[int]:
@@ -105,7 +140,7 @@ def _prepared_sizes(x: Tensor, parameters: Parameters, kind: str, bias_scale: fl
         add(False, 2 * taps.numel())
     directions = [(taps, conv_bias, dt_bias, skip)]
     if kind == 'v2':
-        taps, conv_bias, _, _, dt_bias, _, skip = parameters[11:]
+        taps, conv_bias, _, _, dt_bias, _, skip = parameters[11:18]
         directions.append((taps, conv_bias, dt_bias, skip))
     for taps, conv_bias, dt_bias, skip in directions:
         if kind != 'half':
@@ -122,15 +157,34 @@ def _converted_first(p: Tensor, wide: torch.dtype) -> bool:
 
 
 def _fake(
-    x, parameters, kind, reverse, scale, bias_scale, discretization, recompute, checkpoint_interval
+    x,
+    residual,
+    keep,
+    parameters,
+    kind,
+    reverse,
+    scale,
+    bias_scale,
+    discretization,
+    recompute,
+    eps,
+    residual_in_fp32,
+    checkpoint_interval,
 ):
     b, length, _ = x.shape
     out_weight, x_proj, a_log = parameters[2], parameters[6], parameters[9]
     d, n = a_log.shape
     wide = compute_dtype(x.dtype)
     out = x.new_empty((b, length, out_weight.shape[0]))
+    has_norm = parameters[18] is not None
+    stream = x.new_empty(0)
+    if has_norm:
+        dtype = wide if residual_in_fp32 else x.dtype
+        if residual is not None and not residual_in_fp32 and residual.dtype != x.dtype:
+            dtype = wide
+        stream = x.new_empty(x.shape, dtype=dtype)
     if checkpoint_interval == 0:
-        return out, []
+        return out, stream, []
     both = kind in ('v1', 'v2')
     directions = 2 if kind == 'v2' else 1
     checkpoints = checkpoint_shape(x.new_empty((b, length, d)), n, checkpoint_interval)
@@ -145,27 +199,38 @@ def _fake(
         kept.append(x.new_empty((directions, b, length, d)))
         if both:
             kept.append(x.new_empty((b, length, d)))
-    return out, kept
+    if has_norm:
+        kept += [x.new_empty(x.shape), x.new_empty((b, length), dtype=wide)]
+    return out, stream, kept
 
 
-def _backward_fake(grad_out, x, parameters, kept, *rest):
-    needed = rest[-1]
+def _backward_fake(grad_out, grad_stream, x, stream, keep, parameters, kept, *rest):
+    residual_dtype, needed = rest[-2:]
+    x = kept[-2] if x is None else x
+    shapes = [(x.shape, x.dtype), *(t if t is None else (t.shape, t.dtype) for t in parameters)]
+    equal = residual_dtype == x.dtype and keep is None and needed & 1
+    shapes.append(None if residual_dtype is None or equal else (x.shape, residual_dtype))
     return [
-        x.new_empty(0) if t is None or not needed >> i & 1 else x.new_empty(t.shape, dtype=t.dtype)
-        for i, t in enumerate((x, *parameters))
+        x.new_empty(0) if s is None or not needed >> i & 1 else x.new_empty(s[0], dtype=s[1])
+        for i, s in enumerate(shapes)
     ]
 
 
 _OPTIONS = (
     'str kind, bool reverse, float scale, float bias_scale, str discretization, bool recompute, '
-    'int checkpoint_interval'
+    'float eps, bool residual_in_fp32, int checkpoint_interval'
 )
-# `needed` has a bit for x and one for each parameter.
+# The parameters are those of `mixer` and the weight of the norm.
 define_compiled(
-    f'mixer(Tensor x, Tensor?[] parameters, {_OPTIONS}) -> (Tensor out, Tensor[] kept)', _fake
+    f'mixer(Tensor x, Tensor? residual, Tensor? keep, Tensor?[] parameters, {_OPTIONS}) '
+    '-> (Tensor out, Tensor stream, Tensor[] kept)',
+    _fake,
 )
+# `needed` has a bit for x, one for each parameter, and one for the residual, whose gradient is
+# empty where it would equal that of x.
 define_compiled(
-    f'mixer_backward(Tensor grad_out, Tensor x, Tensor?[] parameters, Tensor[] kept, {_OPTIONS}, '
-    'int needed) -> Tensor[]',
+    'mixer_backward(Tensor grad_out, Tensor? grad_stream, Tensor? x, Tensor? stream, Tensor? keep, '
+    f'Tensor?[] parameters, Tensor[] kept, {_OPTIONS}, ScalarType? residual_dtype, int needed) '
+    '-> Tensor[]',
     _backward_fake,
 )

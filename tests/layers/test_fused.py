@@ -10,9 +10,28 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvim.layers import BiMamba, Mamba, MambaVisionMixer, Mlp
+from mmvim.layers import BiMamba, Mamba, MambaBlock, MambaStack, MambaVisionMixer, Mlp
+from mmvim.layers.fusion import Fusable
 from mmvim.layers.patch_embed import _matrix_product
 from mmvim.ops import DISCRETIZATIONS, backend_info, intercept_ops, use_backend
+
+
+class Block(MambaBlock):
+    """A block with its residual and its factors of samples, and one output."""
+
+    def __init__(self, *args, first=False, keep=True, **options):
+        options.setdefault('bidirectional', 'v2')
+        super().__init__(*args, **options)
+        self.first, self.keep = first, keep
+
+    def forward(self, x):
+        keep = (2 * (torch.arange(len(x), device=x.device) != 1)).to(x.dtype)
+        hidden, stream = super().forward(
+            x,
+            None if self.first else x.sin(),
+            keep=keep.view(-1, 1, 1) if self.keep else None,
+        )
+        return hidden + stream
 
 
 def make(dtype=torch.float64, kind=BiMamba, **options):
@@ -50,32 +69,39 @@ def compiled():
 
 def op_arguments(mixer, x, interval=16, recompute=True):
     """The arguments that the layer passes to the op."""
-    with mock.patch(f'{type(mixer).__module__}.mixer') as called:
+    with (
+        mock.patch('mmvim.layers.mamba.mixer', side_effect=InterruptedError) as called,
+        pytest.raises(InterruptedError),
+    ):
         mixer(x)
-    (x, parameters, kind), options = called.call_args
+    x, parameters, *options, _, norm = called.call_args.args
+    weight, residual, keep, eps, residual_in_fp32 = norm or (None, None, None, 0.0, False)
     return (
         x,
-        parameters,
-        kind,
-        options.get('reverse', False),
-        options.get('scale', 1.0),
-        options.get('bias_scale', 1.0),
-        options['discretization'],
+        residual,
+        keep,
+        (*parameters, weight),
+        *options,
         recompute,
+        eps,
+        residual_in_fp32,
         interval,
     )
 
 
 @contextlib.contextmanager
 def step_by_step(mixer):
-    mixer.fused = False
+    modules = [module for module in mixer.modules() if isinstance(module, Fusable)]
     try:
+        for module in modules:
+            module.fused = False
         yield
     finally:
-        mixer.fused = True
+        for module in modules:
+            module.fused = True
 
 
-KINDS = [BiMamba, Mamba, MambaVisionMixer]
+KINDS = [BiMamba, Mamba, MambaVisionMixer, Block]
 OPTIONS = [
     {},
     {'merge': 'sum', 'bias': True, 'conv_bias': False},
@@ -87,6 +113,10 @@ OPTIONS = [
     {'kind': Mamba, 'reverse': True, 'bias': True, 'conv_bias': False},
     {'kind': MambaVisionMixer},
     {'kind': MambaVisionMixer, 'double_dt_bias': False, 'dt_init': 'proper'},
+    {'kind': Block},
+    {'kind': Block, 'first': True, 'keep': False, 'bias': True, 'layer_scale': 0.3},
+    {'kind': Block, 'bidirectional': 'v1', 'keep': False, 'residual_in_fp32': False},
+    {'kind': Block, 'bidirectional': None, 'first': True, 'norm_eps': 0.1},
 ]
 
 
@@ -136,7 +166,7 @@ def test_without_a_gradient_equals_step_by_step(options, autocast):
 @pytest.mark.parametrize('kind', KINDS)
 def test_tracers_see_the_modules(kind, monkeypatch):
     mixer, x = make(kind=kind).eval(), torch.randn(2, 9, 12, dtype=torch.float64)
-    monkeypatch.delattr(f'{kind.__module__}.mixer')
+    monkeypatch.delattr('mmvim.layers.mamba.mixer')
     with torch.no_grad():
         for traced in (
             torch.jit.trace(mixer, (x,), check_trace=False),
@@ -195,7 +225,7 @@ def test_a_frozen_mixer_keeps_nothing(kind):
     assert not y.requires_grad
     torch.testing.assert_close(y, expected)
     with torch.no_grad():
-        _, kept = torch.ops.mmvim.mixer(*op_arguments(mixer, x, interval=0))
+        *_, kept = torch.ops.mmvim.mixer(*op_arguments(mixer, x, interval=0))
     assert kept == []
 
 
@@ -215,7 +245,9 @@ def kept_bytes(mixer, x):
 
 
 @pytest.mark.usefixtures('compiled')
-@pytest.mark.parametrize(('kind', 'share'), [(BiMamba, 0.5), (Mamba, 0.6), (MambaVisionMixer, 0.7)])
+@pytest.mark.parametrize(
+    ('kind', 'share'), [(BiMamba, 0.5), (Mamba, 0.6), (MambaVisionMixer, 0.7), (Block, 0.6)]
+)
 def test_recomputation_keeps_less(kind, share):
     x = torch.randn(2, 256, 64)
     lean, full = (kept_bytes(kind(64, recompute=flag), x) for flag in (True, False))
@@ -249,7 +281,7 @@ def test_intercepted_ops_are_called(kind):
         return op(*args)
 
     mixer, x = make(kind=kind), torch.randn(1, 5, 12, dtype=torch.float64)
-    scan = 'bidirectional_scan' if kind is BiMamba else 'selective_scan'
+    scan = 'bidirectional_scan' if kind in (BiMamba, Block) else 'selective_scan'
     with intercept_ops(**{scan: counted}):
         mixer(x)
     assert len(calls) == 1
@@ -311,18 +343,29 @@ def test_results_are_fresh_and_as_the_fake_kernels_say(options, given, recompute
 
     mixer = make(given, **options)
     for dtype in {torch.bfloat16, given}:
-        x, parameters, *rest = op_arguments(mixer, torch.randn(2, 37, 12), recompute=recompute)
-        x = x.to(dtype)
+        arguments = op_arguments(mixer, torch.randn(2, 37, 12), recompute=recompute)
+        x, residual, keep, parameters, *rest = arguments
+        x, keep = x.to(dtype), None if keep is None else keep.to(dtype)
+        has_norm = parameters[-1] is not None
         with torch.no_grad():
-            out, kept = torch.ops.mmvim.mixer(x, parameters, *rest)
-            fake_out, fake_kept = torch.ops.mmvim.mixer(x.to('meta'), on_meta(parameters), *rest)
-            check([out, *kept], [fake_out, *fake_kept])
-            for needed in (2**19 - 1, 0b1000, 0b1010101):
+            out, stream, kept = torch.ops.mmvim.mixer(x, residual, keep, parameters, *rest)
+            fake_out, fake_stream, fake_kept = torch.ops.mmvim.mixer(
+                *on_meta((x, residual, keep)), on_meta(parameters), *rest
+            )
+            check([out, stream, *kept], [fake_out, fake_stream, *fake_kept])
+            given = (None, x, None) if not has_norm else (torch.ones_like(stream), None, stream)
+            rest.append(None if residual is None else residual.dtype)
+            for needed in (2**21 - 1, 0b1000, 0b1010101, 2**20, 2**19):
                 grads = torch.ops.mmvim.mixer_backward(
-                    torch.ones_like(out), x, parameters, kept, *rest, needed
+                    torch.ones_like(out), *given, keep, parameters, kept, *rest, needed
                 )
                 fakes = torch.ops.mmvim.mixer_backward(
-                    fake_out, x.to('meta'), on_meta(parameters), fake_kept, *rest, needed
+                    fake_out,
+                    *on_meta((*given, keep)),
+                    on_meta(parameters),
+                    fake_kept,
+                    *rest,
+                    needed,
                 )
                 check(grads, fakes)
 
@@ -385,7 +428,7 @@ def test_changed_parameters_count_at_once(kind):
             b.data.copy_(kept)
 
     for change in (
-        lambda: mixer.A_log.data.add_(0.5),
+        lambda: getattr(mixer, 'mixer', mixer).A_log.data.add_(0.5),
         lambda: mixer.load_state_dict(other.state_dict()),
         lambda: moved(mixer),
         swap,
@@ -405,10 +448,12 @@ def test_changed_parameters_count_at_once(kind):
     [
         (0, torch.zeros(2, 12), 'x must be \\(batch, length, channels\\)'),
         (0, torch.zeros(1, 2, 13), 'in_weight must have shape'),
-        (1, [torch.zeros(2, 2)] * 5, 'there must be 18 parameters'),
-        (1, [None] * 18, 'parameter 0 is missing'),
-        (2, 'v3', "kind must be 'one', 'v1', 'v2' or 'half', got 'v3'"),
-        (6, 'euler', 'discretization must be one of'),
+        (1, torch.zeros(1, 2, 12), 'residual and keep are for a mixer with a norm'),
+        (2, torch.zeros(1), 'residual and keep are for a mixer with a norm'),
+        (3, [torch.zeros(2, 2)] * 5, 'there must be 19 parameters'),
+        (3, [None] * 19, 'parameter 0 is missing'),
+        (4, 'v3', "kind must be 'one', 'v1', 'v2' or 'half', got 'v3'"),
+        (8, 'euler', 'discretization must be one of'),
     ],
 )
 def test_wrong_arguments(position, wrong, message):
@@ -419,13 +464,85 @@ def test_wrong_arguments(position, wrong, message):
 
 
 @pytest.mark.usefixtures('compiled')
-@pytest.mark.parametrize('index', [i for i in range(18) if i not in (1, 3)])
+@pytest.mark.parametrize('index', [i for i in range(19) if i not in (1, 3)])
 def test_wrong_parameters(index):
-    x, parameters, *rest = op_arguments(make(torch.float32), torch.zeros(1, 2, 12))
+    x, residual, keep, parameters, *rest = op_arguments(
+        make(torch.float32, Block), torch.zeros(1, 2, 12)
+    )
     parameters = list(parameters)
     parameters[index] = torch.zeros(5, 7)
     with torch.no_grad(), pytest.raises(ValueError, match=r'must have shape|must be'):
-        torch.ops.mmvim.mixer(x, parameters, *rest)
+        torch.ops.mmvim.mixer(x, residual, keep, parameters, *rest)
+
+
+@pytest.mark.usefixtures('compiled')
+@pytest.mark.parametrize(
+    ('position', 'wrong', 'message'),
+    [
+        (1, torch.zeros(1, 2, 13), 'residual must have shape'),
+        (2, torch.zeros(3), 'keep must have shape'),
+        (2, torch.zeros(1, dtype=torch.int), 'keep must be'),
+    ],
+)
+def test_wrong_stream(position, wrong, message):
+    arguments = list(op_arguments(make(torch.float32, Block), torch.zeros(1, 2, 12)))
+    arguments[position] = wrong
+    with torch.no_grad(), pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.mmvim.mixer(*arguments)
+
+
+@pytest.mark.parametrize('used', ['hidden', 'stream'])
+@pytest.mark.parametrize('learns', ['x', 'residual', 'both', 'neither'])
+def test_parts_of_a_block(used, learns):
+    """Whichever output is used, and whatever has a gradient."""
+    torch.manual_seed(0)
+    block = moved(MambaBlock(12, 'v2', d_state=3, dt_rank=2).double())
+    given = torch.randn(2, 2, 9, 12, dtype=torch.float64)
+
+    def gradients():
+        x, residual = (t.clone() for t in given)
+        x.requires_grad_(learns in ('x', 'both'))
+        residual.requires_grad_(learns in ('residual', 'both'))
+        block.zero_grad()
+        hidden, stream = block(x, residual, keep=x.new_tensor([0.5, 2.0]).view(-1, 1, 1))
+        (hidden if used == 'hidden' else stream).pow(3).sum().backward()
+        # Of what the stream does not depend on there is none, or zero.
+        tensors = x, residual, *block.parameters()
+        return [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+
+    if used == 'stream' and learns == 'neither':
+        return
+    found = gradients()
+    with step_by_step(block):
+        torch.testing.assert_close(found, gradients(), rtol=1e-10, atol=1e-12)
+
+
+def test_a_block_calls_what_is_hooked():
+    calls = []
+    for part in ('norm', 'mixer'):
+        block = MambaBlock(12, 'v2', d_state=3, dt_rank=2)
+        getattr(block, part).register_forward_hook(lambda *_, part=part: calls.append(part))
+        block(torch.randn(1, 5, 12))
+    assert calls == ['norm', 'mixer']
+
+
+def test_drop_path_is_the_same_within_a_block():
+    """The same random numbers, applied in the op or by the module."""
+    stack = MambaStack(12, 3, d_state=3, dt_rank=2, bidirectional='v2', drop_path_rate=0.5)
+    stack, x = stack.double().train(), torch.randn(6, 5, 12, dtype=torch.float64)
+
+    def output():
+        torch.manual_seed(1)
+        return stack(x)
+
+    found = output()
+    with step_by_step(stack):
+        torch.testing.assert_close(output(), found)
+    calls = []
+    for layer in stack.layers:
+        layer.drop_path.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(output(), found)
+    assert len(calls) == len(stack.layers)
 
 
 @pytest.mark.gpu

@@ -45,6 +45,7 @@ from mmvim.layers import (
     token_positions,
     window_reverse,
 )
+from mmvim.layers.drop import deferred
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.layers.position import RESIZE_MODES
 from mmvim.layers.recomputation import recomputed
@@ -704,11 +705,10 @@ class PlainBackbone(Backbone):
         """
         hidden, grid = self._embed(x)
         hidden = self.layers[0].drop_path(hidden)
-        residual, outputs = None, []
+        residual, keep, outputs = None, None, []
         for i in range(self.out_indices[-1] + 1):
-            hidden, residual = self._run_layer(i, hidden, residual)
-            # Drop path is drawn once, for a layer's output and for the next layer.
-            hidden = self._drop_path_after(i)(hidden)
+            hidden, residual = self._run_layer(i, hidden, residual, keep)
+            hidden, keep = self._dropped(i, hidden)
             if i in self.out_indices:
                 outputs.append(self._output(self._stream(i, hidden, residual), grid))
         return tuple(outputs)
@@ -729,12 +729,21 @@ class PlainBackbone(Backbone):
         )
 
     def _run_layer(
-        self, index: int, hidden: Tensor, residual: Tensor | None
+        self, index: int, hidden: Tensor, residual: Tensor | None, keep: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         layer = self.layers[index]
-        if self.with_cp and self.training:
-            return recomputed(layer, hidden, residual)
-        return layer(hidden, residual)
+        given = (hidden, residual) if keep is None else (hidden, residual, None, keep)
+        return recomputed(layer, *given) if self.with_cp and self.training else layer(*given)
+
+    def _dropped(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Drop path for the output of a layer, and factors that the next layer is to apply.
+
+        It is drawn once, for an output of the model and for the next layer.
+        """
+        drop_path = self._drop_path_after(index)
+        if index in self.out_indices or not isinstance(self.layers[index + 1], MambaBlock):
+            return drop_path(hidden), None
+        return deferred(drop_path, hidden)
 
     def _drop_path_after(self, index: int) -> DropPath:
         is_last = index == self.num_layers - 1

@@ -25,6 +25,7 @@ from mmvim.layers import (
     window_partition,
     window_reverse,
 )
+from mmvim.layers.drop import add_dropped
 from mmvim.layers.fusion import Fusable, parts
 from mmvim.layers.patch_embed import to_2tuple
 
@@ -122,7 +123,7 @@ class ConvBlock(Fusable):
         out = self._conv_norm(out, self.conv2, self.norm2, fuse)
         if self.gamma is not None:
             out = out * self.gamma[:, None, None]
-        return x + self.drop_path(out)
+        return add_dropped(self.drop_path, x, out)
 
     def _conv_norm(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, fuse: bool) -> Tensor:
         """``norm(conv(x))``; fused without the pass that adds the convolution's bias."""
@@ -158,9 +159,9 @@ class TokenBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform (batch, length, dim)."""
         out = self.mixer(self.norm1(x))
-        x = x + self.drop_path(out if self.gamma_1 is None else out * self.gamma_1)
+        x = add_dropped(self.drop_path, x, out if self.gamma_1 is None else out * self.gamma_1)
         out = self.mlp(self.norm2(x))
-        return x + self.drop_path(out if self.gamma_2 is None else out * self.gamma_2)
+        return add_dropped(self.drop_path, x, out if self.gamma_2 is None else out * self.gamma_2)
 
 
 class WindowedStage(Stage):

@@ -242,7 +242,7 @@ class Vim(PlainBackbone):
             table = rotary_table_2d(
                 self.embed_dims, grid, self.rope_pt_size, positions, device=x.device
             )
-        outputs = []
+        outputs, keep = [], None
         if not self.if_bidirectional:
             hidden = self.layers[0].drop_path(hidden)
         step = 2 if self.if_bidirectional else 1
@@ -254,9 +254,8 @@ class Vim(PlainBackbone):
             if self.if_bidirectional:
                 hidden, residual = self._run_pair(last, hidden, residual)
             else:
-                hidden, residual = self._run_layer(last, hidden, residual)
-                # Drop path is drawn once, for a layer's output and for the next layer.
-                hidden = self._drop_path_after(last)(hidden)
+                hidden, residual = self._run_layer(last, hidden, residual, keep)
+                hidden, keep = self._dropped(last, hidden)
             if last in self.out_indices:
                 # The layers of a pair draw drop path for their inputs themselves, separately.
                 out = self._drop_path_after(last)(hidden) if self.if_bidirectional else hidden

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mmvim._checks import check_choice, check_number
 from mmvim.checkpoints.keys import keys_under, rename_keys
 from mmvim.layers import SS2D, DropPath, Mlp
+from mmvim.layers.drop import add_dropped
 from mmvim.layers.norm import AutocastLayerNorm
 
 from .base import HierarchicalBackbone, Stage, TokenLayout
@@ -117,10 +118,10 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (batch, height, width, dim)."""
-        x = x + self.drop_path(self.op(self.norm(x)))
+        x = add_dropped(self.drop_path, x, self.op(self.norm(x)))
         if self.mlp is None:
             return x
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return add_dropped(self.drop_path, x, self.mlp(self.norm2(x)))
 
 
 _VANILLA = {
