@@ -25,10 +25,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from csv_rows import open_rows
+from common import open_rows
 
 REPO = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).with_name('dropin_program.py')
