@@ -132,8 +132,9 @@ def shrink(cfg: Config, data: MiniatureData, work_dir: Path, shallow: bool = Tru
     cfg.launcher = 'none'
     cfg.log_level = 'WARNING'
     cfg.default_hooks.checkpoint.save_optimizer = False
-    # Visualizers are kept by name for the life of the process, folder included.
-    cfg.visualizer.name = uuid.uuid4().hex
+    # Visualizers are kept by name for the life of the process, folder included, and best scores by
+    # the name of the experiment, which is the second in which it starts unless it has another.
+    cfg.visualizer.name = cfg.experiment_name = uuid.uuid4().hex
     for name in ('train', 'val', 'test'):
         loader = cfg[f'{name}_dataloader']
         loader.update(
