@@ -153,9 +153,9 @@ def _check(x, delta, A, B, C, D, delta_bias, delta_weight, k):
 
 
 def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
-    if not extension.supports('cross_scan_fused', device_type, dtype):
+    if device_type != 'cuda' or not extension.supports('cross_scan_fused', device_type, dtype):
         return False
-    return device_type != 'cuda' or torch.cuda.get_device_capability()[0] >= 8
+    return torch.cuda.get_device_capability()[0] >= 8
 
 
 # As of backend._compiled: constant while a graph lives.
