@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 from mmengine.logging import MMLogger
+from mmengine.utils import ManagerMixin
 
 TOOLS = Path(__file__).parents[1] / 'tools'
 
@@ -31,4 +32,13 @@ def run_script(script: str, *args: object) -> SimpleNamespace:
             code = error.code or 0
         finally:
             logger.setLevel(level)
+            _forget_runs(ManagerMixin)
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def _forget_runs(manager: type) -> None:
+    """Drop what mmengine keeps by the second in which a run starts: a script ends its process."""
+    for kind in manager.__subclasses__():
+        if kind is not MMLogger:
+            kind._instance_dict.clear()
+            _forget_runs(kind)
