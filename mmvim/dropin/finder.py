@@ -301,7 +301,9 @@ def uninstall() -> None:
         module = sys.modules.pop(name)
         parent, _, attribute = name.rpartition('.')
         owner = sys.modules.get(parent)
-        if owner is not None and vars(owner).get(attribute) is module:
+        # Only owners of others: whoever holds one of ours keeps its submodules.
+        others = owner is not None and not _is_ours(owner)
+        if others and vars(owner).get(attribute) is module:
             delattr(owner, attribute)
     importlib.invalidate_caches()
 
