@@ -3,12 +3,14 @@
 import copy
 import gc
 import pickle
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from mmvim._cuda_graphs import without_garbage_collection
 from mmvim.engine import GraphHook
 from mmvim.engine.hooks import graph
 from mmvim.errors import UserError
@@ -457,3 +459,24 @@ def test_unused_parameters_and_a_second_backward_pass():
     assert not log.warnings
     with pytest.raises(RuntimeError, match='second backward pass'):
         output.backward()
+
+
+def test_nothing_is_collected_while_a_graph_is_recorded():
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    cycle = Cycle()
+    before = weakref.ref(cycle)
+    del cycle
+    with without_garbage_collection():
+        assert before() is None
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -15,6 +15,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mmvim._cuda_graphs import without_garbage_collection
 from mmvim.layers.recomputation import recomputing_within
 from mmvim.registry import HOOKS
 
@@ -298,7 +299,7 @@ class _Recording:
         )
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self.regions.register(self.forward, self.backward)
-        with torch.cuda.device(device), self.regions.recorded():
+        with torch.cuda.device(device), self.regions.recorded(), without_garbage_collection():
             with capture(self.forward), _autocast_without_cache():
                 outputs, self.structure = tree_flatten(run())
             tensors = [x for x in outputs if isinstance(x, Tensor)]

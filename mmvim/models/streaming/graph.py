@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mmvim._cuda_graphs import without_garbage_collection
 from mmvim.layers import MambaState
 
 from .model import StreamingVideoMamba
@@ -124,7 +125,7 @@ class GraphedStream:
                     step()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with without_garbage_collection(), torch.cuda.graph(graph):
                 outputs = step()
         return _Recording(graph, inputs, *outputs)
 
