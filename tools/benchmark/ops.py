@@ -89,6 +89,12 @@ class Row:
     error: float | None
     peak_memory: float | None
 
+    def __post_init__(self):
+        # Five digits, so that a table of the file is that of the run.
+        for name, value in vars(self).items():
+            if isinstance(value, float):
+                setattr(self, name, float(f'{value:.5g}'))
+
 
 @dataclass
 class Candidate:
@@ -813,8 +819,7 @@ def csv_writer(path: Path | None, machine: dict[str, str]) -> Iterator[Callable[
     with open_rows(path, [*names, *machine]) as write:
 
         def write_row(row: Row) -> None:
-            values = {k: f'{v:.5g}' if isinstance(v, float) else v for k, v in asdict(row).items()}
-            write({**values, **machine})
+            write({**asdict(row), **machine})
 
         yield write_row
 
