@@ -11,7 +11,8 @@ import sys, types
 package = types.ModuleType('mmvim')
 package.__path__ = [{path!r}]
 sys.modules['mmvim'] = package
-import importlib.metadata, importlib.util, pickle, re, argparse  # what any program has loaded
+# What any program has loaded:
+import __future__, argparse, importlib.metadata, importlib.util, pickle, re
 before = set(sys.modules)
 from mmvim import compat
 compat.install()
