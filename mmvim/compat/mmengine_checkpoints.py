@@ -257,11 +257,7 @@ def _download(load_url: Callable[..., Any], url: str, *args: Any, **kwargs: Any)
 
 
 def _patch(checkpoint: ModuleType) -> None:
-    loader = checkpoint.CheckpointLoader
-    if hasattr(loader.load_checkpoint, 'replaced_by_mmvim'):
-        return
-
-    @replaces(loader, 'load_checkpoint')
+    @replaces(checkpoint.CheckpointLoader, 'load_checkpoint')
     def load_checkpoint(
         original: Callable,
         cls: type,
@@ -276,4 +272,4 @@ def _patch(checkpoint: ModuleType) -> None:
 
     if hasattr(checkpoint, '_safe_torch_load'):
         checkpoint._safe_torch_load = load
-    checkpoint.load_url = functools.partial(_download, checkpoint.load_url)
+    replaces(checkpoint, 'load_url')(_download)

@@ -11,13 +11,13 @@ Python are filtered by their text.
 Obsolete with: libraries without them.
 """
 
-import functools
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ._import_hook import when_imported
+from ._import_hook import replaces, when_imported
 
 _MESSAGES = (
     'Could not import OneDL',
@@ -43,18 +43,18 @@ def _patch(module: ModuleType) -> None:
     import logging
 
     given = module.print_log
-    if hasattr(given, '__wrapped__'):
-        return
 
-    @functools.wraps(given)
-    def print_log(msg: Any, logger: Any = None, level: int = logging.INFO) -> None:
+    @replaces(module, 'print_log')
+    def print_log(
+        original: Callable, msg: Any, logger: Any = None, level: int = logging.INFO
+    ) -> None:
         text = str(msg)
         # Collate functions are mmengine's, in whichever scope a config names them.
         if text.startswith(_MESSAGES) or 'in the "function" registry tree' in text:
             level = logging.DEBUG
         if logger is not None or level >= logging.INFO:
-            given(msg, logger=logger, level=level)
+            original(msg, logger=logger, level=level)
 
     for importer in list(sys.modules.values()):
         if getattr(importer, '__dict__', {}).get('print_log') is given:
-            importer.print_log = print_log
+            importer.print_log = module.print_log

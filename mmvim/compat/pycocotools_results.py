@@ -12,11 +12,11 @@ How: ``loadRes`` takes an empty list as results without boxes; ``print`` does no
 Obsolete with: a pycocotools whose ``loadRes`` takes an empty list.
 """
 
-import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ._import_hook import when_imported
+from ._import_hook import replaces, when_imported
 
 
 def install() -> None:
@@ -25,12 +25,8 @@ def install() -> None:
 
 
 def _load_nothing(module: ModuleType) -> None:
-    original = module.COCO.loadRes
-    if hasattr(original, '__wrapped__'):
-        return
-
-    @functools.wraps(original)
-    def load_res(self: Any, results: Any) -> Any:
+    @replaces(module.COCO, 'loadRes')
+    def load_res(original: Callable, self: Any, results: Any) -> Any:
         if not isinstance(results, list) or results:
             return original(self, results)
         loaded = type(self)()
@@ -39,5 +35,4 @@ def _load_nothing(module: ModuleType) -> None:
         loaded.createIndex()
         return loaded
 
-    module.COCO.loadRes = load_res
     module.print = lambda *args, **kwargs: None

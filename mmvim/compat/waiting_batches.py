@@ -15,12 +15,11 @@ Obsolete with: versions of these packages that do not wait (onedl-mmengine 0.10.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from ._import_hook import when_imported
+from ._import_hook import replaces, when_imported
 
 _MMPRETRAIN = 'mmpretrain.models.utils'
 
@@ -41,44 +40,34 @@ def to_device(tensor: Any, device: Any) -> Any:
     return tensor.to(device)
 
 
-def _wrap(owner: type, name: str, make: Callable[[Callable], Callable]) -> None:
-    original = owner.__dict__[name]
-    if not hasattr(original, '__wrapped__'):
-        setattr(owner, name, functools.wraps(original)(make(original)))
-
-
 def _patch_classification(module: ModuleType) -> None:
     import torch
 
-    def make(original: Callable) -> Callable:
-        def forward(self: Any, data: dict, training: bool = False) -> dict:
-            samples = data.get('data_samples')
-            classes = self.num_classes
-            usual = samples and all(
-                type(sample) is module.DataSample
-                and 'gt_score' not in sample
-                and len(sample.get('gt_label', ())) == 1
-                and sample.get('num_classes', classes) == classes
-                for sample in samples
-            )
-            if not training or not usual or (self.to_onehot and classes is None):
-                return original(self, data, training)
-            inputs = original(self, {'inputs': data['inputs']}, training)['inputs']
-            labels = to_device(torch.cat([sample.gt_label for sample in samples]), self.device)
-            if self.to_onehot:
-                scores = torch.nn.functional.one_hot(labels, classes)
-                if self.batch_augments is not None:
-                    inputs, scores = self.batch_augments(inputs, scores)
-                _set_fields(samples, 'gt_score', scores.unbind())
-                for sample in samples:
-                    if 'num_classes' not in sample:
-                        sample.set_field(classes, 'num_classes', field_type='metainfo')
-            _set_fields(samples, 'gt_label', labels.split(1))
-            return {'inputs': inputs, 'data_samples': samples}
-
-        return forward
-
-    _wrap(module.ClsDataPreprocessor, 'forward', make)
+    @replaces(module.ClsDataPreprocessor, 'forward')
+    def forward(original: Callable, self: Any, data: dict, training: bool = False) -> dict:
+        samples = data.get('data_samples')
+        classes = self.num_classes
+        usual = samples and all(
+            type(sample) is module.DataSample
+            and 'gt_score' not in sample
+            and len(sample.get('gt_label', ())) == 1
+            and sample.get('num_classes', classes) == classes
+            for sample in samples
+        )
+        if not training or not usual or (self.to_onehot and classes is None):
+            return original(self, data, training)
+        inputs = original(self, {'inputs': data['inputs']}, training)['inputs']
+        labels = to_device(torch.cat([sample.gt_label for sample in samples]), self.device)
+        if self.to_onehot:
+            scores = torch.nn.functional.one_hot(labels, classes)
+            if self.batch_augments is not None:
+                inputs, scores = self.batch_augments(inputs, scores)
+            _set_fields(samples, 'gt_score', scores.unbind())
+            for sample in samples:
+                if 'num_classes' not in sample:
+                    sample.set_field(classes, 'num_classes', field_type='metainfo')
+        _set_fields(samples, 'gt_label', labels.split(1))
+        return {'inputs': inputs, 'data_samples': samples}
 
 
 def _set_fields(samples: list, name: str, values: Any) -> None:
@@ -91,34 +80,26 @@ def _set_fields(samples: list, name: str, values: Any) -> None:
 def _patch_mixup(module: ModuleType) -> None:
     import numpy as np
 
-    def make(original: Callable) -> Callable:
-        def mix(self: Any, batch_inputs: Any, batch_scores: Any) -> tuple:
-            share = np.random.beta(self.alpha, self.alpha)
-            others = _permutation(batch_inputs)
-            inputs = share * batch_inputs + (1 - share) * batch_inputs[others]
-            return inputs, share * batch_scores + (1 - share) * batch_scores[others]
-
-        return mix
-
-    _wrap(module.Mixup, 'mix', make)
+    @replaces(module.Mixup, 'mix')
+    def mix(_: Callable, self: Any, batch_inputs: Any, batch_scores: Any) -> tuple:
+        share = np.random.beta(self.alpha, self.alpha)
+        others = _permutation(batch_inputs)
+        inputs = share * batch_inputs + (1 - share) * batch_inputs[others]
+        return inputs, share * batch_scores + (1 - share) * batch_scores[others]
 
 
 def _patch_cutmix(module: ModuleType) -> None:
     import numpy as np
 
-    def make(original: Callable) -> Callable:
-        def mix(self: Any, batch_inputs: Any, batch_scores: Any) -> tuple:
-            share = np.random.beta(self.alpha, self.alpha)
-            others = _permutation(batch_inputs)
-            box, share = self.cutmix_bbox_and_lam(batch_inputs.shape[-2:], share)
-            top, bottom, left, right = box
-            box = (..., slice(top, bottom), slice(left, right))
-            batch_inputs[box] = batch_inputs[box][others]
-            return batch_inputs, share * batch_scores + (1 - share) * batch_scores[others]
-
-        return mix
-
-    _wrap(module.CutMix, 'mix', make)
+    @replaces(module.CutMix, 'mix')
+    def mix(_: Callable, self: Any, batch_inputs: Any, batch_scores: Any) -> tuple:
+        share = np.random.beta(self.alpha, self.alpha)
+        others = _permutation(batch_inputs)
+        box, share = self.cutmix_bbox_and_lam(batch_inputs.shape[-2:], share)
+        top, bottom, left, right = box
+        box = (..., slice(top, bottom), slice(left, right))
+        batch_inputs[box] = batch_inputs[box][others]
+        return batch_inputs, share * batch_scores + (1 - share) * batch_scores[others]
 
 
 def _permutation(batch: Any) -> Any:
@@ -128,26 +109,23 @@ def _permutation(batch: Any) -> Any:
 
 
 def _patch_channels(module: ModuleType) -> None:
-    def make(original: Callable) -> Callable:
-        def forward(self: Any, data: dict, training: bool = False) -> Any:
-            if not self._channel_conversion or not isinstance(data, dict):
-                return original(self, data, training)
-            data = self.cast_data(data)
-            inputs = data['inputs']
-            images = [inputs] if hasattr(inputs, 'shape') else inputs
-            if any(image.shape[-3] != 3 for image in images):
-                return original(self, data, training)
-            flipped = [image.flip(-3) for image in images]
-            data = {**data, 'inputs': flipped[0] if images is not inputs else flipped}
-            self._channel_conversion = False
-            try:
-                return original(self, data, training)
-            finally:
-                self._channel_conversion = True
-
-        return forward
-
     names = ('ImgDataPreprocessor', 'SegDataPreProcessor')
     # mmsegmentation's module also contains mmengine's names.
     owner = next(o for o in map(vars(module).get, names) if o and o.__module__ == module.__name__)
-    _wrap(owner, 'forward', make)
+
+    @replaces(owner, 'forward')
+    def forward(original: Callable, self: Any, data: dict, training: bool = False) -> Any:
+        if not self._channel_conversion or not isinstance(data, dict):
+            return original(self, data, training)
+        data = self.cast_data(data)
+        inputs = data['inputs']
+        images = [inputs] if hasattr(inputs, 'shape') else inputs
+        if any(image.shape[-3] != 3 for image in images):
+            return original(self, data, training)
+        flipped = [image.flip(-3) for image in images]
+        data = {**data, 'inputs': flipped[0] if images is not inputs else flipped}
+        self._channel_conversion = False
+        try:
+            return original(self, data, training)
+        finally:
+            self._channel_conversion = True
