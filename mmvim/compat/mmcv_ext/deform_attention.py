@@ -52,16 +52,12 @@ def ms_deform_attn_backward(
     """Gradients of :func:`ms_deform_attn_forward`, by recomputing it.
 
     Args:
-        value: As in the forward pass, like everything that is not described here.
-        value_spatial_shapes: As in the forward pass.
-        value_level_start_index: Unused.
-        sampling_locations: As in the forward pass.
-        attention_weights: As in the forward pass.
         grad_output: (b, queries, heads * d).
         grad_value: Output, like ``value``.
         grad_sampling_loc: Output, like ``sampling_locations``.
         grad_attn_weight: Output, like ``attention_weights``.
-        im2col_step: Unused.
+
+    The others are those of the forward pass.
     """
     dtype = compute_dtype(value)
     operands = [

@@ -1,7 +1,13 @@
 """Deformable convolution v1 and v2 (Dai et al., 2017; Zhu et al., 2019), on torchvision.
 
-Offsets and masks have the same layout in mmcv and torchvision. ``im2col_step`` of the compiled ops
-bounds their memory; torchvision bounds its own.
+Offsets and masks have the same layout in mmcv and torchvision. The functions share these arguments:
+``input`` (b, c_in, h, w), ``weight`` (c_out, c_in / group, rows, columns) and ``offset``
+(b, deformable_group * 2 * rows * columns, h_out, w_out), y before x; ``mask`` has one value where
+``offset`` has two. ``columns`` and ``ones`` are scratch. ``geometry`` is what ``mmcv.ops`` passes
+by name: stride, padding and dilation in x and y, ``group``, groups of channels of the convolution,
+and ``deformable_group``, groups of input channels with offsets of their own. The size of the kernel
+is that of ``weight``, and ``im2col_step``, which bounds the memory of the compiled ops, has no
+effect: torchvision bounds its own.
 """
 
 import torch
@@ -17,6 +23,13 @@ __all__ = [
     'modulated_deform_conv_forward',
 ]
 
+# In torchvision's order, as the two versions name it.
+_PLAIN = ('dH', 'dW', 'padH', 'padW', 'dilationH', 'dilationW', 'group', 'deformable_group')
+_MODULATED = (
+    *('stride_h', 'stride_w', 'pad_h', 'pad_w'),
+    *('dilation_h', 'dilation_w', 'group', 'deformable_group'),
+)
+
 
 def deform_conv_forward(
     input: Tensor,
@@ -25,41 +38,10 @@ def deform_conv_forward(
     output: Tensor,
     columns: Tensor,
     ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    **geometry: int,
 ) -> None:
-    """Convolution that samples its input at shifted positions.
-
-    Args:
-        input: (b, c_in, h, w).
-        weight: (c_out, c_in / group, kH, kW).
-        offset: (b, deformable_group * 2 * kH * kW, h_out, w_out), y before x.
-        output: Output, (b, c_out, h_out, w_out).
-        columns: Unused scratch.
-        ones: Unused scratch.
-        kW: Kernel width, as ``weight`` has it.
-        kH: Kernel height, likewise.
-        dW: Stride in x.
-        dH: Stride in y.
-        padW: Padding in x.
-        padH: Padding in y.
-        dilationW: Dilation in x.
-        dilationH: Dilation in y.
-        group: Groups of channels of the convolution.
-        deformable_group: Groups of input channels with offsets of their own.
-        im2col_step: Unused.
-    """
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
-    output.copy_(_forward(input, weight, offset, None, None, geometry))
+    """Write the convolution of samples at shifted positions to ``output``."""
+    output.copy_(_forward(input, weight, offset, None, None, [geometry[k] for k in _PLAIN]))
 
 
 def deform_conv_backward_input(
@@ -70,46 +52,15 @@ def deform_conv_backward_input(
     gradOffset: Tensor,
     weight: Tensor,
     columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    **geometry: int,
 ) -> None:
-    """Gradient of :func:`deform_conv_forward` with respect to ``input`` and ``offset``.
+    """Write the gradients with respect to ``input`` and ``offset``.
 
     torchvision also computes the gradient of ``weight``. It is left in ``columns``, where
     :func:`deform_conv_backward_parameters`, called next with the same scratch, finds it.
-
-    Args:
-        input: As in the forward pass, like all that is not named here.
-        offset: As in the forward pass.
-        gradOutput: (b, c_out, h_out, w_out).
-        gradInput: Output, like ``input``.
-        gradOffset: Output, like ``offset``.
-        weight: As in the forward pass.
-        columns: Scratch; holds the gradient of ``weight`` afterwards.
-        kW: Kernel width.
-        kH: Kernel height.
-        dW: Stride in x.
-        dH: Stride in y.
-        padW: Padding in x.
-        padH: Padding in y.
-        dilationW: Dilation in x.
-        dilationH: Dilation in y.
-        group: Groups of channels of the convolution.
-        deformable_group: Groups of input channels with offsets of their own.
-        im2col_step: Unused.
     """
-    geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
     grad_input, grad_weight, grad_offset, _, _ = _backward(
-        gradOutput, input, weight, offset, None, None, geometry
+        gradOutput, input, weight, offset, None, None, [geometry[k] for k in _PLAIN]
     )
     gradInput.copy_(grad_input)
     gradOffset.copy_(grad_offset)
@@ -123,50 +74,22 @@ def deform_conv_backward_parameters(
     gradWeight: Tensor,
     columns: Tensor,
     ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
+    *,
     scale: float,
-    im2col_step: int,
+    **geometry: int,
 ) -> None:
     """Add ``scale`` times the gradient with respect to ``weight`` to ``gradWeight``.
 
-    Args:
-        input: As in the forward pass, like all that is not named here.
-        offset: As in the forward pass.
-        gradOutput: (b, c_out, h_out, w_out).
-        gradWeight: Output, (c_out, c_in / group, kH, kW).
-        columns: The result of :func:`deform_conv_backward_input`, or empty.
-        ones: Unused scratch.
-        kW: Kernel width.
-        kH: Kernel height.
-        dW: Stride in x.
-        dH: Stride in y.
-        padW: Padding in x.
-        padH: Padding in y.
-        dilationW: Dilation in x.
-        dilationH: Dilation in y.
-        group: Groups of channels of the convolution.
-        deformable_group: Groups of input channels with offsets of their own.
-        scale: Factor.
-        im2col_step: Unused.
+    ``columns`` holds the result of :func:`deform_conv_backward_input`, or is empty.
     """
     if columns.shape == gradWeight.shape:
         grad_weight = columns.clone()
         # Emptied, so that a second backward pass cannot reuse the first one's result.
         columns.resize_(0)
     else:
-        geometry = (dH, dW, padH, padW, dilationH, dilationW, group, deformable_group)
         # The gradient of the weight does not depend on the weight: zeros stand in for it.
-        weight = torch.zeros_like(gradWeight)
-        grad_weight = _backward(gradOutput, input, weight, offset, None, None, geometry)[1]
+        weight, sizes = torch.zeros_like(gradWeight), [geometry[k] for k in _PLAIN]
+        grad_weight = _backward(gradOutput, input, weight, offset, None, None, sizes)[1]
     gradWeight.add_(grad_weight.to(gradWeight.dtype), alpha=scale)
 
 
@@ -179,46 +102,16 @@ def modulated_deform_conv_forward(
     mask: Tensor,
     output: Tensor,
     columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
+    *,
     with_bias: bool,
+    **geometry: int,
 ) -> None:
     """Deformable convolution whose samples are weighted by ``mask``.
 
-    Args:
-        input: (b, c_in, h, w).
-        weight: (c_out, c_in / group, kernel_h, kernel_w).
-        bias: (c_out,), or anything without ``with_bias``.
-        ones: Unused scratch.
-        offset: (b, deformable_group * 2 * kernel_h * kernel_w, h_out, w_out), y before x.
-        mask: (b, deformable_group * kernel_h * kernel_w, h_out, w_out).
-        output: Output, (b, c_out, h_out, w_out).
-        columns: Unused scratch.
-        kernel_h: Kernel height, as ``weight`` has it.
-        kernel_w: Kernel width, likewise.
-        stride_h: Stride in y.
-        stride_w: Stride in x.
-        pad_h: Padding in y.
-        pad_w: Padding in x.
-        dilation_h: Dilation in y.
-        dilation_w: Dilation in x.
-        group: Groups of channels of the convolution.
-        deformable_group: Groups of input channels with offsets and masks of their own.
-        with_bias: Whether to add ``bias``.
+    ``bias`` is (c_out,), or anything without ``with_bias``.
     """
-    geometry = (
-        *(stride_h, stride_w, pad_h, pad_w),
-        *(dilation_h, dilation_w, group, deformable_group),
-    )
-    output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, geometry))
+    sizes = [geometry[k] for k in _MODULATED]
+    output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, sizes))
 
 
 def modulated_deform_conv_backward(
@@ -235,52 +128,17 @@ def modulated_deform_conv_backward(
     grad_offset: Tensor,
     grad_mask: Tensor,
     grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
+    *,
     with_bias: bool,
+    **geometry: int,
 ) -> None:
-    """Gradients of :func:`modulated_deform_conv_forward`.
+    """Write the gradients of :func:`modulated_deform_conv_forward`.
 
-    Args:
-        input: As in the forward pass, like all that is not named here.
-        weight: As in the forward pass.
-        bias: As in the forward pass.
-        ones: Unused scratch.
-        offset: As in the forward pass.
-        mask: As in the forward pass.
-        columns: Unused scratch.
-        grad_input: Output, like ``input``.
-        grad_weight: Output, like ``weight``.
-        grad_bias: Output, like ``bias``; untouched without ``with_bias``.
-        grad_offset: Output, like ``offset``.
-        grad_mask: Output, like ``mask``.
-        grad_output: (b, c_out, h_out, w_out).
-        kernel_h: Kernel height.
-        kernel_w: Kernel width.
-        stride_h: Stride in y.
-        stride_w: Stride in x.
-        pad_h: Padding in y.
-        pad_w: Padding in x.
-        dilation_h: Dilation in y.
-        dilation_w: Dilation in x.
-        group: Groups of channels of the convolution.
-        deformable_group: Groups of input channels with offsets and masks of their own.
-        with_bias: Whether the forward pass added ``bias``.
+    ``grad_bias`` is left alone without ``with_bias``.
     """
-    geometry = (
-        *(stride_h, stride_w, pad_h, pad_w),
-        *(dilation_h, dilation_w, group, deformable_group),
-    )
+    sizes = [geometry[k] for k in _MODULATED]
     gradients = _backward(
-        grad_output, input, weight, offset, mask, bias if with_bias else None, geometry
+        grad_output, input, weight, offset, mask, bias if with_bias else None, sizes
     )
     outputs = (grad_input, grad_weight, grad_offset, grad_mask, grad_bias if with_bias else None)
     for output, gradient in zip(outputs, gradients, strict=True):
@@ -294,10 +152,10 @@ def _forward(
     offset: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    geometry: tuple[int, ...],
+    sizes: list[int],
 ) -> Tensor:
     operands = _operands(input, weight, offset, mask, bias)
-    return torchvision_ops().deform_conv2d(*operands, *geometry, mask is not None)
+    return torchvision_ops().deform_conv2d(*operands, *sizes, mask is not None)
 
 
 def _backward(
@@ -307,11 +165,11 @@ def _backward(
     offset: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
-    geometry: tuple[int, ...],
+    sizes: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands = _operands(input, weight, offset, mask, bias)
     return torchvision_ops()._deform_conv2d_backward(
-        grad_output.to(operands[0].dtype).contiguous(), *operands, *geometry, mask is not None
+        grad_output.to(operands[0].dtype).contiguous(), *operands, *sizes, mask is not None
     )
 
 

@@ -46,12 +46,9 @@ def sigmoid_focal_loss_backward(
     """Derivative of :func:`sigmoid_focal_loss_forward` by the logits.
 
     Args:
-        input: (n, c) logits.
-        target: (n,) class indices; any other value, usually c, is background.
-        weight: (c,) weight of each target class, or empty.
         grad_input: Output, (n, c).
-        gamma: Focusing parameter.
-        alpha: Weight of the target class.
+
+    The others are those of the forward pass.
     """
     logits, positive, scale = _sigmoid_terms(input, target, weight)
     p = logits.sigmoid()
@@ -93,13 +90,10 @@ def softmax_focal_loss_backward(
     """Derivative of :func:`softmax_focal_loss_forward` by the logits before the softmax.
 
     Args:
-        input: (n, c) probabilities (after the softmax).
-        target: (n,) class indices; negative ones are ignored.
-        weight: (c,) weight of each target class, or empty.
         buff: Output, (n,): p times the derivative by p.
         grad_input: Output, (n, c).
-        gamma: Focusing parameter.
-        alpha: Factor.
+
+    The others are those of the forward pass.
     """
     p, valid, scale = _softmax_terms(input, target, weight)
     slope = -((1 - p) ** gamma)

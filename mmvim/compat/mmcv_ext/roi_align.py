@@ -71,19 +71,9 @@ def roi_align_backward(
 
     Args:
         grad_output: (n, c, aligned_height, aligned_width).
-        rois: As in the forward pass, like everything that is not described here.
-        argmax_y: Unused.
-        argmax_x: Unused.
         grad_input: Output, (b, c, h, w).
-        aligned_height: Bins per column.
-        aligned_width: Bins per row.
-        spatial_scale: Size of a unit of ``rois`` in pixels of the features.
-        sampling_ratio: Samples per bin and direction; 0: as many as the bin has pixels.
-        pool_mode: 1, the average.
-        aligned: Put pixel centres at half-integer coordinates.
 
-    Raises:
-        NotImplementedError: Maximum pooling, which torchvision does not have.
+    The others are those of the forward pass.
     """
     _check_mode(pool_mode)
     dtype = compute_dtype(grad_output)

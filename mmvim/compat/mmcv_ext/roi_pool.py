@@ -73,12 +73,10 @@ def roi_pool_backward(
 
     Args:
         grad_output: (n, c, pooled_height, pooled_width).
-        rois: As in the forward pass.
         argmax: As written by the forward pass.
         grad_input: Output, (b, c, h, w).
-        pooled_height: Bins per column.
-        pooled_width: Bins per row.
-        spatial_scale: Size of a unit of ``rois`` in pixels of the features.
+
+    The others are those of the forward pass.
     """
     _, channels, height, width = grad_input.shape
     plane = rois[:, 0].long()[:, None] * channels + torch.arange(channels, device=rois.device)
