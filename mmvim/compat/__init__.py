@@ -7,38 +7,22 @@ package is imported, and only where it is needed.
 import importlib
 from types import ModuleType
 
-from . import (
-    mmcv_ops,
-    mmdet_bfloat16,
-    mmengine_checkpoints,
-    mmengine_configs,
-    mmengine_fsdp,
-    mmengine_hub,
-    mmengine_messages,
-    mmengine_packages,
-    mmpretrain_models,
-    mmpretrain_transformers,
-    pycocotools_masks,
-    pycocotools_results,
-    waiting_batches,
-)
-
 __all__ = ['install', 'require']
 
 _SHIMS = (
-    mmcv_ops,
-    mmdet_bfloat16,
-    mmengine_checkpoints,
-    mmengine_configs,
-    mmengine_fsdp,
-    mmengine_hub,
-    mmengine_messages,
-    mmengine_packages,
-    mmpretrain_models,
-    mmpretrain_transformers,
-    pycocotools_masks,
-    pycocotools_results,
-    waiting_batches,
+    'mmcv_ops',
+    'mmdet_bfloat16',
+    'mmengine_checkpoints',
+    'mmengine_configs',
+    'mmengine_fsdp',
+    'mmengine_hub',
+    'mmengine_messages',
+    'mmengine_packages',
+    'mmpretrain_models',
+    'mmpretrain_transformers',
+    'pycocotools_masks',
+    'pycocotools_results',
+    'waiting_batches',
 )
 _INSTALL_COMMAND = "pip install 'mmvim[onedl]'"
 
@@ -46,7 +30,7 @@ _INSTALL_COMMAND = "pip install 'mmvim[onedl]'"
 def install() -> None:
     """Put every shim in place. Cheap, and harmless when called again."""
     for shim in _SHIMS:
-        shim.install()
+        importlib.import_module(f'{__name__}.{shim}').install()
 
 
 def require(module: str, purpose: str) -> ModuleType:

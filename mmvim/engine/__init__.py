@@ -1,40 +1,8 @@
 """Hooks, loops and optimizer parts for mmpretrain, mmdet and mmsegmentation."""
 
-from .hooks import (
-    AverageWarmupHook,
-    CheckpointHook,
-    CompileHook,
-    DataCheckHook,
-    GraphHook,
-    MesaHook,
-    NonFiniteHook,
-    ParameterGroupsHook,
-    RunAheadHook,
-    TerminationHook,
-)
+from . import hooks, optim
+from .hooks import *  # noqa: F403
 from .loops import EpochBasedTrainLoop, IterBasedTrainLoop
-from .optim import (
-    CPUAmpOptimWrapper,
-    ExponentialMovingAverage,
-    Lamb,
-    LayerDecayOptimizerConstructor,
-)
+from .optim import *  # noqa: F403
 
-__all__ = [
-    'AverageWarmupHook',
-    'CPUAmpOptimWrapper',
-    'CheckpointHook',
-    'CompileHook',
-    'DataCheckHook',
-    'EpochBasedTrainLoop',
-    'ExponentialMovingAverage',
-    'GraphHook',
-    'IterBasedTrainLoop',
-    'Lamb',
-    'LayerDecayOptimizerConstructor',
-    'MesaHook',
-    'NonFiniteHook',
-    'ParameterGroupsHook',
-    'RunAheadHook',
-    'TerminationHook',
-]
+__all__ = [*hooks.__all__, *optim.__all__, 'EpochBasedTrainLoop', 'IterBasedTrainLoop']

@@ -45,20 +45,13 @@ class CompileHook(Hook):
         self.options = options
 
     def before_train(self, runner: Any) -> None:
-        """Compile, unless that is done."""
-        self._compile(runner)
+        """Compile, unless that is done.
 
-    def before_test(self, runner: Any) -> None:
-        """Compile, unless that is done."""
-        self._compile(runner)
-
-    def before_val(self, runner: Any) -> None:
-        """Compile, unless that is done."""
-        self._compile(runner)
-
-    def _compile(self, runner: Any) -> None:
+        Raises:
+            UserError: If the model has no backbone, or it cannot be compiled so.
+        """
         for name, module in find_backbones(runner.model, 'compile').items():
-            if _is_compiled(module):
+            if module._compiled_call_impl is not None:
                 continue
             try:
                 module.compile(**self.options)
@@ -68,6 +61,8 @@ class CompileHook(Hook):
                 f'{name} ({type(module).__name__}) is compiled: the first iteration, and the first '
                 'with another shape, take minutes'
             )
+
+    before_val = before_test = before_train
 
 
 def find_backbones(model: nn.Module, purpose: str) -> dict[str, nn.Module]:
@@ -86,7 +81,3 @@ def find_backbones(model: nn.Module, purpose: str) -> dict[str, nn.Module]:
     if not backbones:
         raise UserError(f'{purpose}: {type(model).__name__} has no backbone, which it is for')
     return backbones
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None
