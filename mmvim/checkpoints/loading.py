@@ -300,11 +300,16 @@ def _as_mmengine_writes(checkpoint: Any) -> Any:
     return {'state_dict': checkpoint}
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for distribution and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
 def _misfit(module: nn.Module, report: str, complete: bool, state_dict: dict) -> str | None:
     """Say in what a checkpoint and a model differ that may not; None if they may."""
-    while is_model_wrapper(module) or isinstance(module, BaseTTAModel):
-        module = module.module
-    names = {name for name, _ in module.named_parameters()}
+    names = {name for name, _ in unwrapped(module).named_parameters()}
     missing = names & set(_listed(r'missing keys in source state_dict: (.*)', report))
     sizes = re.findall(r'size mismatch for (\S+): .*?shape (.*?) from.*?is (.*?)\.(?:\s|$)', report)
     mismatched = names & {name for name, _, _ in sizes}

@@ -86,14 +86,6 @@ def _dump_segmentation(cfg: Config, path: str) -> None:
     metrics_of(cfg).append({'type': 'mmvim.LabelMapDump', 'directory': path, 'root': root})
 
 
-def _paint_classification(hook: dict, cfg: Config, show_dir: str | None) -> None:
-    hook.update(enable=True, out_dir=show_dir)
-
-
-def _paint_detection(hook: dict, cfg: Config, show_dir: str | None) -> None:
-    hook.update(draw=True, test_out_dir=show_dir)
-
-
 def _paint_segmentation(hook: dict, cfg: Config, show_dir: str | None) -> None:
     hook.update(draw=True)
     if show_dir is not None:
@@ -122,10 +114,6 @@ def _collect(heads: Iterable[tuple[str, Any]]) -> dict[str, int]:
     return found
 
 
-def _classifier_outputs(model: nn.Module) -> dict[str, int]:
-    return _collect([('model.head', getattr(model, 'head', None))])
-
-
 def _detector_outputs(model: nn.Module) -> dict[str, int]:
     # In open-vocabulary detectors and panoptic segmentors box classes differ from the data's.
     if hasattr(model, 'language_model') or hasattr(model, 'panoptic_fusion_head'):
@@ -148,10 +136,6 @@ def _segmentor_outputs(model: nn.Module) -> dict[str, int]:
     return _collect([('model.decode_head', head)])
 
 
-def _classification_labels(sample: Any) -> Tensor | None:
-    return sample.get('gt_label')
-
-
 def _detection_labels(sample: Any) -> Tensor | None:
     instances = sample.get('gt_instances')
     return None if instances is None else instances.get('labels')
@@ -165,12 +149,12 @@ def _segmentation_labels(sample: Any) -> Tensor | None:
 TASKS: dict[str, Task] = {
     'mmpretrain': Task(
         out_help='a pickle of all predictions',
-        visualize=_paint_classification,
+        visualize=lambda hook, _, show_dir: hook.update(enable=True, out_dir=show_dir),
         dump_predictions=_dump_classification,
         tta_model={'type': 'mmpretrain.AverageClsScoreTTA'},
         tta_from='PackInputs',
-        class_outputs=_classifier_outputs,
-        labels=_classification_labels,
+        class_outputs=lambda model: _collect([('model.head', getattr(model, 'head', None))]),
+        labels=lambda sample: sample.get('gt_label'),
         show_interval=True,
         dataloader_defaults={
             'pin_memory': True,
@@ -180,7 +164,7 @@ TASKS: dict[str, Task] = {
     ),
     'mmdet': Task(
         out_help='a pickle of all predictions',
-        visualize=_paint_detection,
+        visualize=lambda hook, _, show_dir: hook.update(draw=True, test_out_dir=show_dir),
         dump_predictions=_dump_detection,
         tta_model={
             'type': 'DetTTAModel',

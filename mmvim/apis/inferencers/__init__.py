@@ -48,6 +48,3 @@ def make_inferencer(model: Any, weights: Any = None, device: Any = None) -> Any:
         if reads_videos(cfg):
             return VideoInferencer(model, weights, device)
     return __getattr__(name)(model, weights, device=device)
-
-
-__all__ += ['make_inferencer']

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from torch import nn
 
+from mmvim.checkpoints.loading import unwrapped
 from mmvim.errors import UserError
 from mmvim.registry import HOOKS
 
@@ -71,8 +71,7 @@ def find_backbones(model: nn.Module, purpose: str) -> dict[str, nn.Module]:
     Raises:
         UserError: If there is none; ``purpose`` is what the message begins with.
     """
-    while is_model_wrapper(model):
-        model = model.module
+    model = unwrapped(model)
     backbones = {
         name: module
         for name, module in model.named_modules()

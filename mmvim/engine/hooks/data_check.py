@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import DefaultScope
 from torch import nn
 
 from mmvim._configs import type_name
+from mmvim.checkpoints.loading import unwrapped
 from mmvim.engine.batches import check_length
 from mmvim.engine.class_names import (
     categories_of,
@@ -60,7 +60,7 @@ class DataCheckHook(Hook):
         """
         scope = runner.default_scope
         self._task = TASKS.get(scope.scope_name if isinstance(scope, DefaultScope) else scope)
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         if self._task is not None:
             self._outputs = self._task.class_outputs(model)
             _check_model(model, self._outputs, self._ignored_label(runner))
@@ -206,7 +206,7 @@ class DataCheckHook(Hook):
         if classes and categories:
             check_categories(classes, categories, file)
         theirs = {number: image.get('file_name', '') for number, image in coco.imgs.items()}
-        ours = dict(map(_image, _samples(dataset)))
+        ours = {s.get('img_id'): str(s.get('img_path', '')) for s in _samples(dataset)}
         strange = next(
             (n for n, path in ours.items() if not path.endswith(theirs.get(n, '?'))), None
         )
@@ -245,7 +245,7 @@ class DataCheckHook(Hook):
         """Compare the maps of the first step with the strides that heads are made for."""
         if self._task is not TASKS['mmdet']:
             return
-        model = _unwrapped(runner.model)
+        model = unwrapped(runner.model)
         preprocessor, sizes = getattr(model, 'data_preprocessor', None), {}
         if preprocessor is None:
             return
@@ -305,16 +305,9 @@ class DataCheckHook(Hook):
         return bad if ignored is None else bad & (labels != ignored)
 
     def _ignored_label(self, runner) -> int | None:
-        head = getattr(_unwrapped(runner.model), 'decode_head', None)
+        head = getattr(unwrapped(runner.model), 'decode_head', None)
         head = head[-1] if isinstance(head, nn.ModuleList) else head
         return getattr(head, 'ignore_index', None)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers for distribution and test-time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
 
 
 def _classes(dataset: Any) -> list[str] | None:
@@ -361,10 +354,6 @@ def _check_maps(dataset: Any, ignored: int, count: int = 16) -> None:
             'maps hold the numbers of the classes, 0 and 1 for two (reduce_zero_label=True takes '
             'away the 0)'
         )
-
-
-def _image(sample: dict) -> tuple[Any, str]:
-    return sample.get('img_id'), str(sample.get('img_path', ''))
 
 
 def _check_model(model: nn.Module, outputs: dict[str, int], ignored: int | None) -> None:
@@ -431,7 +420,8 @@ def _compare_once(module: nn.Module, name: str, strides: Any, sizes: dict) -> No
 def _check_averages(runner: Any) -> None:
     """Refuse to evaluate two sets of weights with results that cannot be recorded twice."""
     metrics = getattr(getattr(runner.val_loop, 'evaluator', None), 'metrics', ())
-    for metric in metrics if any(_evaluates_twice(hook) for hook in runner.hooks) else ():
+    twice = any(getattr(hook, 'evaluate_on_origin', False) for hook in runner.hooks)
+    for metric in metrics if twice else ():
         if getattr(metric, 'average', 'macro') is None:
             raise UserError(
                 'EMAHook with evaluate_on_origin=True cannot record the results of each class '
@@ -450,7 +440,3 @@ def _check_repeats(runner: Any) -> None:
             f'epoch has a random {100 // repeats} % of the images, each up to {repeats} times in '
             "one batch. sampler=dict(type='DefaultSampler', shuffle=True) takes each once"
         )
-
-
-def _evaluates_twice(hook: Any) -> bool:
-    return getattr(hook, 'evaluate_on_origin', False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
+from mmvim.checkpoints.loading import unwrapped
 from mmvim.registry import HOOKS
 
 
@@ -48,9 +48,7 @@ class MesaHook(Hook):
         Raises:
             ValueError: The model cannot learn from a teacher, or there is no teacher on its device.
         """
-        model = runner.model
-        while is_model_wrapper(model):
-            model = model.module
+        model = unwrapped(runner.model)
         if not hasattr(model, 'learn_from'):
             raise ValueError(
                 "custom_hooks: MesaHook needs a model of type 'mmvim.MesaClassifier', "

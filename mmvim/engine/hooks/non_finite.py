@@ -79,7 +79,7 @@ class NonFiniteHook(Hook):
         """Remember the state from which the iteration starts."""
         self._batch, self._states = data_batch, random_state.capture()
         if self.action == 'skip':
-            self._buffers = [(buffer, buffer.detach().clone()) for buffer in runner.model.buffers()]
+            self._buffers = _copied(runner.model)
 
     def after_train_iter(
         self, runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -121,7 +121,7 @@ class NonFiniteHook(Hook):
         """
         place = f'{what} at epoch {runner.epoch + 1}, iteration {runner.iter + 1}'
         cause = self._diagnose(runner)
-        self._restore()
+        _put_back(self._buffers)
         if self.action == 'stop':
             raise UserError(f'{place}: {cause}')
         self.skipped += 1
@@ -131,11 +131,6 @@ class NonFiniteHook(Hook):
             raise UserError(f'{place}, and {self._consecutive} times in a row: {cause}')
         runner.logger.warning(f'{place}: {cause}. This step is skipped ({self.skipped} so far).')
 
-    def _restore(self) -> None:
-        with torch.no_grad():
-            for buffer, before in self._buffers:
-                buffer.copy_(before)
-
     def _diagnose(self, runner: Any) -> str:
         model = runner.model
         # The gradients of the first pass are no longer needed.
@@ -144,15 +139,24 @@ class NonFiniteHook(Hook):
         # Sharded models can only be run through their wrapper.
         while is_model_wrapper(model) and 'FullySharded' not in type(model).__name__:
             model = model.module
-        buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+        buffers = _copied(model)
         present = random_state.capture()
         try:
             return find_non_finite(model, self._batch, runner.optim_wrapper, self._states)
         finally:
             random_state.restore(present)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            _put_back(buffers)
+
+
+def _copied(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """The buffers of a model, each with a copy of it."""
+    return [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+
+
+def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 class _Call:
