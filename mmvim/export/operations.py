@@ -204,25 +204,8 @@ def _gated(y: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (y if z is None else y * F.silu(z.to(y.dtype))).to(dtype)
 
 
-def _selective_scan(
-    kind,
-    _,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    delta_bias,
-    initial_state,
-    delta_softplus,
-    discretization,
-    reverse,
-    return_last_state,
-    interval,
-    seq_idx=None,
-):
+def _selective_scan(kind, _, u, delta, A, B, C, D, z, delta_bias, initial_state, *options):
+    delta_softplus, discretization, reverse, return_last_state, _, seq_idx = (*options, None)[:6]
     inputs = u, delta, A, B, C, D, delta_bias
     options = delta_softplus, discretization, reverse, initial_state, seq_idx
     y, end = _direction(kind, *inputs, *options)

@@ -153,61 +153,17 @@ def _check_initial_state(initial_state: Tensor, u: Tensor, A: Tensor, discretiza
     check.check_device(name, initial_state, 'u', u.device)
 
 
-def _forward(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    delta_bias,
-    initial_state,
-    delta_softplus,
-    discretization,
-    reverse,
-    return_last_state,
-    interval,
-    seq_idx,
-):
-    y, last_state, checkpoints = scan_forward(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        initial_state,
-        delta_softplus,
-        discretization,
-        reverse,
-        return_last_state,
-        interval,
-        seq_idx,
-    )
+def _forward(u, delta, A, B, C, D, z, delta_bias, initial_state, *options):
+    inputs = u, delta, A, B, C, D, delta_bias, initial_state
+    y, last_state, checkpoints = scan_forward(*inputs, *options)
     if z is not None:
         y.mul_(F.silu(z.to(y.dtype)))
     return y.to(u.dtype), last_state, checkpoints
 
 
-def _forward_fake(
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    delta_bias,
-    initial_state,
-    delta_softplus,
-    discretization,
-    reverse,
-    return_last_state,
-    interval,
-    seq_idx,
-):
+def _forward_fake(*inputs):
+    u, _, A = inputs[:3]
+    _, discretization, _, return_last_state, interval, _ = inputs[9:]
     b, _, d = u.shape
     n = A.shape[1]
     taps = 2 if discretization in TWO_TAP else 1
@@ -227,48 +183,15 @@ def gate_backward(grad_out: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tenso
     return grad_out * sigmoid.mul_(z), slope.mul_(y).mul_(grad_out)
 
 
-def _backward(
-    grad_out,
-    grad_last_state,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    delta_bias,
-    initial_state,
-    checkpoints,
-    delta_softplus,
-    discretization,
-    reverse,
-    interval,
-    seq_idx,
-):
+def _backward(grad_out, grad_last_state, *inputs):
+    u, delta, A, B, C, D, z, delta_bias, initial_state = inputs[:9]
+    *rest, seq_idx = inputs[9:]
     dtype = compute_dtype(u.dtype)
     grad_y = grad_out.to(dtype)
     if z is not None:
         grad_y = grad_y * F.silu(z.to(dtype))
-    grads = scan_backward(
-        grad_y,
-        grad_last_state,
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        delta_bias,
-        initial_state,
-        checkpoints,
-        delta_softplus,
-        discretization,
-        reverse,
-        interval,
-        need_y=z is not None,
-        seq_idx=seq_idx,
-    )
+    inputs = u, delta, A, B, C, D, delta_bias, initial_state
+    grads = scan_backward(grad_y, grad_last_state, *inputs, *rest, z is not None, seq_idx)
     if z is None:
         dz = A.new_empty(0)
     else:
@@ -276,29 +199,9 @@ def _backward(
     return (*grads[:6], dz, grads.delta_bias, grads.initial_state)
 
 
-def _backward_fake(
-    grad_out,
-    grad_last_state,
-    u,
-    delta,
-    A,
-    B,
-    C,
-    D,
-    z,
-    delta_bias,
-    initial_state,
-    checkpoints,
-    delta_softplus,
-    discretization,
-    reverse,
-    interval,
-    seq_idx,
-):
-    return tuple(
-        A.new_empty(0) if x is None else x.new_empty(x.shape)
-        for x in (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    )
+def _backward_fake(grad_out, grad_last_state, *inputs):
+    A = inputs[2]
+    return tuple(A.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs[:9])
 
 
 def _setup_context(ctx, inputs, output):
