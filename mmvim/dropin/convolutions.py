@@ -59,16 +59,8 @@ def convolve(
         ):
             if given:
                 raise ValueError(f'{name} does not go with seq_idx: give each sequence a row')
-    out = _forward(
-        x,
-        weight,
-        bias,
-        seq_idx,
-        initial_states,
-        return_final_states,
-        final_states_out,
-        activation,
-    )
+    states = initial_states, return_final_states, final_states_out
+    out = _forward(x, weight, bias, seq_idx, *states, activation)
     return (_like(x, out[0]), out[1]) if return_final_states else _like(x, out)
 
 

@@ -25,6 +25,16 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f'{name} must be a dense (strided) tensor, got layout {value.layout}')
 
 
+def check_real(name: str, value: object) -> None:
+    """Refuse what is not a dense tensor of real numbers."""
+    check_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(
+            f'{name} must be real, got {value.dtype}: complex states are not supported. '
+            'Real ones are, such as A = -torch.exp(A_log)'
+        )
+
+
 def check_flag(name: str, value: object) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):

@@ -84,12 +84,7 @@ def time_first(
 ) -> tuple[Tensor | None, ...]:
     """Arguments of :func:`selective_scan_fn` as those of :func:`mmvim.ops.selective_scan`."""
     for name, value in (('A', A), ('B', B), ('C', C)):
-        check.check_tensor(name, value)
-        if value.is_complex():
-            raise TypeError(
-                f'{name} must be real, got {value.dtype}: complex states are not supported. '
-                'Real ones are, such as A = -torch.exp(A_log)'
-            )
+        check.check_real(name, value)
     check.check_activation('u', u, 'b d l')
     check.check_rank('A', A, 'd n')
     for name, value in (('delta', delta), ('z', z)):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from .digits import SPLIT_SIZES
@@ -18,7 +18,6 @@ from .movies import (
     MOVIE_SPEED,
     write_video,
 )
-from .progress import Progress
 from .scenes import (
     DIGIT_HEIGHT,
     DIGITS_PER_SCENE,
@@ -48,15 +47,19 @@ _PARAMETERS = {
     },
 }
 _SIZES = {'cls': SPLIT_SIZES, 'det': SCENE_COUNTS, 'seg': SCENE_COUNTS, 'video': MOVIE_COUNTS}
-_WRITERS: dict[str, Callable[[Path, Mapping[str, int], Progress], int]] = {
+_WRITERS: dict[str, Callable[[Path, Mapping[str, int]], Iterator[None]]] = {
     'cls': write_cls,
     'det': write_det,
     'seg': write_seg,
     'video': write_video,
 }
+#: Files for each picture or movie, and lists besides.
+_FILES = {'cls': (1, 0), 'det': (1, 3), 'seg': (2, 0), 'video': (1, 4)}
 _NEEDED_MIB = {'cls': 16, 'det': 96, 'seg': 96, 'video': 64}
 
 TASKS: tuple[str, ...] = tuple(_WRITERS)
+#: Called with (files written, total files).
+Progress = Callable[[int, int], None]
 
 
 def prepare(
@@ -106,7 +109,7 @@ def prepare(
                 'move it away or choose another folder with --out'
             )
     try:
-        _build(task, root, target, sizes, wanted, progress or (lambda done, total: None))
+        _build(task, root, target, sizes, wanted, progress)
     except OSError as error:
         raise QuickstartDataError(_explain(error, root)) from error
     return True
@@ -129,7 +132,7 @@ def _build(
     target: Path,
     sizes: dict[str, int],
     wanted: dict,
-    progress: Progress,
+    progress: Progress | None,
 ) -> None:
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free // 2**20
@@ -142,9 +145,13 @@ def _build(
     try:
         tree = partial / task
         tree.mkdir()
-        count = _WRITERS[task](tree, sizes, progress)
+        of_each, others = _FILES[task]
+        total = of_each * sum(sizes.values()) + others
+        for done, _ in enumerate(_WRITERS[task](tree, sizes), 1):
+            if progress is not None:
+                progress(done, total)
         with open(tree / _MANIFEST, 'w') as file:
-            json.dump({**wanted, 'files': count}, file, indent=2)
+            json.dump({**wanted, 'files': total}, file, indent=2)
         if target.exists():
             target.replace(partial / 'old')
         tree.replace(target)

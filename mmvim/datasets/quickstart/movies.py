@@ -1,6 +1,6 @@
 """Movies of a handwritten digit that keeps drifting through a small picture."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +8,6 @@ import numpy as np
 
 from .digits import DIGIT_CLASSES, Digits, load_digits
 from .errors import require
-from .progress import Progress
 
 #: Direction (rows, columns) of a digit; it moves ``MOVIE_SPEED`` times that per frame.
 DIRECTIONS: dict[str, tuple[int, int]] = {
@@ -96,7 +95,7 @@ class MovieGenerator:
         )
 
 
-def write_video(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
+def write_video(root: Path, sizes: Mapping[str, int]) -> Iterator[None]:
     """Write ``root/<split>/*.mp4``, the lists ``root/<split>.txt`` and ``root/classes.txt``.
 
     A list has a line ``file label`` for each movie, the 'list' layout of
@@ -105,12 +104,10 @@ def write_video(root: Path, sizes: Mapping[str, int], progress: Progress) -> int
     Args:
         root: an existing, empty folder.
         sizes: split name to number of movies.
-        progress: called after each file.
 
-    Returns:
-        Files written.
+    Yields:
+        After each file.
     """
-    total, done = sum(sizes.values()) + len(sizes) + 1, 0
     for split, count in sizes.items():
         (root / split).mkdir()
         generate = MovieGenerator(split)
@@ -120,14 +117,11 @@ def write_video(root: Path, sizes: Mapping[str, int], progress: Progress) -> int
             name = f'digit_{split}_{index + 1:05d}.mp4'
             encode(movie.frames, root / split / name)
             lines.append(f'{name} {movie.label}\n')
-            done += 1
-            progress(done, total)
+            yield
         (root / f'{split}.txt').write_text(''.join(lines))
-        done += 1
-        progress(done, total)
+        yield
     (root / 'classes.txt').write_text('\n'.join(VIDEO_CLASSES) + '\n')
-    progress(done + 1, total)
-    return done + 1
+    yield
 
 
 def encode(frames: np.ndarray, path: Path) -> None:

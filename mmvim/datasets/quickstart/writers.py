@@ -1,14 +1,13 @@
 """Writers of the splits: class folders, COCO JSON, ADE20K-style label maps."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from .digits import DIGIT_CLASSES, load_digits
 from .errors import require
-from .progress import Progress
 from .scenes import SCENE_SIZE, Scene, SceneGenerator
 
 #: Segmentation classes after ``reduce_zero_label``: label map value minus one.
@@ -34,20 +33,18 @@ CLS_IMAGE_SIZE = 32  # pixels
 _JPEG_QUALITY = 95
 
 
-def write_cls(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
+def write_cls(root: Path, sizes: Mapping[str, int]) -> Iterator[None]:
     """Write ``root/{train,val,test}/<class>/<index>.png``, 32x32 grey, white ink on black.
 
     Args:
         root: an existing, empty folder.
         sizes: split name to number of digits; the first ones are written.
-        progress: called after each file.
 
-    Returns:
-        Files written.
+    Yields:
+        After each file.
     """
     image_module = require('PIL.Image')
     splits = load_digits()
-    total, done = sum(sizes.values()), 0
     for name, size in sizes.items():
         for label in DIGIT_CLASSES:
             (root / name / label).mkdir(parents=True)
@@ -55,12 +52,10 @@ def write_cls(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
             image = image_module.fromarray(np.rint(digit * 255).astype(np.uint8))
             image = image.resize((CLS_IMAGE_SIZE,) * 2, image_module.Resampling.BICUBIC)
             image.save(root / name / DIGIT_CLASSES[label] / f'{index:04d}.png')
-            done += 1
-            progress(done, total)
-    return done
+            yield
 
 
-def write_det(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
+def write_det(root: Path, sizes: Mapping[str, int]) -> Iterator[None]:
     """Write ``root/{train,val,test}/*.jpg`` and ``root/annotations/instances_<split>.json``.
 
     The JSON is COCO's: images, categories ('0'-'9' with ids 1-10), and annotations with bbox, area,
@@ -69,13 +64,11 @@ def write_det(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
     Args:
         root: an existing, empty folder.
         sizes: split name to number of scenes.
-        progress: called after each file.
 
-    Returns:
-        Files written.
+    Yields:
+        After each file.
     """
     (root / 'annotations').mkdir(parents=True)
-    total, done = sum(sizes.values()) + len(sizes), 0
     for split, count in sizes.items():
         (root / split).mkdir()
         generate = SceneGenerator(split)
@@ -100,8 +93,7 @@ def write_det(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
                         'iscrowd': 0,
                     }
                 )
-            done += 1
-            progress(done, total)
+            yield
         content = {
             'info': {
                 'description': "scikit-learn's handwritten digits on scikit-image's photographs",
@@ -117,12 +109,10 @@ def write_det(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
         }
         with open(root / 'annotations' / f'instances_{split}.json', 'w') as file:
             json.dump(content, file)
-        done += 1
-        progress(done, total)
-    return done
+        yield
 
 
-def write_seg(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
+def write_seg(root: Path, sizes: Mapping[str, int]) -> Iterator[None]:
     """Write ``root/{images,annotations}/{training,validation,test}/*``.
 
     Label maps follow ADE20K: 0 is unlabelled and ignored (``reduce_zero_label=True`` turns it into
@@ -132,13 +122,11 @@ def write_seg(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
     Args:
         root: an existing, empty folder.
         sizes: split name to number of scenes.
-        progress: called after each file.
 
-    Returns:
-        Files written.
+    Yields:
+        After each file.
     """
     image_module = require('PIL.Image')
-    total, done = 2 * sum(sizes.values()), 0
     for split, count in sizes.items():
         images = root / 'images' / ADE_FOLDERS[split]
         annotations = root / 'annotations' / ADE_FOLDERS[split]
@@ -149,10 +137,9 @@ def write_seg(root: Path, sizes: Mapping[str, int], progress: Progress) -> int:
             scene = generate(index)
             name = f'digits_{split}_{index + 1:08d}'
             _save_jpeg(scene.image, images / f'{name}.jpg')
+            yield
             image_module.fromarray(label_map(scene)).save(annotations / f'{name}.png')
-            done += 2
-            progress(done, total)
-    return done
+            yield
 
 
 def label_map(scene: Scene) -> np.ndarray:

@@ -39,18 +39,5 @@ def bwd(
     recompute_out_z: bool,
 ) -> list[Tensor | None]:
     """Differentiate; see :func:`mmvim.dropin.scans.backward`. ``x_`` is not needed."""
-    return scans.backward(
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D_,
-        z_,
-        delta_bias_,
-        dout,
-        out_,
-        dz_,
-        delta_softplus,
-        recompute_out_z,
-    )
+    inputs = u, delta, A, B, C, D_, z_, delta_bias_
+    return scans.backward(*inputs, dout, out_, dz_, delta_softplus, recompute_out_z)

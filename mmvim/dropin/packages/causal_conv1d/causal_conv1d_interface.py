@@ -34,16 +34,8 @@ def causal_conv1d_fn(
         seq_idx, activation = None, seq_idx
     elif isinstance(initial_states, str):
         initial_states, activation = None, initial_states
-    return convolutions.convolve(
-        x,
-        weight,
-        bias,
-        seq_idx,
-        initial_states,
-        return_final_states,
-        final_states_out,
-        activation,
-    )
+    states = initial_states, return_final_states, final_states_out
+    return convolutions.convolve(x, weight, bias, seq_idx, *states, activation)
 
 
 def causal_conv1d_ref(
@@ -59,16 +51,8 @@ def causal_conv1d_ref(
     """:func:`causal_conv1d_fn` in the order of arguments that the package's reference has."""
     if isinstance(initial_states, str):
         initial_states, activation = None, initial_states
-    return convolutions.convolve(
-        x,
-        weight,
-        bias,
-        seq_idx,
-        initial_states,
-        return_final_states,
-        final_states_out,
-        activation,
-    )
+    states = initial_states, return_final_states, final_states_out
+    return convolutions.convolve(x, weight, bias, seq_idx, *states, activation)
 
 
 causal_conv1d_update = causal_conv1d_update_ref = convolutions.update

@@ -83,13 +83,8 @@ def _inputs(
     ``norm_weights`` are those of RMS norms of B, C and delta.
     """
     check.check_activation('xz', xz, 'b 2d l')
-    check.check_tensor('A', A)
+    check.check_real('A', A)
     check.check_rank('A', A, 'd n')
-    if A.is_complex():
-        raise TypeError(
-            f'A must be real, got {A.dtype}: complex states are not supported. '
-            'Real ones are, such as A = -torch.exp(A_log)'
-        )
     d, n = A.shape
     check.check_shape('xz', xz, 'b 2d l', (xz.shape[0], 2 * d, xz.shape[2]))
     check.check_tensor('conv1d_weight', conv1d_weight)
@@ -161,18 +156,8 @@ def mamba_inner_fn_no_out_proj(
     Returns:
         The gated output (b, d, l), dtype of xz.
     """
-    u, delta, B, C, z = _inputs(
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        A,
-        B,
-        C,
-        B_proj_bias,
-        C_proj_bias,
-    )
+    weights = conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight
+    u, delta, B, C, z = _inputs(xz, *weights, A, B, C, B_proj_bias, C_proj_bias)
     return scans.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, contiguous=False)
 
 
@@ -211,20 +196,9 @@ def mamba_inner_fn(
     Returns:
         (b, l, c).
     """
-    u, delta, B, C, z = _inputs(
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        A,
-        B,
-        C,
-        B_proj_bias,
-        C_proj_bias,
-        (b_rms_weight, c_rms_weight, dt_rms_weight),
-        b_c_dt_rms_eps,
-    )
+    weights = conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight
+    norms = (b_rms_weight, c_rms_weight, dt_rms_weight), b_c_dt_rms_eps
+    u, delta, B, C, z = _inputs(xz, *weights, A, B, C, B_proj_bias, C_proj_bias, *norms)
     y = scans.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, contiguous=False)
     return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
 
@@ -252,18 +226,8 @@ def bimamba_inner_fn(
 
     The two share all but A, the convolution included (Vim's ``bimamba_type='v1'``).
     """
-    u, delta, B, C, z = _inputs(
-        xz,
-        conv1d_weight,
-        conv1d_bias,
-        x_proj_weight,
-        delta_proj_weight,
-        A,
-        B,
-        C,
-        B_proj_bias,
-        C_proj_bias,
-    )
+    weights = conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight
+    u, delta, B, C, z = _inputs(xz, *weights, A, B, C, B_proj_bias, C_proj_bias)
     check.check_tensor('A_b', A_b)
     check.check_shape('A_b', A_b, 'd n', A.shape)
     common = (B, C, D, z, delta_bias, delta_softplus)

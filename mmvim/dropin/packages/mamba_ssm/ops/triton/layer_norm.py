@@ -40,14 +40,8 @@ def layer_norm_fn(
     ``x1``, ``weight1``, ``bias1``, ``dropout_p``, ``rowscale`` and ``return_dropout_mask`` are
     refused unless they are left at their defaults.
     """
-    _refuse(
-        x1=x1,
-        weight1=weight1,
-        bias1=bias1,
-        dropout_p=dropout_p,
-        rowscale=rowscale,
-        return_dropout_mask=return_dropout_mask,
-    )
+    _refuse(x1=x1, weight1=weight1, bias1=bias1, dropout_p=dropout_p, rowscale=rowscale)
+    _refuse(return_dropout_mask=return_dropout_mask)
     return add_norm(x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm)
 
 
@@ -67,22 +61,8 @@ def rms_norm_fn(
     return_dropout_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`layer_norm_fn` with an RMS norm."""
-    return layer_norm_fn(
-        x,
-        weight,
-        bias,
-        residual,
-        x1,
-        weight1,
-        bias1,
-        eps,
-        dropout_p,
-        rowscale,
-        prenorm,
-        residual_in_fp32,
-        True,
-        return_dropout_mask,
-    )
+    inputs = x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale
+    return layer_norm_fn(*inputs, prenorm, residual_in_fp32, True, return_dropout_mask)
 
 
 class RMSNorm(nn.Module):

@@ -54,12 +54,7 @@ def selective_state_update(
         if value is not None:
             check.check_tensor(name, value)
             check.check_shape(name, value, axes, state.shape[1:-1])
-    check.check_tensor('A', A)
-    if A.is_complex():
-        raise TypeError(
-            f'A must be real, got {A.dtype}: complex states are not supported. '
-            'Real ones are, such as A = -torch.exp(A_log)'
-        )
+    check.check_real('A', A)
     check.check_shape('A', A, f'{axes} n', state.shape[1:])
     for name, value in (('B', B), ('C', C)):
         check.check_tensor(name, value)
