@@ -34,7 +34,7 @@ def find_script(name: str) -> Path:
         if spec is None or not spec.submodule_search_locations:
             raise FileNotFoundError(f'{name}: {library} is not installed')
         package = Path(next(iter(spec.submodule_search_locations)))
-        # In a wheel, and beside the package of a checkout.
+        # In a wheel, and next to the package of a checkout.
         paths = [package / '.mim' / 'tools' / script, package.parent / 'tools' / script]
     for path in paths:
         if path.is_file():

@@ -27,7 +27,7 @@ class Sample:
     """A sample as the model gets it.
 
     Attributes:
-        picture: RGB uint8 (height, width, 3); of a clip some frames beside each other.
+        picture: RGB uint8 (height, width, 3); of a clip some frames side by side.
         title: Classes, with their shares after mixing.
         boxes: (count, 4) x1, y1, x2, y2 in pixels, with their ``names``.
         names: Classes of the boxes.
@@ -115,7 +115,7 @@ def draw_samples(samples: Sequence[Sample], out: str | Path, columns: int = 4) -
     Args:
         samples: The samples.
         out: File to write.
-        columns: Pictures beside each other. Defaults to 4.
+        columns: Pictures in a row. Defaults to 4.
     """
     plt = _pyplot()
     columns = min(columns, len(samples))

@@ -184,7 +184,7 @@ def _allowed() -> tuple:
     )
 
 
-# Subclasses of dict by which official training scripts keep their settings beside the weights.
+# Subclasses of dict by which official training scripts keep their settings along with the weights.
 _SETTINGS = (
     'yacs.config.CfgNode',  # VMamba
     'easydict.EasyDict',

@@ -43,7 +43,7 @@ VARIABLE = 'MMVIM_DROPIN'
 
 
 class Status(NamedTuple):
-    """Where a name is imported from.
+    """Origin of a name.
 
     Attributes:
         name: The name, such as ``'mamba_ssm'``.
@@ -212,7 +212,7 @@ def _is_copied(name: str) -> bool:
 
 
 def _theirs(name: str) -> ModuleSpec | None:
-    """Where a name would be imported from without the drop-in."""
+    """The spec of a name without the drop-in."""
     paths = [entry for entry in sys.path if entry != PACKAGES]
     for finder in list(sys.meta_path):
         if _is_dropin(finder) or not hasattr(finder, 'find_spec'):

@@ -363,7 +363,7 @@ def _cache_root() -> Path:
 
 
 def _write_to_disk(path: Path) -> None:
-    """Flush a file to disk before it gets its name, lest a crash leave an empty one."""
+    """Flush a file to disk before it gets its name: a crash must not leave an empty one."""
     with open(path, 'r+b') as file:
         os.fsync(file.fileno())
 

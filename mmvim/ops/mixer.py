@@ -27,7 +27,7 @@ def serves(backend: str | None, x: Tensor) -> bool:
 
 
 class AddNorm(NamedTuple):
-    """What comes before a mixer in a pre-norm block: an addition to the stream and an RMSNorm.
+    """The part of a pre-norm block before its mixer: an addition to the stream and an RMSNorm.
 
     Attributes:
         weight: (c,), of the norm.
@@ -77,7 +77,7 @@ def mixer(
         discretization: One of :data:`mmvim.ops.DISCRETIZATIONS`.
         recompute: Whether backward recomputes most intermediates instead of keeping them. None:
             on CUDA devices.
-        norm: What comes first, if anything.
+        norm: Addition and norm that come first; None for none.
 
     Returns:
         (batch, length, out channels), in the dtype of x or of autocast; with ``norm`` also the

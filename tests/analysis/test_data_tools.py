@@ -1,4 +1,4 @@
-"""What the loader yields, and what a classifier confuses."""
+"""Pictures of batches, and confusion matrices."""
 
 import sys
 from pathlib import Path

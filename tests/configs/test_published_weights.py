@@ -139,13 +139,13 @@ RECORDS = {
 
 @pytest.mark.parametrize('name', RECORDS)
 def test_the_names_are_those_of_the_official_code(name):
-    """Which was run for ten of the models."""
+    """Run for ten of the models."""
     record = json.loads((REPO / f'tests/golden/keys_{name}.json').read_text())
     assert {k: tuple(v) for k, v in record['state_dict']} == RECORDS[name]()
 
 
 def test_a_wrong_name_is_noticed():
-    """What the tests above would say of a file with one other name."""
+    """Failure of the tests above for a file with one other name."""
     info = ZOO['vssm1_tiny_0230s_ckpt_epoch_264.pth']
     content = official('vssm1_tiny_0230s_ckpt_epoch_264.pth')
     weights = content['model']

@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description='Draw how much each pixel contributes to the middle of the last feature map '
-        '(Luo et al., arXiv 1701.04128), for one model or several beside each other.'
+        '(Luo et al., arXiv 1701.04128), for one model or several side by side.'
     )
     parser.add_argument('model', nargs='+', help='paths of configs, or names of the model zoo')
     parser.add_argument(

@@ -87,7 +87,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run adds to its row.
+    """Results that a run adds to its row.
 
     `status` is 'finished', 'nan' (a loss that is not finite) or 'failed' (such a run has no row);
     `top1` is the last accuracy in percent, `top1_by_epoch` all; `loss` is that of the last epoch;
