@@ -135,7 +135,9 @@ def test_scans_of_vmamba(dtype, module):
     assert len(results) == 7
     for name, grad in zip(['u', 'delta', 'A', 'B', 'C', 'D', 'delta_bias'], results, strict=True):
         assert grad.dtype == inputs[name].dtype
-        assert (grad.double() - truth[name]).norm() <= 0.02 * truth[name].norm()
+        # Nothing is rounded on the way from a float32 output to a float32 gradient.
+        bound = 1e-4 if grad.dtype == out.dtype == wide else 0.02
+        assert (grad.double() - truth[name]).norm() <= bound * truth[name].norm()
 
 
 def test_scans_of_one_state_and_of_several_rows():
@@ -227,10 +229,10 @@ def test_convolution_in_the_signatures_of_all_releases(dtype, silu):
         assert got.is_contiguous()
 
     dx = torch.full_like(x, torch.nan)
-    dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
+    dweight, dbias = torch.ones_like(weight), torch.ones_like(bias)  # which are added to
     none = (None, None, None)
     assert bwd(x, weight, bias, dout, *none, dx, dweight, dbias, None, silu) is None
-    results = [[dx, dweight, dbias]]
+    results = [[dx, dweight - 1, dbias - 1]]
     results.append(bwd(x, weight, bias, dout, None, silu))
     results.append(bwd(x, weight, bias, dout, None, None, silu))
     *three, initial = bwd(x, weight, bias, dout, *none, None, False, silu)
