@@ -42,8 +42,8 @@ MUTANTS = (
         'step', 'reliability/test_non_finite_hook.py',
     ),
     (
-        'mmvim/engine/hooks/non_finite.py', 'buffer.copy_(before)\n\n    def _diagnose',
-        'pass\n\n    def _diagnose', 'reliability/test_non_finite_hook.py',
+        'mmvim/engine/hooks/non_finite.py', '_put_back(self._buffers)', 'pass',
+        'reliability/test_non_finite_hook.py',
     ),
     (
         'mmvim/engine/hooks/mesa.py', 'self._progress(runner) > self.start',
