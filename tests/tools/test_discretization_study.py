@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,20 +81,57 @@ def test_unknown_fault(earlier_code):
 
 
 def test_grid(run):
-    runs = run.grid('tustin')
+    runs = run.grid(7)
     assert len(runs) == len(set(runs)) == len({r.name for r in runs})
     main = [(r.method, r.seed) for r in runs if r.part == 'main']
-    assert main == [(m, s) for s in range(5) for m in DISCRETIZATIONS]
+    assert main == [(m, s) for s in range(7) for m in DISCRETIZATIONS]
+    assert [r.seed for r in runs[-18:]] == [5] * 9 + [6] * 9
     assert {(r.method, r.rate) for r in runs if r.part == 'rate'} == {
         (m, rate) for m in DISCRETIZATIONS for rate in (0.5, 2)
     }
     for fine in (r for r in runs if r.part == 'fine-tune'):
         assert 'zoh' in (fine.method, fine.origin)
-        assert fine.source in runs
+        assert runs.index(fine.source) < runs.index(fine)
+
+
+def rows_for(run, tmp_path, top1):
+    """Rows of the first seeds of `main`, with an accuracy by method."""
+    table = run.Tables(tmp_path)
+    runs = [r for r in run.grid() if r.part == 'main']
+    table.add('runs', [asdict(r) | dict(status='finished', top1=top1(r)) for r in runs])
+
+
+def test_runs_wait_for_what_they_build_on(run, tmp_path):
+    arguments = run.parse_args(['--out', str(tmp_path), '--parts', 'main', 'fine-tune'])
+    jobs = run.Jobs(arguments)
+    first = [jobs.next() for _ in range(9)]
+    assert {r.part for r in first} == {'main'}
+    assert {r.seed for r in first} == {0}
+    assert jobs.next() == run.Run('main', 'vim_cifar10', 'zoh', 1)
+    jobs.end(first[0])
+    freed = [jobs.next() for _ in range(9)]
+    assert {(r.origin, r.part) for r in freed} == {('zoh', 'fine-tune')}
+
+
+def test_the_third_method_of_length(run, tmp_path):
+    arguments = run.parse_args(['--out', str(tmp_path), '--parts', 'length'])
+    assert {r.method for r in run.Jobs(arguments).left} == {'zoh', 'bilinear', run.BEST}
+    rows_for(run, tmp_path, lambda r: 90 if r.method == 'bilinear' else 50 + (r.method == 'rk4'))
+    assert {r.method for r in run.Jobs(arguments).left} == {'zoh', 'bilinear', 'rk4'}
+    assert [run.Jobs(arguments).next().method for _ in range(3)] == ['zoh'] * 3
+
+
+def test_the_third_method_is_not_chosen_from_a_part_of_main(run, tmp_path, capsys):
+    arguments = run.parse_args(['--out', str(tmp_path), '--parts', 'length', '--seeds', '1'])
+    run.Tables(tmp_path).add('runs', [asdict(run.grid()[1]) | dict(status='finished', top1=60)])
+    jobs = run.Jobs(arguments)
+    third = [jobs.next() for _ in range(3)][-1]
+    assert run.command(third, arguments) is None
+    assert 'needs all runs of the part main' in capsys.readouterr().err
 
 
 def test_a_row_ends_a_run(run, tmp_path):
-    runs = run.grid('tustin')
+    runs = run.grid()
     chosen = [runs[0], next(r for r in runs if r.origin), next(r for r in runs if r.rate == 0.5)]
     table = run.Tables(tmp_path)
     for one in chosen:
@@ -130,11 +168,12 @@ def test_result(run, tmp_path, lines, status):
     log = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
     log.parent.mkdir(parents=True)
     log.write_text('\n'.join(map(json.dumps, lines)))
+    (tmp_path / 'config.py').write_text('train_dataloader = dict(batch_size=128)')
     found = run.result(tmp_path, 0, 1.0, 1)
     assert found.status == status
     if status == 'finished':
         assert (found.top1, found.top1_by_epoch, found.loss) == (50.0, '50.00', 1.0)
-        assert (found.images_per_second, found.memory) == (512, 10)
+        assert (found.images_per_second, found.memory) == (256, 10)
 
 
 def test_runs_of_a_seed_start_from_the_same_weights():
@@ -149,6 +188,25 @@ def test_runs_of_a_seed_start_from_the_same_weights():
     for other in states[1:]:
         assert states[0].keys() == other.keys()
         assert all(torch.equal(states[0][name], other[name]) for name in other)
+
+
+def test_predictions_in_one_copy(load_script):
+    """The head's predictions, with labels and scores on the CPU."""
+    from mmpretrain.models.heads import LinearClsHead
+    from mmpretrain.structures import DataSample
+
+    head = LinearClsHead(num_classes=3, in_channels=2)
+    scores = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 1.0]], dtype=torch.bfloat16)
+
+    def samples():
+        return [DataSample().set_gt_label(label) for label in (2, 0)]
+
+    expected = head._get_predictions(scores.float(), samples())
+    runner = SimpleNamespace(model=SimpleNamespace(head=head))
+    load_script(f'{FOLDER}/shared_gpu.py').OneCopy().before_run(runner)
+    for found, wanted in zip(head._get_predictions(scores, samples()), expected, strict=True):
+        for name in ('gt_label', 'pred_label', 'pred_score'):
+            assert torch.equal(found.get(name), wanted.get(name)), name
 
 
 def write(path, rows):
@@ -168,10 +226,12 @@ def test_report(report, tmp_path, capsys):
             row |= dict(status='finished', top1=70 + seed + shift, top1_by_epoch='50 70')
             rows.append(row)
     rows.append({**rows[0], 'seed': 5, 'status': 'nan', 'top1': 1})
+    rows.append({**rows[0], 'method': 'rk4', 'status': 'nan', 'top1': 'nan'})
     write(tmp_path / 'runs.csv', rows)
     assert report.main([str(tmp_path), '--pictures', str(tmp_path)]) == 0
     table = capsys.readouterr().out
-    assert '| `zoh` | 5 | 72.00 ± 1.96 | – | – | – |' in table
+    assert '| `zoh` | 5 | 1 | 72.00 ± 1.96 | – | – | – |' in table
+    assert '| `rk4` | 0 | 1 | – | – | – | – |' in table
     (foh,) = (line for line in table.splitlines() if '`foh`' in line)
     assert '| -2.00 ± ' in foh
     assert foh.endswith('| yes |')
@@ -179,6 +239,38 @@ def test_report(report, tmp_path, capsys):
     assert '| +0.02 ± ' in poly
     assert poly.endswith('| no |')
     assert (tmp_path / 'discretization_differences.svg').stat().st_size > 1000
+
+
+def test_fine_tuning_beside_the_same_seeds(report):
+    swaps = [
+        dict(trained='zoh', method=method, seed=seed, top1=top1 + seed)
+        for method, top1 in (('zoh', 70), ('tustin', 50))
+        for seed in range(3)
+    ]
+    runs = [
+        dict(part='fine-tune', method='tustin', seed=seed, origin='zoh', status='finished', top1=69)
+        for seed in (1, 2)
+    ]
+    assert report.fine_tuning_table(runs, swaps).splitlines()[-1] == (
+        '| `zoh` | `tustin` | 2 | 71.50 ± 6.35 | 51.50 ± 6.35 | 69.00 ± 0.00 |'
+    )
+    assert report.swap_table(swaps).splitlines()[-1].startswith('| `zoh` | 3 | 71.0 | – |')
+
+
+def test_faults_beside_the_right_code(report):
+    base = dict(method='poly', origin='', rate='1.0', status='finished')
+    runs = [
+        row
+        for seed in range(2)
+        for row in (
+            dict(base, part='main', seed=seed, fault='', top1=60 + seed),
+            dict(base, part='faults', seed=seed, fault='zoh-gradients', top1=58 + seed),
+        )
+    ]
+    runs.append(dict(runs[-1], seed=2, status='nan', top1='nan'))
+    assert report.fault_table(runs).splitlines()[-1] == (
+        '| `poly` | zoh-gradients | 2 | 1 | 58.50 ± 6.35 | 60.50 ± 6.35 | -2.00 ± 0.00 |'
+    )
 
 
 def test_holm(report):

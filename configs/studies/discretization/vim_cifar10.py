@@ -1,4 +1,4 @@
-# The study of discretizations (docs/records/discretization_study.md): a Vim of 12 layers and 64
+# The study of discretizations (docs/records/discretization_study.md): a Vim of 6 layers and 64
 # tokens on CIFAR-10. Only the method differs between the runs of a seed:
 #   python tools/train.py configs/studies/discretization/vim_cifar10.py --amp-dtype bfloat16 \
 #       --cfg-options model.backbone.discretization=bilinear randomness.seed=1
@@ -17,7 +17,7 @@ model = dict(
     ),
     backbone=dict(
         type='mmvim.Vim',
-        arch=dict(embed_dims=192, depth=12),
+        arch=dict(embed_dims=192, depth=6),
         img_size=32,
         patch_size=4,
         discretization='zoh',
@@ -35,6 +35,7 @@ train_dataloader = dict(
     batch_size=256,
     num_workers=2,
     persistent_workers=True,
+    pin_memory=True,
     drop_last=True,
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=True),
@@ -66,7 +67,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='Accuracy', topk=(1,))
 test_evaluator = val_evaluator
 
-max_epochs = 10
+max_epochs = 5
 warmup_epochs = 1
 train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
 val_cfg = dict()

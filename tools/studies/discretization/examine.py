@@ -20,6 +20,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner, load_checkpoint
+from torch import Tensor
 
 from mmvim._configs import settle_scope
 from mmvim.analysis import record_scans
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('config', type=Path)
     parser.add_argument('checkpoint', type=Path)
     parser.add_argument('method', choices=DISCRETIZATIONS, help='of the training')
-    parser.add_argument('--images', type=int, default=256, help='for the step sizes (default: 256)')
+    parser.add_argument('--images', type=int, default=100, help='for the step sizes (default: 100)')
     parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, default={})
     args = parser.parse_args(argv)
     cfg = Config.fromfile(args.config)
@@ -45,13 +46,18 @@ def main(argv: list[str] | None = None) -> int:
     settle_scope(cfg)
     init_default_scope(cfg.default_scope)
     device = get_device()
-    batches = list(Runner.build_dataloader(cfg.test_dataloader))
+    inputs, labels = images(cfg, device)
     swaps = [
-        dict(method=method, top1=accuracy(build(cfg, args.checkpoint, method, device), batches))
+        dict(
+            method=method,
+            top1=accuracy(build(cfg, args.checkpoint, method, device), inputs, labels),
+        )
         for method in DISCRETIZATIONS
     ]
     model = build(cfg, args.checkpoint, args.method, device)
-    print(json.dumps(dict(swaps=swaps, steps=list(steps(model, batches[0], args.images)))))
+    # The files are in the order of the classes: some of each.
+    chosen = inputs[:: max(1, len(inputs) // args.images)][: args.images]
+    print(json.dumps(dict(swaps=swaps, steps=list(steps(model, chosen)))))
     return 0
 
 
@@ -63,29 +69,34 @@ def build(cfg: Config, checkpoint: Path, method: str, device: str) -> torch.nn.M
     return model.to(device).eval()
 
 
+def images(cfg: Config, device: str) -> tuple[Tensor, Tensor]:
+    """The test images as the model takes them, (N, 3, H, W) on the device, and labels (N,)."""
+    preprocessor = MODELS.build(dict(cfg.model.data_preprocessor, type='ClsDataPreprocessor'))
+    inputs, labels = [], []
+    for batch in Runner.build_dataloader(cfg.test_dataloader):
+        labels += [sample.gt_label for sample in batch['data_samples']]
+        inputs.append(preprocessor(batch)['inputs'])
+    return torch.cat(inputs).to(device), torch.cat(labels).to(device)
+
+
 @torch.inference_mode()
-def accuracy(model: torch.nn.Module, batches: list[dict]) -> float:
+def accuracy(model: torch.nn.Module, inputs: Tensor, labels: Tensor, batch: int = 500) -> float:
     """Share of right answers in percent, with the precision of the trainings."""
-    right = total = 0
-    device = next(model.parameters()).device.type
-    for batch in batches:
-        with torch.autocast(device, torch.bfloat16):
-            samples = model.test_step(batch)
-        right += sum(int(s.pred_label) == int(s.gt_label) for s in samples)
-        total += len(samples)
-    return round(100 * right / total, 2)
+    with torch.autocast(inputs.device.type, torch.bfloat16):
+        scores = [model(part, mode='tensor') for part in inputs.split(batch)]
+    right = torch.cat(scores).argmax(1) == labels
+    return round(100 * float(right.float().mean()), 2)
 
 
-def steps(model: torch.nn.Module, batch: dict, images: int):
+def steps(model: torch.nn.Module, inputs: Tensor):
     """Quantiles of Δ and of -ΔA, one row a layer and direction."""
-    inputs = model.data_preprocessor(batch)['inputs'][:images]
     for scan in record_scans(model.backbone, inputs):
         delta = scan.delta.float().flatten()
         decay = -(scan.delta.float().flatten(0, 1).unsqueeze(-1) * scan.A.float()).flatten()
         row = dict(layer=scan.layer, direction=scan.direction)
         for name, values in (('delta', delta), ('decay', decay)):
             # torch.quantile takes at most 2^24 values.
-            values = values[:: max(1, values.numel() >> 22)].sort().values
+            values = values.sort().values
             for q in QUANTILES:
                 row[f'{name}_{100 * q:g}'] = float(f'{values[int(q * (len(values) - 1))]:.4g}')
         yield row

@@ -17,7 +17,7 @@ import argparse
 import csv
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         ('Learning rate', rate_table(runs)),
         ('Length', length_table(runs)),
         ('Swap', swap_table(swaps)),
-        ('Fine-tuning', fine_tuning_table(runs)),
+        ('Fine-tuning', fine_tuning_table(runs, swaps)),
         ('Faults', fault_table(runs)),
         ('Step sizes', step_table(steps)),
         ('Integration error', integration_table(integration)),
@@ -95,10 +95,10 @@ def accuracies(runs: Rows, part: str, **wanted: str) -> dict[str, dict[int, floa
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and half width; the width of a single value is not a number."""
+    """Mean and half width; not numbers without values, nor the width of a single one."""
     values = np.asarray(list(values), float)
     if len(values) < 2:
-        return float(values.mean()), math.nan
+        return float(values.sum()) if len(values) else math.nan, math.nan
     scale = values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean()), float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1) * scale)
 
@@ -147,20 +147,26 @@ def with_width(values: Iterable[float]) -> str:
 
 
 def accuracy_table(runs: Rows, part: str = 'main') -> str:
-    """Accuracy of each method and its difference from zoh."""
+    """Accuracy of each method, its difference from zoh, and runs whose loss was not finite."""
     found = accuracies(runs, part)
     beside = paired(found)
+    lost = Counter(row['method'] for row in runs if (row['part'], row['status']) == (part, 'nan'))
 
     def row(method: str) -> list[str]:
-        cells = [f'`{method}`', str(len(found[method])), with_width(found[method].values())]
+        values = found.get(method, {})
+        cells = [f'`{method}`', str(len(values)), str(lost[method])]
+        cells.append(with_width(values.values()) if values else '–')
         if method not in beside:
             return [*cells, '–', '–', '–']
         b = beside[method]
         difference = f'{number(b.difference, sign=True)} ± {number(b.half_width)}'
         return [*cells, difference, f'{b.adjusted:.3g}', 'yes' if b.real else 'no']
 
-    head = ('method', 'seeds', 'top-1, %', 'beside zoh, points', "Holm's p", 'real')
-    return markdown(head, map(row, found))
+    head = (
+        *('method', 'seeds', 'not finite', 'top-1, %'),
+        *('beside zoh, points', "Holm's p", 'real'),
+    )
+    return markdown(head, (row(m) for m in METHODS if m in found or lost[m]))
 
 
 def rate_table(runs: Rows) -> str:
@@ -182,27 +188,40 @@ def length_table(runs: Rows) -> str:
     return accuracy_table(runs, 'length')
 
 
-def swap_table(swaps: Rows) -> str:
-    """Accuracy of models trained with a row's method and run with a column's."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+def swapped(swaps: Rows) -> dict[tuple[str, str], dict[int, float]]:
+    """Accuracy by seed of the models trained with one method and run with another."""
+    found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in swaps:
-        found[row['trained'], row['method']].append(float(row['top1']))
-    trained = [m for m in METHODS if any(t == m for t, _ in found)]
-    rows = [[f'`{t}`', *(number(float(np.mean(found[t, m])), 1) for m in METHODS)] for t in trained]
-    return markdown(('trained with', *(f'`{m}`' for m in METHODS)), rows)
+        found[row['trained'], row['method']][int(row['seed'])] = float(row['top1'])
+    return found
 
 
-def fine_tuning_table(runs: Rows) -> str:
-    """Accuracy after one more epoch with another method."""
+def swap_table(swaps: Rows) -> str:
+    """Mean accuracy of models trained with a row's method and run with a column's."""
+    found = swapped(swaps)
+    rows = []
+    for trained in METHODS:
+        if (trained, trained) in found:
+            means = (interval(found[trained, m].values())[0] for m in METHODS)
+            seeds = str(len(found[trained, trained]))
+            rows.append([f'`{trained}`', seeds, *(number(mean, 1) for mean in means)])
+    return markdown(('trained with', 'seeds', *(f'`{m}`' for m in METHODS)), rows)
+
+
+def fine_tuning_table(runs: Rows, swaps: Rows) -> str:
+    """Accuracy as trained, after the change of the method, and after one more epoch with it."""
+    before = swapped(swaps)
     rows = []
     for origin, methods in (('zoh', METHODS), *((m, ('zoh',)) for m in METHODS[1:])):
         found = accuracies(runs, 'fine-tune', origin=origin)
-        rows += [
-            [f'`{origin}`', f'`{m}`', str(len(found[m])), with_width(found[m].values())]
-            for m in methods
-            if m in found
-        ]
-    return markdown(('trained with', 'fine-tuned with', 'seeds', 'top-1, %'), rows)
+        for method in (m for m in methods if m in found):
+            seeds = sorted(found[method].keys() & before[origin, method].keys())
+            if seeds:
+                stages = (before[origin, origin], before[origin, method], found[method])
+                cells = (with_width(stage[seed] for seed in seeds) for stage in stages)
+                rows.append([f'`{origin}`', f'`{method}`', str(len(seeds)), *cells])
+    head = ('trained with', 'changed to', 'seeds', 'as trained, %', 'changed, %', 'one epoch on, %')
+    return markdown(head, rows)
 
 
 def fault_table(runs: Rows) -> str:
@@ -210,13 +229,22 @@ def fault_table(runs: Rows) -> str:
     right = accuracies(runs, 'main')
     rows = []
     for fault in ('zoh-gradients', 'scaled-twice'):
-        for method, by_seed in accuracies(runs, 'faults', fault=fault).items():
-            seeds = sorted(by_seed.keys() & right.get(method, {}).keys())
+        lost = Counter(r['method'] for r in runs if (r['fault'], r['status']) == (fault, 'nan'))
+        found = accuracies(runs, 'faults', fault=fault)
+        for method in (m for m in METHODS if m in found or lost[m]):
+            faulty, ours = found.get(method, {}), right.get(method, {})
+            seeds = sorted(faulty.keys() & ours.keys())
+            cells = ['–'] * 3
             if seeds:
-                ours = [right[method][s] for s in seeds]
-                cells = with_width(by_seed[s] for s in seeds), with_width(ours)
-                rows.append([f'`{method}`', fault, str(len(seeds)), *cells])
-    return markdown(('method', 'fault', 'seeds', 'with it, %', 'without, %'), rows)
+                mean, width = interval(faulty[s] - ours[s] for s in seeds)
+                cells = [with_width(faulty[s] for s in seeds), with_width(ours[s] for s in seeds)]
+                cells.append(f'{number(mean, sign=True)} ± {number(width)}')
+            rows.append([f'`{method}`', fault, str(len(seeds)), str(lost[method]), *cells])
+    head = (
+        *('method', 'fault', 'seeds', 'not finite'),
+        *('with it, %', 'without, %', 'difference, points'),
+    )
+    return markdown(head, rows)
 
 
 def step_table(steps: Rows) -> str:

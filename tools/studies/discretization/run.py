@@ -10,15 +10,15 @@ run of the part `main`, which keeps its checkpoint in <work-dir>, its swaps and 
 rows of <out>/swaps.csv and <out>/steps.csv (examine.py). A run that has a row is not run again, so
 the same command continues an interrupted study; a run that failed has none. The parts:
 
-main       9 methods x 5 seeds, 64 tokens
-rate       9 methods x 0.5 and 2 times the learning rate x 2 seeds
-length     zoh, bilinear and --third x 3 seeds, 256 tokens
+main       9 methods x 5 seeds (--seeds), 64 tokens
 fine-tune  one more epoch with another method: from zoh to each, from each to zoh, 3 seeds;
            needs the checkpoints of `main`
+rate       9 methods x 0.5 and 2 times the learning rate x 2 seeds
+length     zoh, bilinear and the best other method of `main` x 3 seeds, 256 tokens
 faults     the faults of earlier code (earlier_code.py): zoh's gradients for five methods, and A
            scaled twice, 3 seeds
 
-Without a GPU the runs follow each other on the CPU.
+They run in this order, fine-tuning after each seed of `main`, and further seeds last.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ import csv
 import json
 import math
 import os
-import queue
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -49,7 +48,10 @@ from mmvim.ops import DISCRETIZATIONS
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 CONFIGS = ROOT / 'configs' / 'studies' / 'discretization'
-PARTS = ('main', 'rate', 'length', 'fine-tune', 'faults')
+PARTS = ('main', 'fine-tune', 'rate', 'length', 'faults')
+# The third method of `length`, until `main` tells which.
+BEST = 'best'
+SEEDS = 5
 # One epoch at a tenth of the learning rate, falling to nothing.
 FINE_TUNING = (
     *('train_cfg.max_epochs=1', 'default_hooks.checkpoint.interval=1'),
@@ -113,52 +115,50 @@ class Result:
 COLUMNS = [f.name for f in (*fields(Run), *fields(Result))]
 
 
-def grid(third: str, seeds: int = 5) -> list[Run]:
-    """All runs; those of a seed stand together, so that what has run is always balanced."""
+def grid(seeds: int = SEEDS) -> list[Run]:
+    """All runs in their order; those of a seed stand together, so that what has run is balanced."""
     short, long = 'vim_cifar10', 'vim-patch2_cifar10'
     methods = DISCRETIZATIONS
-    runs = [Run('main', short, m, seed) for seed in range(seeds) for m in methods]
-    runs += [
-        Run('rate', short, m, seed, rate) for seed in range(2) for rate in (0.5, 2) for m in methods
-    ]
-    runs += [Run('length', long, m, seed) for seed in range(3) for m in ('zoh', 'bilinear', third)]
+    runs = []
+    for seed in range(SEEDS):
+        runs += [Run('main', short, m, seed) for m in methods]
+        if seed < 3:
+            swaps = [('zoh', m) for m in methods] + [(m, 'zoh') for m in methods if m != 'zoh']
+            runs += [Run('fine-tune', short, m, seed, 0.1, origin=origin) for origin, m in swaps]
+    for seed in range(2):
+        runs += [Run('rate', short, m, seed, rate) for rate in (0.5, 2.0) for m in methods]
     for seed in range(3):
-        for method in methods:
-            runs.append(Run('fine-tune', short, method, seed, 0.1, origin='zoh'))
-            if method != 'zoh':
-                runs.append(Run('fine-tune', short, 'zoh', seed, 0.1, origin=method))
-        for method in ('foh', 'bilinear', 'poly', 'highorder', 'rk4'):
-            runs.append(Run('faults', short, method, seed, fault='zoh-gradients'))
+        runs += [Run('length', long, m, seed) for m in ('zoh', 'bilinear', BEST)]
+    for seed in range(3):
+        faulty = ('foh', 'bilinear', 'poly', 'highorder', 'rk4')
+        runs += [Run('faults', short, m, seed, fault='zoh-gradients') for m in faulty]
         runs.append(Run('faults', short, 'zoh', seed, fault='scaled-twice'))
-    return runs
+    runs += [Run('main', short, m, seed) for seed in range(SEEDS, seeds) for m in methods]
+    return [r for r in runs if r.seed < seeds]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what is left."""
     args = parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    done = finished(args.out / 'runs.csv')
-    left = [r for r in grid(args.third, args.seeds) if r.part in args.parts and r not in done]
+    jobs = Jobs(args)
     if args.list:
-        print('\n'.join(run.name for run in left))
+        print('\n'.join(run.name for run in jobs.left))
         return 0
     deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
     devices = [str(i) for i in range(torch.cuda.device_count())] or ['']
-    jobs: queue.SimpleQueue[Run] = queue.SimpleQueue()
-    for run in left:
-        jobs.put(run)
     table = Tables(args.out)
     workers = [
         threading.Thread(target=work, args=(jobs, device, deadline, table, args))
-        for _ in range(args.processes if devices[0] else 1)
+        for _ in range(args.processes)
         for device in devices
     ]
     for worker in workers:
         worker.start()
-        time.sleep(args.stagger if devices[0] else 0)
+        time.sleep(args.stagger)
     for worker in workers:
         worker.join()
-    print(f'{table.added} runs finished, {len(left) - table.added} left')
+    print(f'{table.added} runs finished, {len(Jobs(args).left)} left')
     return 0
 
 
@@ -169,11 +169,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--out', type=Path, required=True, help='folder of the tables')
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=PARTS)
-    parser.add_argument('--seeds', type=int, default=5, help='of the part main (default: 5)')
-    parser.add_argument('--third', choices=DISCRETIZATIONS, default='tustin',
-                        help='third method of the part length (default: tustin)')  # fmt: skip
+    parser.add_argument('--methods', nargs='+', choices=DISCRETIZATIONS, default=DISCRETIZATIONS)
+    parser.add_argument('--seeds', type=int, default=SEEDS,
+                        help='seeds of the part main (default: %(default)s)')  # fmt: skip
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/discretization'))
-    parser.add_argument('--processes', type=int, default=5, help='a GPU (default: 5)')
+    parser.add_argument('--processes', type=int, default=8 if torch.cuda.is_available() else 1,
+                        help='on each GPU, or on the CPU (default: 8 and 1)')  # fmt: skip
     parser.add_argument('--stagger', type=float, default=1.0, help='seconds between their starts')
     parser.add_argument('--minutes', type=float, help='stop runs that have not ended by then')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE',
@@ -182,15 +183,85 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+class Jobs:
+    """The runs that are left, for workers that take the next one that can start."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._path = args.out / 'runs.csv'
+        self._running: set[Run] = set()
+        self._changed = threading.Condition()
+        methods = {*args.methods, BEST}
+        self._wanted = [
+            run
+            for run in grid(args.seeds)
+            if run.method in methods and (run.origin or run.method) in methods
+        ]
+        done, third = finished(self._path), self._third()
+        wanted = [replace(r, method=third) if r.method == BEST else r for r in self._wanted]
+        self.left = [run for run in wanted if run.part in args.parts and run not in done]
+
+    def _third(self) -> str:
+        """The third method of `length`: the best other one of `main` once all of that has run."""
+        done = finished(self._path)
+        if any(r.part == 'main' and r.seed < SEEDS and r not in done for r in self._wanted):
+            return BEST
+        return best_other(self._path) or BEST
+
+    def _waits(self, run: Run) -> bool:
+        """Whether a run that is to come first has not ended."""
+        coming = self._running.union(self.left)
+        if run.method == BEST:
+            return any(other.part == 'main' and other.seed < SEEDS for other in coming)
+        return bool(run.origin) and run.source in coming
+
+    def next(self) -> Run | None:
+        """Take a run; None if there is none any more."""
+        with self._changed:
+            while self.left:
+                run = next((r for r in self.left if not self._waits(r)), None)
+                if run is None:
+                    self._changed.wait()
+                    continue
+                self.left.remove(run)
+                if run.method == BEST:
+                    run = replace(run, method=self._third())
+                self._running.add(run)
+                return run
+            return None
+
+    def end(self, run: Run) -> None:
+        """Let those start that have waited for a run."""
+        with self._changed:
+            self._running.discard(run)
+            self._changed.notify_all()
+
+
+def best_other(path: Path) -> str | None:
+    """The method beside zoh and bilinear with the best mean of `main`; None without rows."""
+    found: dict[str, list[float]] = {}
+    for run, row in rows_of(path):
+        if run.part == 'main' and run.seed < SEEDS and row['status'] == 'finished':
+            found.setdefault(run.method, []).append(float(row['top1']))
+    most = max(map(len, found.values()), default=0)
+    means = {
+        method: statistics.fmean(values)
+        for method, values in found.items()
+        if method not in ('zoh', 'bilinear') and len(values) == most
+    }
+    return max(means, key=means.get) if means else None
+
+
+def rows_of(path: Path) -> Iterator[tuple[Run, dict[str, str]]]:
+    """The runs that have a row, and the row."""
+    if path.exists():
+        with path.open(newline='') as file:
+            for row in csv.DictReader(file):
+                yield Run(**{f.name: type_of(f)(row[f.name]) for f in fields(Run)}), row
+
+
 def finished(path: Path) -> set[Run]:
     """The runs that have a row."""
-    if not path.exists():
-        return set()
-    with path.open(newline='') as file:
-        return {
-            Run(**{f.name: type_of(f)(row[f.name]) for f in fields(Run)})
-            for row in csv.DictReader(file)
-        }
+    return {run for run, _ in rows_of(path)}
 
 
 def type_of(field) -> type:
@@ -219,26 +290,31 @@ class Tables:
 
 
 def work(
-    jobs: queue.SimpleQueue, device: str, deadline: float, tables: Tables, args: argparse.Namespace
+    jobs: Jobs, device: str, deadline: float, tables: Tables, args: argparse.Namespace
 ) -> None:
     """Run jobs on one device until none is left or the time is up."""
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and (run := jobs.next()) is not None:
         try:
-            run = jobs.get_nowait()
-        except queue.Empty:
-            return
-        result = train(run, device, deadline, args)
-        if result is None:
-            continue
-        if result.status == 'failed':
-            print(f'{run.name} failed: {args.work_dir / run.name}/output.txt', file=sys.stderr)
-            continue
-        if run.part == 'main' and result.status == 'finished':
-            for name, rows in examine(run, device, args).items():
-                tables.add(name, rows)
-        tables.add('runs', [asdict(run) | asdict(result)])
-        print(f'{run.name}: {result.status}, {result.top1:.2f} %, {result.seconds:.0f} s',
-              flush=True)  # fmt: skip
+            carry_out(run, device, deadline, tables, args)
+        finally:
+            jobs.end(run)
+
+
+def carry_out(
+    run: Run, device: str, deadline: float, tables: Tables, args: argparse.Namespace
+) -> None:
+    """Train, examine and add the rows."""
+    result = train(run, device, deadline, args)
+    if result is None:
+        return
+    if result.status == 'failed':
+        print(f'{run.name} failed: {args.work_dir / run.name}/output.txt', file=sys.stderr)
+        return
+    if run.part == 'main' and result.status == 'finished':
+        for name, rows in examine(run, device, args).items():
+            tables.add(name, rows)
+    tables.add('runs', [asdict(run) | asdict(result)])
+    print(f'{run.name}: {result.status}, {result.top1:.2f} %, {result.seconds:.0f} s', flush=True)
 
 
 def environment(device: str) -> dict[str, str]:
@@ -250,13 +326,16 @@ def environment(device: str) -> dict[str, str]:
 
 
 def command(run: Run, args: argparse.Namespace) -> list[str] | None:
-    """The command line of a run; None for a fine-tuning without its checkpoint."""
+    """The command line of a run; None if what it builds on is not there."""
     options = [
         f'model.backbone.discretization={run.method}',
         f'randomness.seed={run.seed}',
         *args.cfg_options,
     ]
     config = CONFIGS / f'{run.config}.py'
+    if run.method == BEST:
+        print(f'{run.name}: needs all runs of the part main', file=sys.stderr)
+        return None
     if run.rate != 1:
         from mmengine.config import Config
 
@@ -268,11 +347,13 @@ def command(run: Run, args: argparse.Namespace) -> list[str] | None:
             print(f'{run.name}: needs the checkpoint of {run.source.name}', file=sys.stderr)
             return None
         options += [*FINE_TUNING, f'load_from={checkpoint}']
+    hooks = {'shared_gpu': dict(type='OneCopy')}
     if run.fault:
-        options += [
-            "custom_imports=dict(imports=['earlier_code'], allow_failed_imports=False)",
-            f"custom_hooks=[dict(type='EarlierCode', fault='{run.fault}')]",
-        ]
+        hooks['earlier_code'] = dict(type='EarlierCode', fault=run.fault)
+    options += [
+        f'custom_imports=dict(imports={list(hooks)}, allow_failed_imports=False)',
+        f'custom_hooks={list(hooks.values())}',
+    ]
     launcher = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config)]
     folder = ['--work-dir', str(args.work_dir / run.name)]
     return [*launcher, '--amp-dtype', 'bfloat16', *folder, '--cfg-options', *options]
@@ -313,7 +394,7 @@ def result(folder: Path, code: int, seconds: float, processes: int) -> Result:
     top1 = [line['accuracy/top1'] for line in lines if 'accuracy/top1' in line]
     losses = [line['loss'] for line in training]
     last = [line['loss'] for line in training if line['epoch'] == training[-1]['epoch']]
-    rates = [256 / line['time'] for line in training]
+    rates = [batch_size(folder) / line['time'] for line in training]
     broken = not all(map(math.isfinite, losses))
     nothing = float('nan')
     cuda = torch.cuda.is_available()
@@ -325,13 +406,20 @@ def result(folder: Path, code: int, seconds: float, processes: int) -> Result:
         images_per_second=round(statistics.median(rates)) if rates else nothing,
         memory=max((line.get('memory', 0) for line in training), default=nothing),
         seconds=round(seconds, 1),
-        processes=processes if cuda else 1,
+        processes=processes,
         device=torch.cuda.get_device_name() if cuda else 'cpu',
         torch=torch.__version__,
         mmvim=mmvim.__version__,
         revision=revision(),
         finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
     )
+
+
+def batch_size(folder: Path) -> int:
+    """The batch size in the config that a training has left in its folder."""
+    from mmengine.config import Config
+
+    return Config.fromfile(next(folder.glob('*.py'))).train_dataloader.batch_size
 
 
 def scalars(folder: Path) -> Iterator[dict]:
