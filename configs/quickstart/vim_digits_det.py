@@ -1,51 +1,11 @@
 # FCOS on a small Vim: digits on photographs (tools/quickstart/make_data.py det).
-_base_ = ['../_base_/default_runtime_mmdet.py']
+_base_ = [
+    '../_base_/models/fcos_vim_simplefpn.py',
+    '../_base_/default_runtime_mmdet.py',
+]
 
 classes = tuple('0123456789')
 data_root = 'data/quickstart/det'
-
-model = dict(
-    type='FCOS',
-    data_preprocessor=dict(
-        type='DetDataPreprocessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_size_divisor=32,
-    ),
-    backbone=dict(
-        type='mmvim.Vim',
-        arch=dict(embed_dims=96, depth=4, d_state=8),
-        img_size=128,
-        patch_size=8,
-        cls_token='none',
-        out_type='featmap',
-    ),
-    neck=dict(type='mmvim.SimpleFPN', in_channels=96, out_channels=64, start_level=1, num_outs=3),
-    bbox_head=dict(
-        type='FCOSHead',
-        num_classes=10,
-        in_channels=64,
-        feat_channels=64,
-        stacked_convs=1,
-        strides=[4, 8, 16],
-        regress_ranges=((-1, 28), (28, 44), (44, 1e8)),
-        norm_cfg=dict(type='GN', num_groups=8, requires_grad=True),
-        center_sampling=True,
-        norm_on_bbox=True,
-        centerness_on_reg=True,
-        loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
-        loss_bbox=dict(type='GIoULoss', loss_weight=1.0),
-        loss_centerness=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
-    ),
-    test_cfg=dict(
-        nms_pre=200,
-        min_bbox_size=0,
-        score_thr=0.05,
-        nms=dict(type='nms', iou_threshold=0.5),
-        max_per_img=50,
-    ),
-)
 
 # Digits are never mirrored: a mirrored 2 is no digit.
 train_pipeline = [

@@ -73,6 +73,7 @@ class MiniatureData:
             'data/own_images': own_data.images,
             'data/own_coco': own_data.coco,
             'data/own_voc': own_data.voc,
+            'data/BCCD': own_data.blood_cells,
             'data/own_segmentation': own_data.segmentation,
             'data/own_videos': own_data.videos,
             'data/own_frames': own_data.frames,

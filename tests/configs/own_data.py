@@ -55,21 +55,27 @@ def coco(root: Path) -> None:
         (root / f'{split}.json').write_text(text)
 
 
-def voc(root: Path) -> None:
+def voc(root: Path, classes: tuple[str, ...] = CLASSES) -> None:
     """Pascal VOC's folders."""
     lists = root / 'ImageSets' / 'Main'
     lists.mkdir(parents=True)
     (root / 'Annotations').mkdir()
+    (lists / 'test.txt').write_text('val_2\nval_3\n')
     for i, split, path in files(root, 'JPEGImages'):
         with (lists / f'{split}.txt').open('a') as file:
             file.write(f'{path.stem}\n')
         (root / 'Annotations' / f'{path.stem}.xml').write_text(
             f'<annotation><filename>{path.name}</filename>'
             f'<size><width>{SIZE}</width><height>{SIZE}</height><depth>3</depth></size>'
-            f'<object><name>{CLASSES[i % 2]}</name><difficult>0</difficult><bndbox>'
+            f'<object><name>{classes[i % 2]}</name><difficult>0</difficult><bndbox>'
             '<xmin>30</xmin><ymin>20</ymin><xmax>70</xmax><ymax>60</ymax></bndbox></object>'
             '</annotation>'
         )
+
+
+def blood_cells(root: Path) -> None:
+    """The folders and classes of the BCCD photographs."""
+    voc(root, ('RBC', 'WBC'))
 
 
 def segmentation(root: Path) -> None:
