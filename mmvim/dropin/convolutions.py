@@ -46,19 +46,12 @@ def convolve(
         x, weight, bias, initial_states, return_final_states, final_states_out, activation: As
             there.
         seq_idx: (b, l), int32 or int64: steps see no step beyond a change of the number, and those
-            of a negative one, padding, give 0. Neither initial nor final states go with it.
+            of a negative one, padding, give 0.
     """
     check.check_activation('x', x, 'b d l')
     weight, bias = _fitting(x, weight, bias)
     if seq_idx is not None:
         seq_idx = sequences('x', x.transpose(1, 2), seq_idx)
-        for name, given in (
-            ('initial_states', initial_states is not None),
-            ('return_final_states', bool(return_final_states)),
-            ('final_states_out', final_states_out is not None),
-        ):
-            if given:
-                raise ValueError(f'{name} does not go with seq_idx: give each sequence a row')
     states = initial_states, return_final_states, final_states_out
     out = _forward(x, weight, bias, seq_idx, *states, activation)
     return (_like(x, out[0]), out[1]) if return_final_states else _like(x, out)

@@ -209,14 +209,20 @@ def causal_conv1d_fn(
     return out, states
 
 
-def _check_rows(indices: Tensor, rows: int) -> None:
-    """Check the rows of a pool of states; only on a CPU, as other devices would have to wait."""
+def check_rows(name: str, indices: Tensor, pool: str, rows: int) -> None:
+    """Check the rows of a pool of states; only on a CPU, as other devices would have to wait.
+
+    Args:
+        name, pool: The caller's names of the two arguments.
+        indices: (b,), integers.
+        rows: Number of rows of the pool.
+    """
     if torch.compiler.is_compiling() or not indices.numel():
         return
     if not rows or (
         indices.device.type == 'cpu' and not 0 <= indices.min() <= indices.max() < rows
     ):
-        raise ValueError(f'conv_state_indices must be rows of conv_state, which has {rows}')
+        raise ValueError(f'{name} must be rows of {pool}, which has {rows}')
 
 
 def causal_conv1d_update(
@@ -240,7 +246,8 @@ def causal_conv1d_update(
         cache_seqlens: (b,), integers. If given, ``conv_state`` is a ring buffer in which the next
             input of row i goes to position ``cache_seqlens[i] % s``.
         conv_state_indices: (b,), distinct integers: the row of ``conv_state``, then (any, d, s),
-            that belongs to each row of x. Only on a CPU are the rows checked to exist.
+            that belongs to each row of x, or a negative number for padding, whose output is
+            0. Only on a CPU are the rows checked to exist.
 
     Returns:
         The output, with the shape and dtype of x.
@@ -285,17 +292,20 @@ def causal_conv1d_update(
             check.check_device(name, value, 'x', x.device)
     rows = b if conv_state_indices is None else conv_state.shape[0]
     check.check_shape('conv_state', conv_state, 'b d s', (rows, d, size))
+    state, new = conv_state.detach(), x.detach()
     if conv_state_indices is not None:
-        _check_rows(conv_state_indices, rows)
-
-    state = conv_state.detach()
-    if conv_state_indices is not None:
-        state = state.index_select(0, conv_state_indices)
+        padded = conv_state_indices < 0
+        # No branch on values: padding repeats a row in use, and writes what that writes.
+        source = torch.where(padded, padded.long().argsort()[:1], torch.arange(b, device=x.device))
+        conv_state_indices = conv_state_indices.long()[source].clamp(min=0)
+        check_rows('conv_state_indices', conv_state_indices, 'conv_state', rows)
+        state, new = state.index_select(0, conv_state_indices), new[source]
+        cache_seqlens = None if cache_seqlens is None else cache_seqlens[source]
     if cache_seqlens is None:
         history = state[..., size - reach :].clone()
         # Unlike cat, copying supports every dtype under autocast.
         updated = state.new_empty((b, d, size + length))
-        updated[..., :size], updated[..., size:] = state, x.detach()
+        updated[..., :size], updated[..., size:] = state, new
         updated = updated[..., length:]
     else:
         start = cache_seqlens.long().view(b, 1, 1)
@@ -305,7 +315,7 @@ def causal_conv1d_update(
         kept = min(length, size)
         slots = (start + torch.arange(length - kept, length, device=x.device)) % size
         updated = state.scatter(
-            2, slots.expand(b, d, kept), x.detach()[..., length - kept :].to(state.dtype)
+            2, slots.expand(b, d, kept), new[..., length - kept :].to(state.dtype)
         )
     out = causal_conv1d(
         x.transpose(1, 2),
@@ -313,13 +323,14 @@ def causal_conv1d_update(
         bias,
         activation='silu' if is_silu(activation) else None,
         initial_state=history if history.dtype == x.dtype else history.to(compute_dtype(x.dtype)),
-    )
+    ).transpose(1, 2)
     with torch.no_grad():
         if conv_state_indices is None:
             conv_state.copy_(updated)
         else:
-            conv_state.index_copy_(0, conv_state_indices.long(), updated)
-    return out.transpose(1, 2)
+            updated = torch.where(padded.all(), state, updated)
+            conv_state.index_copy_(0, conv_state_indices, updated)
+    return out if conv_state_indices is None else out.masked_fill(padded.view(b, 1, 1), 0)
 
 
 class SelectiveScanCuda(nn.Module):

@@ -217,13 +217,24 @@ def test_causal_conv1d(last):
         causal_conv1d_ref(*tensors, state, True), causal_conv1d_fn(*tensors, None, state, True)
     )
     torch.testing.assert_close(causal_conv1d_ref(*tensors, 'silu'), got)
-    for bad in ('initial_states', 'final_states_out', 'return_final_states'):
-        with pytest.raises(ValueError, match=bad):
-            causal_conv1d_fn(*tensors, seq_idx=seq_idx, **{bad: True})
     with pytest.raises(ValueError, match='seq_idx must have shape'):
         causal_conv1d_fn(*tensors, seq_idx=seq_idx[:, 1:])
     with pytest.raises(ValueError, match='activation must be'):
         causal_conv1d_fn(*tensors, activation='gelu')
+
+
+def test_states_of_packed_sequences():
+    """Initial ones, as since causal_conv1d 1.7, belong to the first sequence; final ones follow."""
+    x, weight, first = (draw(2, 5, 9), draw(5, 4, seed=1), draw(2, 5, 3, seed=2).requires_grad_())
+    seq_idx = torch.tensor([[7] * 4 + [1] * 5, [-1] * 4 + [0] * 5])
+    out, last = causal_conv1d_fn(x, weight, None, seq_idx, first, True)
+    torch.testing.assert_close(last, x[..., -3:])
+    fresh, going_on = (
+        causal_conv1d_fn(part, weight, initial_states=state)
+        for part, state in ((x[..., 4:], None), (x[:1, :, :4], first[:1]))
+    )
+    want = torch.cat([torch.cat([going_on, torch.zeros(1, 5, 4)]), fresh], -1)
+    agree(out, want, [first])
 
 
 def test_packed_sequences_do_not_see_each_other():
@@ -280,6 +291,9 @@ def test_selective_state_update(heads, indexed):
         torch.testing.assert_close(state[[0, 2, 4]], before[[0, 2, 4]])
     with pytest.raises(ValueError, match='dt must have shape'):
         selective_state_update(state[:2], x, dt[:1], A, B, C)
+    for bad in (rows - 2, rows + 3):
+        with pytest.raises(ValueError, match='state_batch_indices must be rows of state'):
+            selective_state_update(state, x, dt, A, B, C, state_batch_indices=bad)
 
 
 @pytest.mark.parametrize('module', [layernorm, layer_norm])

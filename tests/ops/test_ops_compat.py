@@ -292,6 +292,32 @@ def test_causal_conv1d_update_of_chosen_rows():
     assert torch.equal(pool[[4, 1]][..., -1], x[..., 0])
 
 
+@pytest.mark.parametrize('rows', [[-1, 4, -1, 1], [-1, -1, -1, -1], []])
+@pytest.mark.parametrize('ring', [False, True])
+def test_causal_conv1d_update_of_padding(rows, ring):
+    """Negative rows: no output, no state; those in use are as without them."""
+    _, weight, bias, _ = conv_inputs('cpu')
+    x = randn(len(rows), D, 2, seed=6).requires_grad_()
+    pool, seen = randn(5, D, 4, seed=5), torch.arange(len(rows)) if ring else None
+    want_pool, rows = pool.clone(), torch.tensor(rows, dtype=torch.int32)
+    used = rows >= 0
+    want = torch.zeros_like(x)
+    want[used] = causal_conv1d_update(
+        x[used],
+        want_pool,
+        weight,
+        bias,
+        'silu',
+        seen if seen is None else seen[used],
+        rows[used],
+    )
+    out = causal_conv1d_update(x, pool, weight, bias, 'silu', seen, rows)
+    torch.testing.assert_close(out, want)
+    assert torch.equal(pool, want_pool)
+    out.sum().backward()
+    assert not x.grad[~used].any()
+
+
 def test_causal_conv1d_update_gives_gradients():
     x, weight, bias, state = conv_inputs('cpu', length=1)
     x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -310,7 +336,6 @@ def test_causal_conv1d_update_gives_gradients():
         ({'conv_state': torch.zeros(B, D, 3) + 0j}, TypeError, 'conv_state must be torch.float32'),
         ({'cache_seqlens': torch.zeros(B)}, TypeError, 'cache_seqlens must be torch.int32 or'),
         ({'conv_state_indices': torch.zeros(3).int()}, ValueError, 'conv_state_indices must have'),
-        ({'conv_state_indices': torch.arange(B) - 1}, ValueError, 'must be rows of conv_state'),
         ({'conv_state_indices': torch.arange(B) + 1}, ValueError, 'must be rows of conv_state'),
         (
             {'conv_state': torch.zeros(0, D, 3), 'conv_state_indices': torch.arange(B)},

@@ -1,11 +1,13 @@
 """One step of the selective scan."""
 
+import torch
 from torch import Tensor
 
 from mmvim import ops
 from mmvim.dropin.placeholders import attributes_of
 from mmvim.ops import _validation as check
 from mmvim.ops._library import compute_dtype, without_autocast
+from mmvim.ops.compat import check_rows
 
 __all__ = ['selective_state_update', 'selective_state_update_ref']
 __getattr__ = attributes_of(__name__)
@@ -59,6 +61,13 @@ def selective_state_update(
     for name, value in (('B', B), ('C', C)):
         check.check_tensor(name, value)
         check.check_rank(name, value, 'b n' if state.dim() == 3 else 'b g n')
+    if state_batch_indices is not None:
+        check.check_tensor('state_batch_indices', state_batch_indices)
+        check.check_shape('state_batch_indices', state_batch_indices, 'b', x.shape[:1])
+        check.check_dtype(
+            'state_batch_indices', state_batch_indices, torch.int32, torch.int64, why='it counts'
+        )
+        check_rows('state_batch_indices', state_batch_indices, 'state', state.shape[0])
     return _step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
 
 
