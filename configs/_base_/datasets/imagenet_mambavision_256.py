@@ -6,7 +6,7 @@ train_pipeline = [
     dict(
         type='RandomChoice',
         transforms=[
-            [dict(type='RandomResizedCrop', scale=256, backend='pillow', interpolation=name)]
+            [dict(type='mmvim.RandomResizedCrop', scale=256, interpolation=name)]
             for name in ('bilinear', 'bicubic')
         ],
     ),

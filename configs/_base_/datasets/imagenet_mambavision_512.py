@@ -7,7 +7,7 @@ train_pipeline = [
     dict(
         type='RandomChoice',
         transforms=[
-            [dict(type='RandomResizedCrop', scale=512, backend='pillow', interpolation=name)]
+            [dict(type='mmvim.RandomResizedCrop', scale=512, interpolation=name)]
             for name in ('bilinear', 'bicubic')
         ],
     ),
