@@ -105,6 +105,30 @@ def test_add_rms_norm(backend, device, low):
     torch.testing.assert_close(total, x.to(low).float() + residual)
 
 
+def test_parameters_of_another_low_precision(device, low):
+    """Those of a model in half precision, under autocast to the other half precision."""
+    other = torch.float16 if low == torch.bfloat16 else torch.bfloat16
+
+    def random(*shape, seed=0):
+        return randn(*shape, seed=seed, dtype=torch.float32, device=device)
+
+    scan = scan_inputs(2, 5, 4, 3, dtype=torch.float32, device=device)
+    cross = cross_scan_inputs(1, 2, 3, 4, 3, rank=2, dtype=torch.float32, device=device)
+    x, weight, bias = random(2, 5, 4), random(4, 3, seed=1), random(4, seed=2)
+    both = dict(weight_f=weight, bias_f=bias, weight_b=weight + 1, bias_b=bias)
+    for op, inputs in (
+        (selective_scan, scan),
+        (cross_scan, cross),
+        (causal_conv1d, dict(x=x, weight=weight, bias=bias)),
+        (bidirectional_conv1d, dict(x=x, **both)),
+        (add_rms_norm, dict(x=x, weight=bias)),
+    ):
+        half = {k: v if k in ('x', *CASTS) else v.to(other) for k, v in inputs.items()}
+        wide = {k: v.float() for k, v in half.items()}
+        with torch.autocast(device, low):
+            torch.testing.assert_close(op(**half), op(**wide), rtol=0, atol=0)
+
+
 def test_float64_is_left_alone(low):
     tensors = scan_inputs(2, 5, 4, 3)
     with torch.autocast('cpu', low):
