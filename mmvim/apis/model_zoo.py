@@ -109,6 +109,20 @@ def model_info(name: str) -> ModelInfo:
     return info
 
 
+def published_weights(name: str) -> str:
+    """URL of the authors' weights of a model of the zoo.
+
+    Raises:
+        ValueError: There is no model of this name, or it has no weights.
+    """
+    weights = model_info(name).weights
+    if weights is None:
+        raise ValueError(
+            f'no weights were published for {name!r}; see list_models(pretrained=True)'
+        )
+    return weights
+
+
 def load_config(model: str | Path | Config) -> Config:
     """Read the config of a model.
 
@@ -194,11 +208,7 @@ def get_model(
     if weights is True:
         if not isinstance(name, str) or name.endswith('.py'):
             raise ValueError('pretrained=True needs a name of the zoo; give a path or URL instead')
-        weights = model_info(name).weights
-        if weights is None:
-            raise ValueError(
-                f'no weights were published for {name!r}; see list_models(pretrained=True)'
-            )
+        weights = published_weights(name)
     if kwargs:
         # Merging removes keys such as _delete_ from its argument.
         cfg.merge_from_dict({'model': copy.deepcopy(kwargs)})

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 
 from mmvim._configs import merge_options
-from mmvim.apis.model_zoo import load_config, model_info
+from mmvim.apis.model_zoo import load_config, published_weights
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
@@ -83,12 +83,10 @@ def weights_of(model: str, weights: str | None) -> str | None:
     Raises:
         UserError: The model has none.
     """
-    if weights != 'zoo':
-        return weights
-    found = model_info(model).weights
-    if found is None:
-        raise UserError(f'no weights were published for {model!r}')
-    return found
+    try:
+        return published_weights(model) if weights == 'zoo' else weights
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def note_on(weights: str | None) -> str:

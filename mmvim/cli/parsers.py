@@ -19,11 +19,6 @@ def build_train_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('config', help='config file')
     parser.add_argument(
-        '--work-dir',
-        help='directory for logs and checkpoints; default: work_dir of the config, else '
-        'work_dirs/<name of the config>',
-    )
-    parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
@@ -37,7 +32,6 @@ def build_train_parser() -> argparse.ArgumentParser:
         help="automatic mixed precision, in the config's optim_wrapper.dtype, else float16 "
         '(bfloat16 on a CPU)',
     )
-    _add_amp_dtype(parser)
     parser.add_argument('--no-validate', action='store_true', help='train without validation')
     parser.add_argument(
         '--auto-scale-lr',
@@ -60,11 +54,6 @@ def build_test_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint: a path or an address such as https://…')
-    parser.add_argument(
-        '--work-dir',
-        help='directory for logs and metrics; default: work_dir of the config, else '
-        'work_dirs/<name of the config>',
-    )
     outputs = '; '.join(f'{scope}: {task.out_help}' for scope, task in TASKS.items())
     parser.add_argument(
         '--out', metavar='PATH', help=f'write results to PATH. Predictions ({outputs}), or metrics'
@@ -97,7 +86,6 @@ def build_test_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--amp', action='store_true', help='automatic mixed precision: float16 (bfloat16 on a CPU)'
     )
-    _add_amp_dtype(parser)
     weights = parser.add_mutually_exclusive_group()
     weights.add_argument(
         '--ema', action='store_true', help="test the checkpoint's averaged weights"
@@ -117,16 +105,18 @@ def build_test_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_amp_dtype(parser: argparse.ArgumentParser) -> None:
+def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that ``train.py`` and ``test.py`` share."""
+    parser.add_argument(
+        '--work-dir',
+        help='directory for logs, checkpoints and metrics; default: work_dir of the config, else '
+        'work_dirs/<name of the config>',
+    )
     parser.add_argument(
         '--amp-dtype',
         choices=('float16', 'bfloat16'),
         help='automatic mixed precision in this dtype (implies --amp)',
     )
-
-
-def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that ``train.py`` and ``test.py`` share."""
     parser.add_argument(
         '--verbose',
         action='store_true',

@@ -20,7 +20,7 @@ from mmvim.engine.class_names import listed
 from mmvim.engine.tasks import TASKS
 from mmvim.errors import CheckpointError, SampleError
 
-from ..model_zoo import build_model, model_info
+from ..model_zoo import build_model, published_weights
 from .pipeline import InferencePipeline, class_names
 from .text import fonts_for, write_lines
 
@@ -82,9 +82,7 @@ def make_model(name: Any, cfg: Config, weights: Any) -> nn.Module:
     """Build a config's model, load its weights and determine its class names."""
     model = build_model(cfg)
     if weights is True:
-        weights = model_info(str(name)).weights
-        if weights is None:
-            raise ValueError(f'no weights were published for {name!r}')
+        weights = published_weights(str(name))
     meta: dict[str, Any] = {}
     if weights:
         report = load_weights(model, weights)
@@ -166,7 +164,15 @@ class Inference:
         """
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, got {batch_size}')
-        batch: list[tuple[str, np.ndarray, dict]] = []
+        for batch in self._batches(self._read(inputs, on_error), batch_size):
+            with torch.no_grad():
+                samples = self.model.test_step(pseudo_collate([data for *_, data in batch]))
+            for (name, picture, _), sample in zip(batch, samples, strict=True):
+                yield Result(name, picture, sample, {'image': name, **self._plain(sample)})
+
+    def _read(
+        self, inputs: Images, on_error: OnError | None
+    ) -> Iterator[tuple[str, np.ndarray, dict]]:
         for i, image in enumerate(find_images(inputs)):
             try:
                 picture, data = self.pipeline.read(image)
@@ -175,19 +181,18 @@ class Inference:
                     raise
                 on_error(i, error)
                 continue
-            if batch and (len(batch) == batch_size or not self._fits(data, batch[-1][-1])):
-                yield from self._run(batch)
-                batch = []
-            batch.append((image if isinstance(image, str) else str(i), picture, data))
-        yield from self._run(batch)
+            yield image if isinstance(image, str) else str(i), picture, data
 
-    def _run(self, batch: list[tuple[str, np.ndarray, dict]]) -> Iterator[Result]:
-        if not batch:
-            return
-        with torch.no_grad():
-            samples = self.model.test_step(pseudo_collate([data for _, _, data in batch]))
-        for (name, picture, _), sample in zip(batch, samples, strict=True):
-            yield Result(name, picture, sample, {'image': name, **self._plain(sample)})
+    def _batches(self, items: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
+        """Batches of items, whose last parts are samples that fit each other."""
+        batch: list[tuple] = []
+        for item in items:
+            if batch and (len(batch) == size or not self._fits(item[-1], batch[-1][-1])):
+                yield batch
+                batch = []
+            batch.append(item)
+        if batch:
+            yield batch
 
     def _fits(self, data: dict, other: dict) -> bool:
         """Whether two samples can be in one batch: by default each size has its own."""
@@ -227,14 +232,8 @@ class LibraryInference(Inference):
         return pseudo_collate
 
     def _get_chunk_data(self, inputs: Iterable[Any], chunk_size: int) -> Iterator[list]:
-        batch: list[Any] = []
-        for data in inputs:
-            if batch and (len(batch) == chunk_size or not self._fits(data, batch[-1])):
-                yield batch
-                batch = []
-            batch.append(data)
-        if batch:
-            yield batch
+        for batch in self._batches(((data,) for data in inputs), chunk_size):
+            yield [data for (data,) in batch]
 
 
 class EngineInference(LibraryInference):

@@ -71,20 +71,11 @@ class VideoInferencer(Inference):
         """
         if batch_size < 1:
             raise ValueError(f'batch_size must be at least 1, got {batch_size}')
-        batch: list[tuple[str, dict]] = []
-        for name in find_videos(inputs):
-            data = self.pipeline({'img_path': name})
-            if batch and (
-                len(batch) == batch_size or data['inputs'].shape != batch[0][1]['inputs'].shape
-            ):
-                yield from self._classify(batch)
-                batch = []
-            batch.append((name, data))
-        yield from self._classify(batch)
+        read = ((name, self.pipeline({'img_path': name})) for name in find_videos(inputs))
+        for batch in self._batches(read, batch_size):
+            yield from self._classify(batch)
 
     def _classify(self, batch: list[tuple[str, dict]]) -> Iterator[Result]:
-        if not batch:
-            return
         parts = {key: [data[key] for _, data in batch] for key in ('inputs', 'data_samples')}
         with torch.no_grad():
             samples = self.model.test_step(parts)

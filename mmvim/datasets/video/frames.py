@@ -8,11 +8,9 @@ import string
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .errors import VideoSampleError
-from .reader import VideoReader
+from .reader import Frames, VideoReader
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 _NUMBERED = re.compile(r'(.*?)(\d+)(\.\w+)')
@@ -65,7 +63,7 @@ def check_template(template: str) -> tuple[str, str]:
     return before, ''.join(part[0] for part in parts[index + 1 :])
 
 
-class FrameFolder:
+class FrameFolder(Frames):
     """The frames of a video as pictures in a folder, in the order of their numbers.
 
     Like :class:`VideoReader`. Counting may start at any number; none may be missing after it.
@@ -147,39 +145,14 @@ class FrameFolder:
         Raises:
             VideoSampleError: A frame cannot be read.
         """
-        size = None
-        for index in range(len(self)):
-            picture = self._read(index, size)
-            size = size or picture.shape[:2]
-            yield picture
+        return self._pictures(range(len(self)))
 
-    def frames(self, indices: Sequence[int]) -> Tensor:
-        """Read frames.
-
-        Args:
-            indices (Sequence[int]): Numbers of frames from 0, in any order, possibly repeated.
-
-        Returns:
-            Tensor: (len(indices), 3, height, width) uint8, RGB; all have the size of the first.
-
-        Raises:
-            IndexError: A number is negative or not below the number of frames.
-            VideoSampleError: A frame cannot be read.
-        """
-        wanted = sorted({int(i) for i in indices})
-        if not wanted:
-            raise ValueError('no frames were requested')
-        if wanted[0] < 0 or wanted[-1] >= len(self):
-            raise IndexError(
-                f'frames {wanted[0]} .. {wanted[-1]} of {self.path!r}, which has {len(self)}'
-            )
-        pictures: dict[int, Tensor] = {}
+    def _pictures(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
         size = None
         for index in wanted:
             picture = self._read(index, size)
             size = size or picture.shape[:2]
-            pictures[index] = torch.from_numpy(picture)
-        return torch.stack([pictures[int(i)] for i in indices]).permute(0, 3, 1, 2)
+            yield picture
 
     def _read(self, index: int, size: tuple[int, int] | None) -> np.ndarray:
         from PIL import Image
@@ -193,12 +166,3 @@ class FrameFolder:
         if size is not None and picture.size != size[::-1]:
             picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
         return np.array(picture)
-
-    def close(self) -> None:
-        """Do nothing: every picture is closed after reading."""
-
-    def __enter__(self) -> FrameFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -55,7 +55,52 @@ def _as_shown(frame: Any, size: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(picture)
 
 
-class VideoReader:
+class Frames:
+    """Frames of a video by number: the common part of files and folders."""
+
+    path: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def _pictures(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+        """Frames of ascending numbers, (height, width, 3) uint8 RGB, of the size of the first."""
+        raise NotImplementedError
+
+    def frames(self, indices: Sequence[int]) -> Tensor:
+        """Read frames.
+
+        Args:
+            indices (Sequence[int]): Numbers of frames from 0, in any order, possibly repeated.
+
+        Returns:
+            Tensor: (len(indices), 3, height, width) uint8, RGB; all have the size of the first.
+
+        Raises:
+            IndexError: A number is negative or not below the number of frames.
+            VideoSampleError: A frame cannot be read.
+        """
+        wanted = sorted({int(i) for i in indices})
+        if not wanted:
+            raise ValueError('no frames were requested')
+        if wanted[0] < 0 or wanted[-1] >= len(self):
+            raise IndexError(
+                f'frames {wanted[0]} .. {wanted[-1]} of {self.path!r}, which has {len(self)}'
+            )
+        found = dict(zip(wanted, map(torch.from_numpy, self._pictures(wanted)), strict=True))
+        return torch.stack([found[int(i)] for i in indices]).permute(0, 3, 1, 2)
+
+    def close(self) -> None:
+        """Release what reading needs."""
+
+    def __enter__(self) -> Frames:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class VideoReader(Frames):
     """Frames of the first video stream of a file, by number.
 
     Opening reads the file's packets once without decoding them, which yields the number of frames
@@ -160,8 +205,12 @@ class VideoReader:
         Raises:
             VideoSampleError: A frame cannot be decoded.
         """
+        return self._shown(self._decode_from(None))
+
+    def _shown(self, frames: Iterator) -> Iterator[np.ndarray]:
         size = None
-        for frame in self._decode_from(None):
+        for frame in frames:
+            # A stream may change its size; all frames get the size of the first.
             size = size or self._square_size(frame)
             yield _as_shown(frame, size)
 
@@ -183,41 +232,15 @@ class VideoReader:
         except self._error as error:
             raise VideoSampleError(f'the video {self.path!r} cannot be decoded: {error}') from error
 
-    def frames(self, indices: Sequence[int]) -> Tensor:
-        """Decode frames.
-
-        Args:
-            indices (Sequence[int]): Numbers of frames, in any order, possibly repeated.
-
-        Returns:
-            Tensor: (len(indices), 3, height, width) uint8, RGB.
-
-        Raises:
-            IndexError: A number is negative or not below the number of frames.
-            VideoSampleError: A frame cannot be decoded.
-        """
-        wanted = sorted({int(i) for i in indices})
-        if not wanted:
-            raise ValueError('no frames were requested')
-        if wanted[0] < 0 or wanted[-1] >= self._count:
-            raise IndexError(
-                f'frames {wanted[0]} .. {wanted[-1]} of {self.path!r}, which has {self._count}'
-            )
-        decoded = self._by_time(wanted) if self._seekable else self._by_order(wanted)
-        size = None
-        pictures = {}
-        for index, frame in zip(wanted, decoded, strict=True):
-            # A stream may change its size; all frames get the size of the first.
-            size = size or self._square_size(frame)
-            pictures[index] = torch.from_numpy(_as_shown(frame, size))
-        return torch.stack([pictures[int(i)] for i in indices]).permute(0, 3, 1, 2)
+    def _pictures(self, wanted: Sequence[int]) -> Iterator[np.ndarray]:
+        return self._shown(self._by_time(wanted) if self._seekable else self._by_order(wanted))
 
     def _square_size(self, frame: Any) -> tuple[int, int]:
         """Width and height of a stored frame after stretching to square pixels."""
         ratio = self._stream.sample_aspect_ratio or 1
         return max(round(frame.width * ratio), 1), frame.height
 
-    def _by_order(self, wanted: list[int]) -> Iterator:
+    def _by_order(self, wanted: Sequence[int]) -> Iterator:
         remaining = iter(wanted)
         target = next(remaining)
         for index, frame in enumerate(self._decode_from(None)):
@@ -228,7 +251,7 @@ class VideoReader:
                     return
         raise VideoSampleError(f'frame {target} of the video {self.path!r} cannot be decoded')
 
-    def _by_time(self, wanted: list[int]) -> Iterator:
+    def _by_time(self, wanted: Sequence[int]) -> Iterator:
         source, before, current = iter(()), None, None
         for index in wanted:
             target = self._pts[index]
@@ -257,9 +280,3 @@ class VideoReader:
     def close(self) -> None:
         """Close the file."""
         self._container.close()
-
-    def __enter__(self) -> VideoReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

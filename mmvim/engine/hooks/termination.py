@@ -49,6 +49,9 @@ class TerminationHook(Hook):
         interval: Processes ask each other every ``interval`` iterations (one number is exchanged,
             and read the next time, so that no process waits for it). Defaults to 1.
 
+    Attributes:
+        received: The received signal, or 0.
+
     Raises:
         UserError: A signal is unknown, or ``interval`` is not positive.
     """
@@ -66,7 +69,7 @@ class TerminationHook(Hook):
             raise UserError(f'TerminationHook: interval must be at least 1, not {interval!r}')
         self._signals = [signal.Signals[name] for name in names]
         self._interval = interval
-        self._received = 0
+        self.received = 0
         self._asked: torch.Tensor | None = None
         self._handlers: dict[int, Any] = {}
         self._swapped: dict[EMAHook, bool] = {}
@@ -84,11 +87,6 @@ class TerminationHook(Hook):
     def after_train(self, runner) -> None:
         """Stop listening."""
         self.close()
-
-    @property
-    def received(self) -> int:
-        """The received signal, or 0."""
-        return self._received
 
     def close(self) -> None:
         """Restore the former handlers."""
@@ -121,7 +119,7 @@ class TerminationHook(Hook):
         Raises:
             Terminated: The state has been saved.
         """
-        if not self._received or not self._handlers:
+        if not self.received or not self._handlers:
             return
         if is_distributed():
             # Other processes may be past this point: no collective operation is possible here.
@@ -141,23 +139,23 @@ class TerminationHook(Hook):
         else:
             path = saver.save_now(runner, done, states)
         self.close()
-        raise Terminated(self._received, path)
+        raise Terminated(self.received, path)
 
     @staticmethod
     def _saver(runner) -> CheckpointHook | None:
         return next((h for h in runner.hooks if isinstance(h, CheckpointHook)), None)
 
     def _receive(self, signum: int, frame: object) -> None:
-        self._received = signum
+        self.received = signum
 
     def _any_received(self) -> bool:
         if not is_distributed():
-            return self._received != 0
-        answer, self._asked = self._asked, torch.full((), self._received, device=get_comm_device())
+            return self.received != 0
+        answer, self._asked = self._asked, torch.full((), self.received, device=get_comm_device())
         all_reduce(self._asked, 'max')
         # All processes read the same answer, to the question that they asked the last time.
         signum = int(answer) if answer is not None else 0
-        self._received = self._received or signum
+        self.received = self.received or signum
         return signum != 0
 
     def _watch_swaps(self, hook: EMAHook) -> None:
