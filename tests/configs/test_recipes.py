@@ -1,7 +1,7 @@
 """Every recipe is what the tables of published numbers say, setting by setting."""
 
 import pytest
-from config_harness import FAMILIES, config_id
+from config_harness import CONFIGS, FAMILIES, config_id
 from recipes import READ, actual, differences, expected, fits, table
 
 
@@ -47,3 +47,33 @@ def test_whatever_a_run_reads_is_compared():
     }  # fmt: skip
     for path in FAMILIES:
         assert set(Config.fromfile(path)) <= variables | set(READ), path
+
+
+@pytest.mark.parametrize('path', [p for p in CONFIGS if p.parent.name == 'own_data'], ids=config_id)
+def test_the_schedule_of_own_data(path):
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(path)
+    segments = 'upernet' in path.stem
+    lr, weight_decay = (6e-5, 0.01) if segments else (1e-4, 0.05)
+    optimizer = dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
+    undecayed = ('A_log', 'A_b_log', 'cls_token', 'pos_embed')
+    wanted = dict(
+        type='OptimWrapper',
+        optimizer=optimizer,
+        clip_grad=dict(max_norm=5.0),
+        paramwise_cfg=dict(
+            flat_decay_mult=0.0, custom_keys={key: dict(decay_mult=0.0) for key in undecayed}
+        ),
+    )
+    assert not differences(cfg.optim_wrapper.to_dict(), wanted)
+    warm_up, rest = cfg.param_scheduler
+    if segments:
+        assert (warm_up.end, rest.type, rest.power, rest.eta_min) == (500, 'PolyLR', 1, 0)
+        assert cfg.train_cfg.max_iters == 10_000
+    else:
+        assert (warm_up.end, rest.type, rest.eta_min_ratio) == (1, 'CosineAnnealingLR', 0.01)
+        assert cfg.train_cfg.max_epochs == 50
+    assert (warm_up.start_factor, rest.begin) == (0.01, warm_up.end)
+    if path.stem == 'vim-tiny_images':
+        assert not cfg.model.train_cfg  # Mixup and CutMix
