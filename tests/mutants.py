@@ -262,6 +262,104 @@ MUTANTS = (
         'configs/_base_/schedules/imagenet_bs1024_adamw_30e.py', 'weight_decay=1e-8',
         'weight_decay=1e-2', 'configs/test_recipes.py',
     ),
+    # drop-in
+    (
+        'mmvim/dropin/convolutions.py', 'dout = dout.masked_fill((seq_idx < 0).unsqueeze(1), 0)',
+        'pass', 'dropin/test_compiled_modules.py',
+    ),
+    (
+        'mmvim/dropin/packages/causal_conv1d_cuda.py', 'dweight.add_(grads[1])',
+        'dweight.copy_(grads[1])', 'dropin/test_compiled_modules.py',
+    ),
+    (
+        'mmvim/dropin/vmamba.py', 'if dout.dtype == torch.float32 and u.dtype != torch.float32:',
+        'if False:', 'dropin/test_compiled_modules.py',
+    ),
+    (
+        'mmvim/dropin/norms.py', 'kept = wide if residual_in_fp32 else x.dtype', 'kept = x.dtype',
+        'dropin/test_packages.py',
+    ),
+    (
+        'mmvim/dropin/packages/mamba_ssm/modules/mamba_simple.py',
+        '(self.d_conv - u.shape[1], 0)', '(0, self.d_conv - u.shape[1])',
+        'dropin/test_packages.py',
+    ),
+    (
+        'mmvim/dropin/packages/csm_triton.py', '2: ((False, False), (False, False), (False, True)',
+        '2: ((False, False), (False, True), (False, False)', 'dropin/test_csm_triton.py',
+    ),
+    (
+        'mmvim/dropin/packages/mamba_ssm/ops/triton/ssd_combined.py',
+        'limit = dt_softplus if isinstance(dt_softplus, tuple) else (0.0, math.inf)',
+        'limit = (0.0, math.inf)', 'dropin/test_mamba2_functions.py',
+    ),
+    # ops and layers
+    (
+        'mmvim/ops/cross_scan.py',
+        "        check.check_negative('A', A, x)\n", '        pass\n',
+        'ops/test_cross_scan.py ops/test_ops_validation.py',
+    ),
+    (
+        'mmvim/ops/cross_scan.py', 'A, D, delta_bias, delta_weight = to_parameter(dtype, A, D, '
+        'delta_bias, delta_weight)', 'A, D, delta_bias = to_parameter(dtype, A, D, delta_bias)',
+        'ops/test_ops_autocast.py ops/test_cross_scan.py',
+    ),
+    (
+        'mmvim/ops/selective_scan_torch.py',
+        'steps = same[:, :-1] if self.reverse else same[:, 1:]', 'steps = same[:, 1:]',
+        'ops/test_packed_sequences.py',
+    ),
+    (
+        'mmvim/ops/causal_conv1d.py', "(slice(reach), 0) if mode == 'reverse'",
+        "(slice(reach), -1) if mode == 'reverse'", 'ops/test_packed_sequences.py',
+    ),
+    (
+        'mmvim/layers/mamba.py',
+        'plain = state is None and not return_state and seq_idx is None',
+        'plain = state is None and not return_state', 'layers/test_packed_layers.py',
+    ),
+    # graphs and parameter groups
+    (
+        'mmvim/engine/hooks/graph.py', 'if self._evicted >= 4 * self.max_shapes:',
+        'if self._evicted >= self.max_shapes:', 'engine/test_graph.py',
+    ),
+    (
+        'mmvim/engine/hooks/graph.py', 'tuple((p.data_ptr(), p.requires_grad) for m in',
+        'tuple(p.data_ptr() for m in', 'engine/test_graph.py',
+    ),
+    (
+        'mmvim/engine/hooks/parameter_groups.py',
+        'group[key] = wrapper.optimizer.defaults[key]', 'pass', 'engine/test_parameter_groups.py',
+    ),
+    (
+        'mmvim/engine/hooks/parameter_groups.py',
+        'states = {place.get(key, key): value for', 'states = {key: value for',
+        'engine/test_parameter_groups.py',
+    ),
+    # export of new operators
+    (
+        'mmvim/export/operations.py', 'delta_softplus, discretization, route >= 2)',
+        'delta_softplus, discretization, route >= 1)',
+        'export/test_export.py export/test_onnx_scan.py',
+    ),
+    (
+        'mmvim/export/operations.py', '(0, 1) if reverse else (1, 0), value=1.0)',
+        '(1, 0), value=1.0)', 'export/test_export.py export/test_onnx_scan.py',
+    ),
+    (
+        'mmvim/export/processing.py', "self.is_reversed = order == 'BGR'",
+        'self.is_reversed = False', 'export/test_processing.py',
+    ),
+    # own data
+    (
+        'configs/_base_/schedules/own_50e.py', 'lr=1e-4, betas', 'lr=1e-3, betas',
+        'configs/test_recipes.py',
+    ),
+    (
+        'configs/own_data/vim-tiny_images.py',
+        'train_cfg=dict(_delete_=True),', 'train_cfg=dict(),',
+        'configs/test_recipes.py',
+    ),
     # tools
     (
         'tools/converters/convert_checkpoint.py', 'else False if args.no_ema',
