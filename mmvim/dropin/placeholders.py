@@ -1,6 +1,10 @@
 """Names that can be imported, inherited from and compared, and that raise when they are used."""
 
+import importlib
 from collections.abc import Callable
+
+#: Names that the real modules import from others, and that some code takes from them.
+FROM_OTHERS = {'Optional': 'typing', 'rearrange': 'einops', 'repeat': 'einops'}
 
 
 class _Missing(type):
@@ -24,7 +28,7 @@ def _placeholder(module: str, name: str) -> type:
 
 
 def attributes_of(module: str, *names: str) -> Callable[[str], type]:
-    """A ``__getattr__`` for a module: a placeholder for each name that it lacks.
+    """A ``__getattr__`` for a module: a placeholder for each name that it and its imports lack.
 
     Args:
         module: The module's name.
@@ -36,6 +40,8 @@ def attributes_of(module: str, *names: str) -> Callable[[str], type]:
     def get(name: str) -> type:
         if names and name not in names:
             raise AttributeError(f'module {module!r} has no attribute {name!r}')
+        if name in FROM_OTHERS:
+            return getattr(importlib.import_module(FROM_OTHERS[name]), name)
         if name not in known:
             known[name] = _placeholder(module, name)
         return known[name]

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import threading
+import typing
 
 import loops
 import pytest
@@ -393,16 +394,24 @@ def test_scan_across_slices():
 
 
 def test_names_that_the_module_of_the_mixer_imports():
-    from mamba_ssm.modules import mamba_simple
-
+    einops = pytest.importorskip('einops')
+    everything = {}
+    exec('from mamba_ssm.modules.mamba_simple import *', everything)
     for name, value in (
         ('causal_conv1d_fn', causal_conv1d_fn),
         ('causal_conv1d_update', causal_conv1d_update),
         ('selective_scan_fn', interface.selective_scan_fn),
         ('mamba_inner_fn', interface.mamba_inner_fn),
         ('RMSNorm', layer_norm.RMSNorm),
+        ('selective_state_update', selective_state_update),
+        ('Mamba', Mamba),
+        ('rearrange', einops.rearrange),
+        ('repeat', einops.repeat),
+        ('Optional', typing.Optional),
+        ('nn', nn),
+        ('F', F),
     ):
-        assert getattr(mamba_simple, name) is value
+        assert everything[name] is value, name
 
 
 def test_state_dict_keys_and_marks():

@@ -302,7 +302,7 @@ def expected(op: str, given: dict[str, Any], options: dict[str, Any]) -> tuple:
         for k, v in given.items()
     }
     options = {k: v for k, v in options.items() if k != 'backend'}
-    states = options.pop('return_last_state', options.pop('return_final_states', False))
+    states = bool(options.pop('return_last_state', options.pop('return_final_states', False)))
     if op == 'selective_scan':
         return reference.selective_scan(**given, **options)[: 1 + states]
     if op == 'bidirectional_scan':

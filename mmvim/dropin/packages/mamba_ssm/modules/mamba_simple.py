@@ -5,29 +5,49 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from causal_conv1d import causal_conv1d_fn, causal_conv1d_update  # noqa: F401
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from torch import Tensor, nn
 
 from mmvim import ops
 from mmvim._checks import check_choice, check_positive
 from mmvim.dropin import convolutions
-from mmvim.dropin.placeholders import attributes_of
+from mmvim.dropin.placeholders import FROM_OTHERS, attributes_of
 from mmvim.layers.fusion import Fusable, Parts, parts
 from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.mixer import mixer, serves
 
-from ..ops.selective_scan_interface import (  # noqa: F401
+from ..ops.selective_scan_interface import (
     bimamba_inner_fn,
     mamba_inner_fn,
     mamba_inner_fn_no_out_proj,
     selective_scan_fn,
 )
-from ..ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn  # noqa: F401
+from ..ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
 from ..ops.triton.selective_state_update import selective_state_update
 from ..utils.generation import InferenceParams
 from . import block
 
-__all__ = ['Block', 'Mamba']
+# Some code imports all names from here, those of other modules among them.
+__all__ = [
+    'Block',
+    'F',
+    'Mamba',
+    'RMSNorm',
+    'Tensor',
+    'bimamba_inner_fn',
+    'causal_conv1d_fn',
+    'causal_conv1d_update',
+    'layer_norm_fn',
+    'mamba_inner_fn',
+    'mamba_inner_fn_no_out_proj',
+    'math',
+    'nn',
+    'rms_norm_fn',
+    'selective_scan_fn',
+    'selective_state_update',
+    'torch',
+]
+__all__ += [*FROM_OTHERS]
 __getattr__ = attributes_of(__name__)
 
 _ONE = parts(

@@ -1,6 +1,5 @@
 """The selective scan, and whole Mamba mixers between the projections, channels before time."""
 
-import contextlib
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -26,9 +25,6 @@ __all__ = [
 ]
 __getattr__ = attributes_of(__name__)
 selective_scan_fn = scans.scan
-# Some code takes these two from here.
-with contextlib.suppress(ImportError):
-    from einops import rearrange, repeat  # noqa: F401
 
 
 def selective_scan_ref(
