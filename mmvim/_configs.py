@@ -1,6 +1,7 @@
 """Reading of configs."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,11 @@ def merge_options(cfg: Config, options: Mapping[str, Any]) -> None:
         cfg.merge_from_dict(dict(options))
     except (KeyError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f'--cfg-options cannot be merged into the config: {error}') from error
+
+
+def is_local(path: str) -> bool:
+    """Whether a path is one of the file system, and no URL or name of a remote storage."""
+    return re.match(r'[\w+.-]+:(//|s3:|petrel:)', path) is None
 
 
 def type_name(component: Any) -> str:

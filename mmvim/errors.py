@@ -29,6 +29,11 @@ def unreadable(path: str, error: Exception) -> str:
     return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
 
 
+def from_where(path: str) -> str:
+    """Say where a relative path starts, for messages."""
+    return '' if os.path.isabs(os.path.expanduser(path)) else f' (seen from {os.getcwd()!r})'
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of ``choices``, or an empty string."""
     import difflib  # milliseconds of `import mmvim`, for errors alone

@@ -24,11 +24,11 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch.utils.data import DataLoader
 
 from mmvim._arguments import misfits, parameters
-from mmvim._configs import leaf_datasets, type_name, type_scope
+from mmvim._configs import is_local, leaf_datasets, type_name, type_scope
 from mmvim.compat import require
 from mmvim.engine.class_names import check_names
 from mmvim.engine.tasks import TASKS
-from mmvim.errors import UserError, did_you_mean
+from mmvim.errors import UserError, did_you_mean, from_where
 
 from .config_keys import RUNNER_KEYS, walk_dicts
 from .diagnosis import unknown_argument, unknown_type
@@ -251,7 +251,7 @@ def check_checkpoint(path: str | None, source: str) -> None:
     Raises:
         UserError: The file does not exist, is an unfit directory, or is empty.
     """
-    if path is None or not _is_local(path):
+    if path is None or not is_local(path):
         return
     full = os.path.expanduser(path)
     if not os.path.exists(full):
@@ -293,7 +293,11 @@ def _check_dataloader(loader: dict | None, key: str, paths: bool) -> None:
         _check_names(f'{key}.collate_fn', kind, collate, function)
     _check_names(key, 'DataLoader', loader, DataLoader, 'num_batch_per_epoch')
     for path, dataset in leaf_datasets(loader['dataset'], f'{key}.dataset') if paths else ():
-        classes = (dataset.get('metainfo') or {}).get('classes')
+        meta = dataset.get('metainfo') or {}
+        old = next((key for key in meta if key != key.lower() and key.lower() not in meta), None)
+        if old in ('CLASSES', 'PALETTE'):
+            raise UserError(f'{path}.metainfo.{old} is not read: its name is {old.lower()!r} now')
+        classes = meta.get('classes')
         if not isinstance(classes, str) or not os.path.isfile(classes):
             check_names(classes, f'{path}.metainfo.classes')
         _check_dataset(dataset, path)
@@ -321,16 +325,16 @@ def _check_dataset(dataset: dict, path: str) -> None:
     root = dataset.get('data_root') or ''
     if not isinstance(root, str):
         raise UserError(f'{path}.data_root must be str, not {root!r} ({type(root).__name__})')
-    if root and _is_local(root) and not os.path.isdir(os.path.expanduser(root)):
+    if root and is_local(root) and not os.path.isdir(os.path.expanduser(root)):
         raise UserError(
-            f'{path}.data_root: the directory {root!r} does not exist{_from_where(root)}'
+            f'{path}.data_root: the directory {root!r} does not exist{from_where(root)}'
         )
     file = dataset.get('ann_file')
     if isinstance(file, str) and file:
         full = _join(root, file)
-        if _is_local(full) and not os.path.exists(os.path.expanduser(full)):
+        if is_local(full) and not os.path.exists(os.path.expanduser(full)):
             raise UserError(
-                f'{path}.ann_file: the annotation file {full!r} does not exist{_from_where(full)}'
+                f'{path}.ann_file: the annotation file {full!r} does not exist{from_where(full)}'
             )
     prefix = dataset.get('data_prefix')
     prefixes = {'': prefix} if isinstance(prefix, str) else prefix or {}
@@ -341,9 +345,9 @@ def _check_dataset(dataset: dict, path: str) -> None:
         if 'seg' in name and not has_labels:
             continue
         full = _join(root, value) if isinstance(value, str) else ''
-        if full and _is_local(full) and not os.path.isdir(os.path.expanduser(full)):
+        if full and is_local(full) and not os.path.isdir(os.path.expanduser(full)):
             key = f'{path}.data_prefix.{name}' if name else f'{path}.data_prefix'
-            raise UserError(f'{key}: the directory {full!r} does not exist{_from_where(full)}')
+            raise UserError(f'{key}: the directory {full!r} does not exist{from_where(full)}')
 
 
 def _check_evaluator(evaluator: Any, key: str) -> None:
@@ -351,22 +355,14 @@ def _check_evaluator(evaluator: Any, key: str) -> None:
     several = isinstance(evaluator, list | tuple)
     for i, metric in enumerate(evaluator if several else [evaluator]):
         file = metric.get('ann_file') if isinstance(metric, dict) else None
-        if not isinstance(file, str) or metric.get('backend_args') or not _is_local(file):
+        if not isinstance(file, str) or metric.get('backend_args') or not is_local(file):
             continue
         if not os.path.exists(os.path.expanduser(file)):
             path = f'{key}.{i}' if several else key
             raise UserError(
-                f'{path}.ann_file: the annotation file {file!r} does not exist{_from_where(file)}'
+                f'{path}.ann_file: the annotation file {file!r} does not exist{from_where(file)}'
             )
 
 
-def _is_local(path: str) -> bool:
-    return re.match(r'[\w+.-]+:(//|s3:|petrel:)', path) is None
-
-
 def _join(root: str, path: str) -> str:
-    return os.path.join(root, path) if root and _is_local(path) else path
-
-
-def _from_where(path: str) -> str:
-    return '' if os.path.isabs(os.path.expanduser(path)) else f' (seen from {os.getcwd()!r})'
+    return os.path.join(root, path) if root and is_local(path) else path

@@ -6,6 +6,7 @@ traceback of every error.
 """
 
 import contextlib
+import inspect
 import linecache
 import os
 import re
@@ -252,13 +253,22 @@ def _refusal(error: BaseException, path: str, part: Part, cfg: dict) -> str:
     wrong = misfits(component, given)
     if wrong:
         return f'{_title(path, part)}: {", ".join(wrong)} ({_text(error)[:200]})'
+    file = os.path.join(str(given.get('data_root') or ''), str(given.get('ann_file') or ''))
+    if 'need at least one array' in str(error):
+        reason = 'and filter_cfg leave no sample'
+        suffix = inspect.signature(component).parameters.get('img_suffix')
+        if suffix is not None and not given.get('ann_file'):
+            ending = given.get('img_suffix', suffix.default)
+            reason = f'has no file that ends with img_suffix, {ending!r}'
+            file = os.path.join(file, str((given.get('data_prefix') or {}).get('img_path') or ''))
+        return f'{_title(path, part)} is empty: {file!r} {reason}'
     if given.get('ann_file') and not isinstance(error, OSError | ImportError):
-        file = os.path.join(str(given.get('data_root') or ''), str(given['ann_file']))
-        if 'need at least one array' in str(error):
-            return f'{_title(path, part)} is empty: {file!r} and filter_cfg leave no sample'
         reason = _bad_line(file, component) or unreadable(file, error)
-        if isinstance(error, KeyError) and error.args:
-            reason = f'something in it has no {error.args[0]!r}'
+        key = error.args[0] if isinstance(error, KeyError) and error.args else None
+        if ' ' in str(key):
+            return f'{_title(path, part)}: {key}'  # a sentence, and no key
+        if key is not None:
+            reason = f'something in it has no {key!r}'
         return f'{_title(path, part)}: cannot use annotation file {file!r}: {reason}'
     return f'{_title(path, part)}: {_text(error)}'
 

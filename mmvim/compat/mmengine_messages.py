@@ -3,7 +3,9 @@
 Why: mmengine's own hooks and metrics warn of classes that they use themselves (``FileClient``), the
 task libraries print messages of level DEBUG because ``print_log`` ignores the level where there is
 no logger, mmdet says that "metrics will not be computed" where an optional, faster metric is
-not installed that nobody asked for, and mmseg that its hook for pictures, which is off, is off.
+not installed that nobody asked for, mmseg that its hook for pictures, which is off, is off, and
+that two classes might also have one output, and mmcv that it does not use what mmpretrain's colour
+transforms always pass.
 
 How: ``print_log`` takes such messages for DEBUG, and heeds the level without a logger; warnings of
 Python are filtered by their text.
@@ -29,6 +31,8 @@ _WARNINGS = (
     'faster_coco_eval is not installed',
     'The draw is False, it means that the hook for visualization will not take effect',
     'Default ``avg_non_ignore`` is False',
+    'For binary segmentation, we suggest using',
+    "Only use 'alpha' for pillow backend",
 )
 
 

@@ -1,6 +1,7 @@
 """Comparison of class names: whatever has names or numbers of classes must agree on them."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -29,26 +30,54 @@ def difference(names: Sequence[str], others: Sequence[str]) -> str | None:
 def displacement(names: Sequence[str], others: Sequence[str]) -> str | None:
     """A name that two lists have at different places, in words, or None.
 
-    Lists that name the same classes differently, such as synsets and words, have none.
+    Capitals, spaces, hyphens and underscores make no difference. Lists that name the same classes
+    differently, such as synsets and words, have none.
     """
-    places = {name: i for i, name in enumerate(others)}
+    places: dict[str, set[int]] = {}
+    for i, name in enumerate(others):
+        places.setdefault(_plain(name), set()).add(i)
     for i, name in enumerate(names):
-        if places.get(name, i) != i:
-            return f'{name!r} is class {i} and class {places[name]}'
+        found = places.get(_plain(name), {i})
+        if i not in found:
+            return f'{name!r} is class {i} and class {min(found)}'
     return None
 
 
+def _plain(name: Any) -> str:
+    return re.sub(r'[\s_-]+', ' ', str(name)).casefold().strip()
+
+
 def check_names(names: Any, where: str) -> None:
-    """Refuse a string in place of a list of names, such as ``('uav')``.
+    """Refuse what is no list of names, such as ``('uav')`` or a set; None is accepted.
 
     Raises:
-        UserError: ``names`` is a string.
+        UserError: ``names`` is neither a list nor a tuple.
     """
     if isinstance(names, str):
         raise UserError(
             f'{where} must be a list or tuple of names, not the string {names!r}: one class is '
             f'({names!r},), with a comma'
         )
+    if names is not None and not isinstance(names, (list, tuple)):
+        raise UserError(
+            f'{where} must be a list or tuple of names, whose order numbers the classes, not '
+            f'{names!r} ({type(names).__name__})'
+        )
+
+
+def check_distinct(names: Sequence[str], where: str) -> None:
+    """Refuse a list in which a name has several numbers.
+
+    Args:
+        names: The list.
+        where: Its place in words, with a verb, such as 'metainfo.classes has'.
+
+    Raises:
+        UserError: A name is there twice.
+    """
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise UserError(f'{where} the name {twice!r} twice, and names number the classes')
 
 
 def check_categories(names: Sequence[str], categories: Sequence[str], file: str) -> None:
@@ -61,7 +90,9 @@ def check_categories(names: Sequence[str], categories: Sequence[str], file: str)
         UserError: They are not.
     """
     check_names(names, 'metainfo.classes')
+    check_distinct(names, 'metainfo.classes has')
     chosen = [name for name in categories if name in set(names)]
+    check_distinct(chosen, f'{file} has categories of')
     # A file without any category is reported as what it is, an empty one.
     if not categories or chosen == list(names):
         return
@@ -115,7 +146,27 @@ def _compare(module: ModuleType) -> None:
     ) -> list[int]:
         if len(cat_names):
             check_categories(cat_names, *categories_of(self))
+        _check_numbers(self)
         return original(self, cat_names, sup_names, cat_ids)
+
+
+def _check_numbers(coco: Any) -> None:
+    """Refuse images and boxes that mmdet would leave out for their numbers."""
+    images = coco.dataset.get('images', ())
+    if len(coco.imgs) < len(images):
+        raise UserError(
+            f'{categories_of(coco)[1]} has {len(images)} images and {len(coco.imgs)} different '
+            'ids for them: each image needs an id of its own'
+        )
+    known = set(coco.cats)
+    for annotation in coco.dataset.get('annotations', ()) if known else ():
+        number = annotation.get('category_id', next(iter(known)))
+        if number not in known:
+            raise UserError(
+                f'annotation {annotation.get("id")} of {categories_of(coco)[1]} has the '
+                f'category_id {number!r}, and the categories there are numbered '
+                f'{listed(sorted(known, key=str))}'
+            )
 
 
 def categories_of(coco: Any) -> tuple[list[str], str]:

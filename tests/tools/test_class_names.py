@@ -27,6 +27,10 @@ def test_lists():
     assert difference('abc', 'ab') == 'there are 3 and 2 classes'
     assert displacement('abc', 'abd') is None
     assert displacement(['n1', 'n2'], ['tench', 'goldfish']) is None
+    assert (
+        displacement(['Big dog', 'cat'], ['cat', 'big_dog']) == "'Big dog' is class 0 and class 1"
+    )
+    assert displacement(['crane', 'x', 'crane'], ['crane', 'X', 'crane']) is None
     assert displacement('abc', 'acd') == "'c' is class 2 and class 1"
 
 
@@ -47,6 +51,12 @@ def detector(metainfo):
         ("metainfo=dict(classes=('b', 'a'))", "is in another order than the categories of '"),
         ("metainfo=dict(classes=('a', 'bb'))", "the class 'bb' of metainfo.classes is none of"),
         ("metainfo=dict(classes=('a', 'b', 'c'))", "the class 'c' of metainfo.classes is none of"),
+        ("metainfo=dict(classes=('a', 'b', 'a'))", "metainfo.classes has the name 'a' twice"),
+        ('metainfo=dict(classes=dict(a=0, b=1))', "whose order numbers the classes, not {'a': 0"),
+        (
+            "metainfo=dict(CLASSES=('a', 'b'))",
+            "metainfo.CLASSES is not read: its name is 'classes'",
+        ),
         ('metainfo=dict()', "none of the categories of '"),
     ],
 )
@@ -272,6 +282,36 @@ def test_annotations_that_cannot_be_evaluated(data, fails):
     assert (
         'val_evaluator (CocoMetric) needs iscrowd of each annotation, and annotation 3 of' in line
     )
+
+
+@pytest.mark.parametrize('data', ['mmdet'], indirect=True)
+def test_categories_that_a_file_numbers_otherwise(data, fails):
+    coco = json.loads((data / 'train.json').read_text())
+    for box in coco['annotations']:
+        box['category_id'] -= 1
+    (data / 'train.json').write_text(json.dumps(coco))
+    line = fails(main_train, 'config.py')
+    assert "train.json' has the category_id 0, and the categories there are numbered (1, 2)" in line
+    coco['categories'].append(dict(id=0, name='a'))
+    (data / 'train.json').write_text(json.dumps(coco))
+    assert "train.json' has categories of the name 'a' twice" in fails(main_train, 'config.py')
+    coco['images'][1]['id'] = 0
+    (data / 'train.json').write_text(json.dumps(coco | dict(categories=coco['categories'][:2])))
+    assert "train.json' has 4 images and 3 different ids" in fails(main_train, 'config.py')
+
+
+@pytest.mark.parametrize('data', ['mmdet'], indirect=True)
+def test_what_a_metric_cannot_do(data, fails, capsys):
+    def line(option):
+        return fails(main_train, 'config.py', '--cfg-options', option)
+
+    assert 'and model (SingleStageDetector) predicts no masks' in line('val_evaluator.metric=segm')
+    assert "(CocoMetric): metric should be one of 'bbox'" in line('val_evaluator.metric=mAP')
+    coco = json.loads((data / 'train.json').read_text())
+    coco['annotations'][2]['id'] = 0
+    (data / 'train.json').write_text(json.dumps(coco))
+    main_train(['config.py'])
+    assert 'has an annotation of the id 0, which val_evaluator' in ''.join(capsys.readouterr())
 
 
 @pytest.mark.parametrize('data', ['mmdet', 'mmpretrain'], indirect=True)

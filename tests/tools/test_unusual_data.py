@@ -9,6 +9,8 @@ import torch
 
 from mmvim.cli.diagnosis import explain
 from mmvim.cli.launcher import main_test, main_train
+from mmvim.engine.hooks import data_check
+from mmvim.errors import UserError
 
 
 @pytest.fixture
@@ -146,6 +148,112 @@ def test_lists_of_images(data, fails, line):
     (data / 'train.txt').write_text(f'1.png 1\n{line}\n')
     said = fails(main_train, 'config.py')
     assert f"train.txt': line 2 is {line!r}, and each must be a path, a space and the" in said
+
+
+@of('mmpretrain')
+@pytest.mark.parametrize('line', ['9.png 0', '"0.png" 0', '0.png  0', 'images/0.png 1'])
+def test_listed_images_that_do_not_exist(data, fails, line):
+    (data / 'other.txt').write_text(f'0.png 0\n1.png 1\n{line}\n')
+    option = ['--cfg-options', 'val_dataloader.dataset.ann_file=other.txt']
+    said = fails(main_train, 'config.py', *option)
+    assert 'error: val_dataloader.dataset (CustomDataset): ' in said
+    assert said.endswith('does not exist')
+    assert not list(Path('work_dirs').glob('*/*.pth'))
+
+
+@of('mmpretrain')
+def test_absent_images_are_looked_for_in_long_lists(data):
+    from mmpretrain.datasets import CustomDataset
+
+    names = [f'{i % 4}.png 0' for i in range(50)] + ['8.png 0', '9.png 0'] * 50
+    (data / 'other.txt').write_text('\n'.join(names))
+
+    def check(*steps, **options):
+        dataset = CustomDataset(
+            str(data), 'images', 'other.txt', pipeline=[*steps, dict(type='PackInputs')]
+        )
+        data_check._check_files(dataset, 'train_dataloader.dataset', **options)
+
+    load = dict(type='LoadImageFromFile')
+    with pytest.raises(UserError, match=r'8.png. does not exist, nor do 99 other files; in mmvim'):
+        check(load)
+    with pytest.raises(UserError, match=r'nor do 9 other files of 15 that were looked for'):
+        check(load, most=15)
+    # Remote storage, and loaders that go on without a file.
+    check(dict(load, ignore_empty=True))
+    check(dict(load, backend_args=dict(backend='local')))
+
+
+@of('mmseg')
+def test_label_maps_that_do_not_exist(data, fails):
+    (data / 'maps' / '2.png').unlink()
+    said = fails(main_train, 'config.py')
+    assert "maps/2.png' does not exist; in mmvim.SkipFailures it is left out" in said
+    Path('skip.py').write_text(
+        "_base_ = 'config.py'\ntrain_dataloader = dict(dataset=dict(_delete_=True, "
+        "type='mmvim.SkipFailures', dataset=_base_.dataset))\n"
+        'val_cfg = val_dataloader = val_evaluator = None\n'
+    )
+    assert main_train(['skip.py']).iter == 1
+
+
+@of('mmseg')
+def test_segmentation_of_two_classes(data, fails, capsys, recwarn):
+    main_train(['config.py'])
+    assert not [w for w in recwarn if 'binary segmentation' in str(w.message)]
+
+    def line(option):
+        return fails(main_train, 'config.py', '--cfg-options', option)
+
+    one = 'model.decode_head.out_channels=1'
+    assert 'model.decode_head has out_channels=1, for which its loss_decode (Cross' in line(one)
+    sigmoid = 'model.decode_head.loss_decode.use_sigmoid=True'
+    assert main_train(['config.py', '--cfg-options', one, sigmoid]).iter == 1
+    said = line('val_dataloader.dataset.img_suffix=.jpg')
+    assert "data/images' has no file that ends with img_suffix, '.jpg'" in said
+
+
+@of('mmpretrain')
+def test_a_listed_video_that_does_not_exist(data, fails):
+    (data / 'train.txt').write_text('0.mp4 0\n1.mp4 1\n')
+    steps = "[dict(type='mmvim.LoadVideo',num_frames=2),dict(type='mmvim.PackVideo')]"
+    kind = "_delete_=True, type='mmvim.VideoDataset', ann_file='train.txt'"
+    kind += ", metainfo=dict(classes=('a', 'b'))"
+    Path('video.py').write_text(
+        f"_base_ = 'config.py'\n"
+        f'dataset = dict({kind}, data_root={str(data)!r}, pipeline={steps})\n'
+        'train_dataloader = val_dataloader = test_dataloader = dict(dataset=dataset)\n'
+    )
+    line = fails(main_train, 'video.py')
+    assert "train_dataloader.dataset (VideoDataset): '" in line
+    assert "0.mp4' does not exist, nor do 1 other files" in line
+
+
+@pytest.mark.parametrize('data', ['mmpretrain', 'mmseg'], indirect=True)
+def test_labels_of_the_evaluation(data, fails):
+    """Labels that count from 1 in the validation alone."""
+    import numpy as np
+    from PIL import Image
+
+    if Path.cwd().name == 'mmpretrain':
+        (data / 'other.txt').write_text('0.png 1\n1.png 2\n')
+        change = "ann_file='other.txt'"
+    else:
+        (data / 'other').mkdir()
+        for i in range(4):
+            labels = np.asarray(Image.open(data / 'maps' / f'{i}.png')) + 1
+            Image.fromarray(labels).save(data / 'other' / f'{i}.png')
+        change = "data_prefix=dict(seg_map_path='other')"
+    Path('other.py').write_text(
+        f"_base_ = 'config.py'\nval_dataloader = dict(dataset=dict({change}))\n"
+        'test_dataloader = val_dataloader\n'
+    )
+    for line in (
+        fails(main_train, 'other.py'),
+        fails(main_test, 'other.py', 'work_dirs/other/iter_1.pth'),
+    ):
+        assert 'error: label 2 of ' in line
+        assert 'head.num_classes = 2; allowed: 0 to 1' in line
 
 
 def test_parameters_without_gradient(tmp_path):

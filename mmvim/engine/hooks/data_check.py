@@ -1,5 +1,6 @@
 """Consistency of the data with the model's classes."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,12 +10,14 @@ from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from mmvim._configs import type_name
+from mmvim._configs import is_local, type_name
 from mmvim.checkpoints.loading import unwrapped
+from mmvim.datasets.skip_failures import SkipFailures
 from mmvim.engine.batches import check_length
 from mmvim.engine.class_names import (
     categories_of,
     check_categories,
+    check_distinct,
     check_names,
     difference,
     displacement,
@@ -22,9 +25,11 @@ from mmvim.engine.class_names import (
     names_in_xml,
 )
 from mmvim.engine.tasks import TASKS, check_packed
-from mmvim.errors import UserError, did_you_mean
+from mmvim.errors import UserError, did_you_mean, from_where
 from mmvim.registry import HOOKS
 
+#: Transforms that open the file of a sample by its path.
+_FILE_LOADERS = ('LoadImageFromFile', 'LoadVideo')
 #: Folders that hold parts of a data set, and not the images of a class.
 _SPLITS = {'train', 'training', 'val', 'valid', 'validation', 'test', 'testing'}
 
@@ -35,9 +40,9 @@ class DataCheckHook(Hook):
 
     Before the run, names and numbers of classes are compared: those of the data sets of all loops,
     their annotation files and folders, heads, data preprocessor, metrics and, in a test, the
-    checkpoint. In the first pass over the training data, each label is compared with the number of
-    classes before the model sees it: on a GPU a label that is too large would otherwise fail an
-    assertion in a kernel.
+    checkpoint; and files are looked for. In the first pass over the data of a loop, each label is
+    compared with the number of classes: in training, one that is too large would fail an assertion
+    in a GPU's kernel, and metrics count it as wrong or leave it out.
     Only the task libraries of :data:`mmvim.engine.tasks.TASKS` are known; others are left alone.
 
     Args:
@@ -48,7 +53,7 @@ class DataCheckHook(Hook):
 
     def __init__(self, loops: tuple[str, ...] = ('train', 'val')):
         self.loops = loops
-        self._unseen = 0
+        self._unseen: dict[str, int] = {}
         self._outputs: dict[str, int] = {}
         self._task = None
 
@@ -64,6 +69,7 @@ class DataCheckHook(Hook):
         if self._task is not None:
             self._outputs = self._task.class_outputs(model)
             _check_model(model, self._outputs, self._ignored_label(runner))
+            _check_binary(model)
         first = None
         for loop in self.loops:
             if getattr(runner, f'_{loop}_loop') is None:
@@ -71,6 +77,8 @@ class DataCheckHook(Hook):
             dataset = getattr(runner, f'{loop}_dataloader').dataset
             where = f'{loop}_dataloader.dataset ({type(dataset).__name__})'
             self._check_dataset(dataset, where)
+            if self._outputs and hasattr(dataset, '__len__'):
+                self._unseen[loop] = len(dataset)
             check_length(getattr(runner, f'{loop}_dataloader'), f'{loop}_dataloader')
             if loop == 'train':
                 self._check_boxes(dataset, where)
@@ -112,6 +120,8 @@ class DataCheckHook(Hook):
             raise UserError(
                 f'{where} is empty: no sample was found, or filter_cfg removed all of them'
             )
+        for part in _parts(dataset, skip=SkipFailures):
+            _check_files(part, where)
         classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
         check_names(classes, f'{where}: metainfo.classes')
         if classes is None:
@@ -155,6 +165,9 @@ class DataCheckHook(Hook):
                 f'{where} has no box: its annotations name none of its images, or none of its '
                 'classes'
             )
+        for part in _parts(dataset):
+            if type(part).__name__ == 'XMLDataset':
+                check_distinct(classes or (), f'{where}: metainfo.classes has')
         for part in _parts(dataset) if len(seen) < len(classes or ()) else ():
             found = names_in_xml(part)
             for name in set(classes) - found if found else ():
@@ -195,6 +208,18 @@ class DataCheckHook(Hook):
         if coco is None or not hasattr(coco, 'imgs'):
             return
         categories, file = categories_of(coco)
+        model = unwrapped(runner.model)
+        if 'segm' in getattr(metric, 'metrics', ()) and not any(
+            'mask' in part for part, _ in model.named_modules()
+        ):
+            raise UserError(
+                f"{name} has metric='segm', and model ({type(model).__name__}) predicts no masks"
+            )
+        if 0 in coco.anns:
+            runner.logger.warning(
+                f'{file} has an annotation of the id 0, which {name} counts as missed whatever the '
+                'model finds: number annotations from 1'
+            )
         for annotation in coco.dataset.get('annotations', ()):
             lacking = [key for key in ('area', 'iscrowd') if key not in annotation]
             if lacking and 'bbox' in annotation:
@@ -234,8 +259,6 @@ class DataCheckHook(Hook):
         ignored = self._ignored_label(runner)
         if self._outputs and ignored is not None and min(self._outputs.values()) > 1:
             _check_maps(dataset, ignored)
-        if self._outputs and hasattr(dataset, '__len__'):
-            self._unseen = len(dataset)
 
     def before_test(self, runner) -> None:
         """Compare strides with the first batch."""
@@ -264,17 +287,29 @@ class DataCheckHook(Hook):
                 _compare_once(module, f'model.{name}', strides, sizes)
 
     def before_train_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Check the labels of a batch.
+        """Check the labels of a batch."""
+        self._check_labels(runner, 'train', data_batch)
+
+    def before_val_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Check the labels of a batch."""
+        self._check_labels(runner, 'val', data_batch)
+
+    def before_test_iter(self, runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Check the labels of a batch."""
+        self._check_labels(runner, 'test', data_batch)
+
+    def _check_labels(self, runner: Any, loop: str, data_batch: Any) -> None:
+        """Refuse labels that are negative or not below the number of classes.
 
         Raises:
-            UserError: A label is negative or not below the number of classes.
+            UserError: There is such a label in the first pass over a data set.
         """
-        if self._unseen <= 0:
+        if self._unseen.get(loop, 0) <= 0:
             return
         samples = data_batch.get('data_samples') if isinstance(data_batch, dict) else None
         if not isinstance(samples, list | tuple):
             return
-        self._unseen -= len(samples) * runner.world_size
+        self._unseen[loop] -= len(samples) * runner.world_size
         name, count = min(self._outputs.items(), key=lambda item: item[1])
         ignored = self._ignored_label(runner)
         found = [self._task.labels(sample) for sample in samples if hasattr(sample, 'get')]
@@ -316,14 +351,40 @@ def _classes(dataset: Any) -> list[str] | None:
     return None if classes is None or isinstance(classes, str) else list(classes)
 
 
-def _parts(dataset: Any) -> Iterator[Any]:
-    """The data sets inside wrappers, or the data set itself."""
+def _parts(dataset: Any, skip: type | tuple = ()) -> Iterator[Any]:
+    """The data sets inside wrappers other than ``skip``, or the data set itself."""
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
-    for part in inner:
+    for part in () if isinstance(dataset, skip) else inner:
         if part is None:
             yield dataset
         else:
-            yield from _parts(part)
+            yield from _parts(part, skip)
+
+
+def _check_files(dataset: Any, where: str, most: int = 2000) -> None:
+    """Refuse samples of files that do not exist; of a long list, some are looked for."""
+    steps = list(getattr(getattr(dataset, 'pipeline', None), 'transforms', ()))
+    loader = steps[0] if steps else None
+    # Other loaders, and other storage, may use paths in their own ways.
+    if type(loader).__name__ not in _FILE_LOADERS or getattr(loader, 'backend_args', None):
+        return
+    if getattr(loader, 'ignore_empty', False) or getattr(loader, 'on_error', 'raise') != 'raise':
+        return
+    keys = ['img_path']
+    if any('Annotations' in type(step).__name__ for step in steps):
+        keys.append('seg_map_path')
+    step = max(1, len(dataset) // most)
+    looked = [dataset.get_data_info(i) for i in range(0, len(dataset), step)]
+    paths = [info.get(key) for info in looked for key in keys]
+    paths = [path for path in paths if isinstance(path, str) and is_local(path)]
+    absent = [path for path in paths if not os.path.exists(path)]
+    if absent:
+        raise UserError(
+            f'{where}: {absent[0]!r} does not exist{from_where(absent[0])}'
+            + (f', nor do {len(absent) - 1} other files' if absent[1:] else '')
+            + (f' of {len(paths)} that were looked for' if step > 1 else '')
+            + ('; in mmvim.SkipFailures it is left out' if where.startswith('train') else '')
+        )
 
 
 def _samples(dataset: Any) -> Iterator[dict]:
@@ -375,6 +436,20 @@ def _check_model(model: nn.Module, outputs: dict[str, int], ignored: int | None)
     head = getattr(model, 'head', None)
     if getattr(head, 'cal_acc', False):
         _check_counts(head, 'model.head', outputs)
+
+
+def _check_binary(model: nn.Module) -> None:
+    """Refuse one output for two classes with a loss of several outputs."""
+    for name, head in model.named_modules():
+        losses = getattr(head, 'loss_decode', None)
+        if getattr(head, 'out_channels', None) != 1 or not isinstance(losses, nn.Module):
+            continue
+        for loss in losses if isinstance(losses, nn.ModuleList) else [losses]:
+            if getattr(loss, 'use_sigmoid', True) is False:
+                raise UserError(
+                    f'model.{name} has out_channels=1, for which its loss_decode '
+                    f'({type(loss).__name__}) needs use_sigmoid=True'
+                )
 
 
 def _check_counts(component: Any, name: str, outputs: dict[str, int]) -> None:
