@@ -33,6 +33,7 @@ _WARNINGS = (
     'Default ``avg_non_ignore`` is False',
     'For binary segmentation, we suggest using',
     "Only use 'alpha' for pillow backend",
+    'The shape of value will convert from',
 )
 
 
