@@ -101,7 +101,7 @@ class BuildLibrary(build_ext):
             if os.environ.get('MMVIM_SKIP_BUILD', '0') == '1':
                 raise builder.BuildError('MMVIM_SKIP_BUILD=1 when mmvim was installed')
             builder.build(folder, objects=ROOT / 'build' / 'objects')
-            self.files.append(folder / builder.LIBRARY_NAME)
+            self.files += [folder / builder.LIBRARY_NAME, folder / builder.ONNX_NAME]
         except Exception as error:
             if FOR_OTHERS:
                 raise

@@ -1,9 +1,10 @@
-"""Compilation of this folder's sources into one shared library.
+"""Compilation of this folder's sources into two shared libraries.
 
 The only place that knows sources, flags and tools. setup.py uses it (library inside the package),
 ``mmvim.ops.build()`` uses it (library in a cache), and ``python csrc/build.py`` compiles by hand or
 checks that the CUDA sources compile. Needs torch and a C++ compiler; nvcc for the CUDA kernels, but
-no GPU. The library registers kernels with torch's dispatcher and knows nothing of Python.
+no GPU. The library registers kernels with torch's dispatcher and knows nothing of Python; the one
+for ONNX Runtime contains the scan alone and knows nothing of torch either.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ MACOS = sys.platform == 'darwin'
 X86 = platform.machine().lower() in ('x86_64', 'amd64')
 
 LIBRARY_NAME = '_C.pyd' if WINDOWS else '_C.so'
+ONNX_NAME = '_onnx.dll' if WINDOWS else '_onnx.so'
 INFO_NAME = '_build_info.json'
 
 # The CPU kernels are compiled once for each of these; the best one is chosen at run time.
@@ -54,6 +56,11 @@ _MSVC_FLAGS = (
 _NVCC_FLAGS = ('-O3', '-std=c++17')
 # Not worth the slow optimisation of -O3, like the glue: the outer loops of the scan.
 _O2_KERNELS = ('selective_scan/cpu_scan.cpp',)
+
+# What the library for ONNX Runtime shares with torch's.
+_FOR_ONNX = re.compile(
+    r'common/(isa|cpu_.*)\.cpp|selective_scan/(cpu_.*\.cpp|cuda_(forward.*|shared)\.cu)'
+)
 
 _NAMED_ARCHITECTURES = {
     'Turing': '7.5+PTX',
@@ -84,17 +91,28 @@ class Unit:
 
     @property
     def kind(self) -> str:
-        """Kind of compilation, by its name: 'cuda', 'cuda-glue', 'kernel' or 'glue'.
+        """Kind of compilation, by its name.
 
-        ``*.cu`` are CUDA kernels, ``cuda*.cpp`` what calls them; ``cpu_*.cpp`` are CPU kernels, any
-        other ``.cpp`` calls them. Kernels include no header of torch.
+        ``*.cu`` are 'cuda' kernels, ``cuda*.cpp`` the 'cuda-glue' that calls them; ``cpu_*.cpp``
+        are CPU 'kernel', any other ``.cpp`` is 'glue' that calls them. ``onnx*.cpp`` and
+        ``onnx_cuda*.cpp`` call them for ONNX Runtime. Only the two kinds of glue include headers of
+        torch.
         """
         name = self.source.rpartition('/')[2]
         if name.endswith('.cu'):
             return 'cuda'
+        if name.startswith('onnx'):
+            return 'onnx-cuda' if name.startswith('onnx_cuda') else 'onnx'
         if name.startswith('cuda'):
             return 'cuda-glue'
         return 'kernel' if name.startswith('cpu_') else 'glue'
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The libraries that it is linked into."""
+        if self.kind.startswith('onnx'):
+            return (ONNX_NAME,)
+        return (LIBRARY_NAME, ONNX_NAME) if _FOR_ONNX.fullmatch(self.source) else (LIBRARY_NAME,)
 
     @property
     def label(self) -> str:
@@ -118,7 +136,9 @@ def isas() -> tuple[str, ...]:
 
 def units(cuda: bool) -> list[Unit]:
     """Everything to compile, the slowest first."""
-    kinds = ('cuda', 'cuda-glue', 'glue', 'kernel') if cuda else ('glue', 'kernel')
+    kinds = ('glue', 'kernel', 'onnx')
+    if cuda:
+        kinds = ('cuda', 'cuda-glue', 'onnx-cuda', *kinds)
     found = [Unit(_relative(p)) for p in sorted(ROOT.rglob('*')) if p.suffix in ('.cpp', '.cu')]
     return [
         Unit(unit.source, isa)
@@ -136,7 +156,7 @@ def sources_hash(cuda: bool) -> str:
     for path in sorted(ROOT.rglob('*')):
         if path.suffix not in ('.h', '.cpp', '.cu', '.cuh'):
             continue
-        if cuda or not (path.suffix in ('.cu', '.cuh') or path.name.startswith('cuda')):
+        if cuda or not (path.suffix in ('.cu', '.cuh') or re.match('(onnx_)?cuda', path.name)):
             digest.update(_relative(path).encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -337,8 +357,10 @@ class _Compiler:
             standard = self.standard
         else:
             standard = 'c++17'
-        if unit.kind == 'cuda-glue':
+        if unit.kind in ('cuda-glue', 'onnx-cuda'):
             includes.append(self.cuda.home / 'include')
+        if unit.kind == 'onnx' and self.cuda is not None:
+            defines.append('MMVIM_BUILD_CUDA')
         if unit.source == 'common/runtime.cpp' and not MACOS:
             # torch before 2.10: at::parallel_for is a template over OpenMP.
             flags.append('/openmp' if WINDOWS else '-fopenmp')
@@ -354,10 +376,14 @@ class _Compiler:
         return [*shlex.split(self.cxx), *flags, '-c', source, '-o', str(out)]
 
     def link(self, objects: Sequence[Path], out: Path) -> list[str]:
-        libraries = ['c10', 'torch_cpu', 'torch']
-        folders = [self.torch_root / 'lib']
+        libraries, folders = [], []
+        if out.name == LIBRARY_NAME:
+            libraries = ['c10', 'torch_cpu', 'torch']
+            folders = [self.torch_root / 'lib']
         if self.cuda is not None:
-            libraries += ['c10_cuda', 'torch_cuda', 'cudart']
+            # A session on a CPU needs no CUDA: its runtime is part of the library.
+            runtime = ['cudart_static'] if WINDOWS else ['cudart_static', 'dl', 'rt', 'pthread']
+            libraries += ['c10_cuda', 'torch_cuda', 'cudart'] if libraries else runtime
             lib = self.cuda.home / ('lib/x64' if WINDOWS else 'lib64')
             folders.append(lib if lib.is_dir() else self.cuda.home / 'lib')
         files = [str(o) for o in objects]
@@ -478,10 +504,11 @@ def build(
     report: Report = print,
     objects: Path | None = None,
 ) -> dict:
-    """Build the library and its description into ``folder``.
+    """Build the libraries and their description into ``folder``.
 
     Args:
-        folder: Receives ``_C.so`` (``.pyd`` on Windows) and ``_build_info.json``.
+        folder: Receives ``_C.so`` (``.pyd`` on Windows), ``_onnx.so`` (``.dll``) and
+            ``_build_info.json``.
         cuda: As for :func:`find_cuda`.
         report: Called with lines of progress.
         objects: Folder that keeps object files for the next build, and the compiler's temporary
@@ -515,13 +542,15 @@ def build(
         objects.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='mmvim-', dir=objects) as scratch:
         built = compile_units(compiler, wanted, objects or Path(scratch), report)
-        temporary = Path(scratch) / LIBRARY_NAME
-        _run(compiler.link(built, temporary), 'the library (link)', Path(scratch))
-        size = temporary.stat().st_size
-        # A process may have mapped the old library: replace it, never write into it.
-        staged = folder / f'{os.getpid()}_{LIBRARY_NAME}'
-        shutil.copyfile(temporary, staged)
-        os.replace(staged, folder / LIBRARY_NAME)
+        for name in (ONNX_NAME, LIBRARY_NAME):
+            temporary = Path(scratch) / name
+            parts = [out for unit, out in zip(wanted, built, strict=True) if name in unit.libraries]
+            _run(compiler.link(parts, temporary), f'{name} (link)', Path(scratch))
+            size = temporary.stat().st_size
+            # A process may have mapped the old library: replace it, never write into it.
+            staged = folder / f'{os.getpid()}_{name}'
+            shutil.copyfile(temporary, staged)
+            os.replace(staged, folder / name)
     seconds = time.monotonic() - start
     info = {
         'torch': torch.__version__,
@@ -568,7 +597,7 @@ def check_cuda(architecture: str, folder: Path | None = None, report: Report = p
         return False
     nvcc, home = toolkit
     config = CudaConfig(nvcc, home, (architecture,))
-    wanted = [u for u in units(True) if u.kind == 'cuda']
+    wanted = [u for u in units(True) if u.kind in ('cuda', 'onnx-cuda')]
     import torch
 
     if torch.version.cuda is not None:

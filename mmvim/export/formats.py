@@ -106,6 +106,7 @@ def export_model(
     tolerance: float | None = None,
     opset: int | None = None,
     dtype: str = 'float32',
+    custom_ops: bool = False,
 ) -> ExportReport:
     """Export a model on the CPU, and compare the file's outputs with the model's.
 
@@ -125,6 +126,9 @@ def export_model(
         opset: Version of the ONNX operators, 18 or later. Defaults to None: 18.
         dtype: 'float32', 'float16' or 'bfloat16', that of weights and activations; inputs, outputs
             and scans are float32. onnxruntime has no bfloat16 on a CPU. Defaults to 'float32'.
+        custom_ops: Whether the scans of an ONNX file are mmvim's operator, which is as fast as in
+            PyTorch, and which onnxruntime finds in the library of
+            :func:`mmvim.export.onnx_scan.custom_library` only. Defaults to False.
 
     Raises:
         ValueError: An argument is invalid.
@@ -140,6 +144,8 @@ def export_model(
         raise ValueError("format 'aoti' is compiled for one shape: dynamic must be 'none'")
     if opset is not None and (format != 'onnx' or not isinstance(opset, int) or opset < 18):
         raise ValueError(f"opset={opset!r} must be an integer from 18 on, for format 'onnx' only")
+    if custom_ops and format != 'onnx':
+        raise ValueError(f"custom_ops are for format 'onnx' only, not {format!r}")
     if len(input_shape) not in (4, 5) or any(side < 1 for side in input_shape):
         raise ValueError(
             'input_shape must be (batch, channels, [frames,] height, width), '
@@ -163,7 +169,7 @@ def export_model(
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            chosen = {'opset': opset} if format == 'onnx' else {}
+            chosen = {'opset': opset, 'custom_ops': custom_ops} if format == 'onnx' else {}
             _WRITERS[format](module, example, dynamic, dict(metadata or {}), temporary, **chosen)
         seconds = time.perf_counter() - start
         differences = compare(original, open_exported(temporary), shapes)
@@ -274,9 +280,10 @@ def _write_onnx(
     dynamic: str,
     metadata: dict,
     path: Path,
-    opset: int | None = None,
+    opset: int | None,
+    custom_ops: bool,
 ) -> None:
-    write_onnx(module, {'images': example}, None, dynamic, metadata, path, opset)
+    write_onnx(module, {'images': example}, None, dynamic, metadata, path, opset, custom_ops)
 
 
 def write_onnx(
@@ -287,6 +294,7 @@ def write_onnx(
     metadata: Mapping[str, Any],
     path: Path,
     opset: int | None = None,
+    custom_ops: bool = False,
 ) -> None:
     """Write an ONNX file, unchecked; names of inputs and outputs, the rest as for exports.
 
@@ -298,7 +306,9 @@ def write_onnx(
     if not hasattr(torch.onnx, 'ops'):
         raise ExportError(f'exports to ONNX need torch 2.8 or later; this is {torch.__version__}')
     examples = tuple(inputs.values())
-    program = exported_program(module, examples, dynamic, 'onnx')
+    if custom_ops:
+        onnx_scan.custom_library()
+    program = exported_program(module, examples, dynamic, 'onnx_custom' if custom_ops else 'onnx')
     opset = OPSET if opset is None else opset
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         exported = torch.onnx.export(
@@ -393,14 +403,7 @@ def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.
     """
     kind = format_of(path)
     if kind == 'onnx':
-        onnxruntime = require('onnxruntime', 'running ONNX files')
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=['CPUExecutionProvider']
-        )
+        session = _onnx_session(path, threads)
         name = session.get_inputs()[0].name
         return lambda images: session.run(
             None, images if isinstance(images, dict) else {name: images}
@@ -413,6 +416,18 @@ def open_exported(path: str | Path, threads: int | None = None) -> Callable[[np.
         function = torch._inductor.aoti_load_package(str(path))
 
     return as_function(function)
+
+
+def _onnx_session(path: str | Path, threads: int | None = None) -> Any:
+    onnxruntime = require('onnxruntime', 'running ONNX files')
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    # Most files need no library.
+    with contextlib.suppress(RuntimeError):
+        options.register_custom_ops_library(str(onnx_scan.custom_library()))
+    return onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
 
 
 def as_function(module: Callable) -> Callable[[np.ndarray], list]:
@@ -447,9 +462,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     kind = format_of(path)
     files = {METADATA: ''}
     if kind == 'onnx':
-        onnxruntime = require('onnxruntime', 'reading ONNX files')
-        session = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-        files.update(session.get_modelmeta().custom_metadata_map)
+        files.update(_onnx_session(path).get_modelmeta().custom_metadata_map)
     elif kind == 'torchscript':
         torch.jit.load(str(path), _extra_files=files)
     elif kind == 'program':

@@ -17,10 +17,14 @@ all. A longer sequence is an error when the file runs.
 """
 
 import functools
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mmvim.ops import TWO_TAP, backend_info
 
 MIN_STEPS, MAX_STEPS = 8, 16
 """Steps of a chunk; a sequence's number is the one that needs the least padding."""
@@ -31,6 +35,8 @@ DOUBLINGS = 8
 MAX_DYNAMIC_LENGTH = MAX_STEPS**2 * 2**DOUBLINGS
 """Longest sequence in a file for images of any size."""
 DOMAIN = 'mmvim'
+OPERATOR = 'selective_scan'
+"""The operator that files with custom operators keep."""
 
 _END = torch.iinfo(torch.int64).max
 
@@ -66,6 +72,56 @@ def scan_general(
 ) -> tuple[Tensor, Tensor]:
     """The same with precomputed decays and drives: a, drive (b, l, ..., n, d)."""
     return _opaque('ScanGeneral', (a, drive, C, start), C, a.shape[-1], reverse)
+
+
+def custom_scan(
+    inputs: tuple[Tensor | None, ...], delta_softplus: bool, discretization: str, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """A scan by the operator of :func:`custom_library`, which stays in the graph.
+
+    Args:
+        inputs: u, delta, A, B, C, D, delta_bias, initial_state and seq_idx of
+            :func:`mmvim.ops.selective_scan`; float32, and int32 for the last. All but the first
+            five may be None.
+        delta_softplus: As for that op.
+        discretization: As for that op.
+        reverse: As for that op.
+
+    Returns:
+        y (b, l, d), without gate, and the last state.
+    """
+    u, A = inputs[0], inputs[2]
+    channels, states = A.shape
+    parts = 2 if discretization in TWO_TAP else 1
+    return torch.onnx.ops.symbolic_multi_out(
+        f'{DOMAIN}::{OPERATOR}',
+        inputs,
+        {
+            'delta_softplus': int(delta_softplus),
+            'discretization': discretization,
+            'reverse': int(reverse),
+        },
+        dtypes=(torch.float32, torch.float32),
+        shapes=(tuple(u.shape), (u.shape[0], channels, parts * states)),
+        version=1,
+    )
+
+
+def custom_library() -> Path:
+    """The shared library with the operator, for ``SessionOptions.register_custom_ops_library``.
+
+    It needs onnxruntime 1.17 or later, and neither mmvim nor torch: it may be copied.
+
+    Raises:
+        RuntimeError: mmvim's kernels are not compiled, with the reason.
+    """
+    info = backend_info()
+    if not info['loaded']:
+        raise RuntimeError(f"onnxruntime's operator is part of the kernels, but {info['reason']}")
+    path = Path(info['library']).with_name('_onnx.dll' if os.name == 'nt' else '_onnx.so')
+    if not path.is_file():
+        raise RuntimeError(f'{path} is missing: build the kernels again (python csrc/build.py)')
+    return path
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -108,7 +164,7 @@ def expand(model: Any) -> Any:
     # The inliner wants one version of the operators everywhere; 18 to 24 agree on those used here.
     opsets = [entry for entry in model.opset_import if not entry.domain]
     for node in model.graph.node:
-        if node.domain != DOMAIN:
+        if node.domain != DOMAIN or node.op_type == OPERATOR:
             continue
         kind, count = node.op_type, _WRITERS[node.op_type][1]
         has_start = len(node.input) > count and bool(node.input[count])
@@ -118,10 +174,12 @@ def expand(model: Any) -> Any:
             functions[name] = _function(name, kind, has_start, options, opsets)
         node.op_type = name
         del node.attribute[:], node.input[count + has_start :]
-    model.functions.extend(functions.values())
-    model = onnx.inliner.inline_local_functions(model)
-    for entry in [x for x in model.opset_import if x.domain == DOMAIN]:
-        model.opset_import.remove(entry)
+    if functions:
+        model.functions.extend(functions.values())
+        model = onnx.inliner.inline_local_functions(model)
+    if all(node.domain != DOMAIN for node in model.graph.node):
+        for entry in [x for x in model.opset_import if x.domain == DOMAIN]:
+            model.opset_import.remove(entry)
     return model
 
 

@@ -21,7 +21,7 @@ from mmvim.ops.discretization import coefficients
 
 from . import onnx_scan
 
-KINDS = ('graph', 'onnx', 'script')
+KINDS = ('graph', 'onnx', 'onnx_custom', 'script')
 
 Loop = Callable[..., tuple[Tensor, Tensor]]
 
@@ -137,9 +137,13 @@ def _direction(
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One direction without gate, in the compute dtype, and its last state."""
-    zoh, general = _loops(kind)
     dtype, groups, states = compute_dtype(u.dtype), *B.shape[2:]
     u, delta, B, C = (x.to(dtype) for x in (u, delta, B, C))
+    if kind == 'onnx_custom':
+        optional = (None if x is None else x.to(dtype) for x in (D, delta_bias, initial_state))
+        inputs = u, delta, A.to(dtype), B, C, *optional, seq_idx
+        return onnx_scan.custom_scan(inputs, delta_softplus, method, reverse)
+    zoh, general = _loops(kind)
     if delta_bias is not None:
         delta = delta + delta_bias
     if delta_softplus:
@@ -307,7 +311,8 @@ def portable_ops(kind: str = 'graph') -> intercept_ops:
 
     Args:
         kind: 'graph' for ``torch.export`` and AOTInductor, 'onnx' for the ``torch.export`` that
-            becomes ONNX (:mod:`mmvim.export.onnx_scan`), 'script' for TorchScript.
+            becomes ONNX (:mod:`mmvim.export.onnx_scan`), 'onnx_custom' for the same with mmvim's
+            operator, 'script' for TorchScript.
 
     Raises:
         ValueError: For another kind.

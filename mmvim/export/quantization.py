@@ -65,6 +65,7 @@ def quantize(
 
 
 def _dynamic(model, out, images) -> None:
+    from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
@@ -73,7 +74,8 @@ def _dynamic(model, out, images) -> None:
         op_types_to_quantize=['MatMul', 'Gemm'],
         per_channel=True,
         weight_type=QuantType.QInt8,
-        extra_options={'MatMulConstBOnly': True},
+        # Shapes and types behind mmvim's operator cannot be inferred.
+        extra_options={'MatMulConstBOnly': True, 'DefaultTensorType': TensorProto.FLOAT},
     )
 
 

@@ -80,6 +80,7 @@ def export_stream(
     overwrite: bool = False,
     tolerance: float = TOLERANCES['float32'],
     opset: int | None = None,
+    custom_ops: bool = False,
 ) -> dict[Path, float]:
     """Export a streaming model to two ONNX files, for the first chunk and for all others.
 
@@ -94,6 +95,7 @@ def export_stream(
         overwrite: Whether the files may exist. Defaults to False.
         tolerance: Largest difference, relative to outputs above 1, over four chunks.
         opset: Version of the ONNX operators, 18 or later. Defaults to None: 18.
+        custom_ops: As for :func:`mmvim.export.formats.export_model`. Defaults to False.
 
     Returns:
         The largest difference of each file.
@@ -126,7 +128,7 @@ def export_stream(
             for first, path in temporary.items():
                 about = {**(metadata or {}), 'first_chunk': first, 'chunk': list(chunk_shape[1:])}
                 step = StreamStep(model, first)
-                write_onnx(step, inputs, OUTPUTS, 'batch', about, path, opset)
+                write_onnx(step, inputs, OUTPUTS, 'batch', about, path, opset, custom_ops)
         differences = _compare(model, temporary, (batch + 1, *chunk_shape[1:]))
         if not max(differences.values()) <= tolerance:
             raise ExportError(f'the exported files differ from the model: {differences}')

@@ -183,7 +183,7 @@ def build(verbose: bool = True, cuda: bool | None = None) -> Path:
                     folder.mkdir(mode=0o700, exist_ok=True)
                     # The description comes last: without a matching one a library is not loaded.
                     (folder / builder.INFO_NAME).unlink(missing_ok=True)
-                    for name in (builder.LIBRARY_NAME, builder.INFO_NAME):
+                    for name in (builder.ONNX_NAME, builder.LIBRARY_NAME, builder.INFO_NAME):
                         _write_to_disk(new / name)
                         os.replace(new / name, folder / name)
         if _library is not None:

@@ -33,7 +33,7 @@ def checkout(root, tmp_path):
     """A clean copy of what packaging needs."""
     target = tmp_path / 'mmvim'
     ignore = shutil.ignore_patterns(
-        '__pycache__', '_C.*', '_build_info.json', '.mim', '*.egg-info', '*.o'
+        '__pycache__', '_C.*', '_onnx.*', '_build_info.json', '.mim', '*.egg-info', '*.o'
     )
     for name in ENTRIES:
         if (root / name).is_dir():

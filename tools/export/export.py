@@ -40,6 +40,7 @@ from mmvim.export.formats import (
     open_exported,
 )
 from mmvim.export.metadata import describe
+from mmvim.export.onnx_scan import custom_library
 from mmvim.export.processing import Processed, WholeDetector
 from mmvim.export.quantization import quantize
 from mmvim.export.streaming import export_stream
@@ -78,6 +79,11 @@ def parse_args() -> argparse.Namespace:
         '--dynamic', choices=DYNAMIC, help="what may vary (default: batch; 'none' for aoti)"
     )
     parser.add_argument('--opset', type=int, help='version of the ONNX operators (18)')
+    parser.add_argument(
+        '--custom-ops',
+        action='store_true',
+        help="mmvim's scan in ONNX, for onnxruntime with the library that is printed",
+    )
     parser.add_argument(
         '--dtype', default='float32', choices=tuple(TOLERANCES), help='of weights and activations'
     )
@@ -135,6 +141,8 @@ def run(args: argparse.Namespace) -> None:
             '--stream writes float32 ONNX files: OUT must end with .onnx, without --int8, --dtype, '
             '--processing, --head and --report'
         )
+    if files.get('static') and args.custom_ops:
+        raise UserError("--int8-static runs the file without mmvim's library: no --custom-ops")
     if files.get('static') and args.processing:
         raise UserError('--int8-static is calibrated with preprocessed images: no --processing')
     if bool(args.calibration) is not ('static' in files):
@@ -169,11 +177,14 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         opset=args.opset,
         dtype=args.dtype,
+        custom_ops=args.custom_ops,
     )
     size = os.path.getsize(report.path) / 2**20
     print(f'{report.path}: {report.format}, {size:.1f} MiB, exported in {report.seconds:.0f} s')
     for tried, difference in report.differences.items():
         print(f'  input {"x".join(map(str, tried))}: largest difference {difference:.1e}')
+    if args.custom_ops:
+        print(f'  onnxruntime needs {custom_library()}')
     for mode, file in files.items():
         images = calibration_images(cfg, model, args) if mode == 'static' else None
         quantize(report.path, file, mode, images=images, overwrite=args.overwrite)
@@ -190,7 +201,7 @@ def export_steps(
 
     if not isinstance(model, StreamingVideoMamba):
         raise UserError(f'--stream exports a StreamingVideoMamba, not a {type(model).__name__}')
-    options = {'overwrite': args.overwrite, 'opset': args.opset}
+    options = {'overwrite': args.overwrite, 'opset': args.opset, 'custom_ops': args.custom_ops}
     differences = export_stream(model, args.out, shape, metadata=metadata, **options)
     for file, difference in differences.items():
         size = os.path.getsize(file) / 2**20
