@@ -37,6 +37,18 @@ _EXTENSIONS = (
 )
 #: The top-level names that can be provided.
 NAMES = (*_EXTENSIONS, *_EXTENSION_OF, 'selective_scan', 'csm_triton')
+#: Files in Triton that projects copy into packages of other names, and functions in them.
+_TRITON_FILES = (
+    'layer_norm',
+    'layernorm',
+    'layernorm_gated',
+    'selective_state_update',
+    'ssd_combined',
+)
+_IN_TRITON = re.compile(
+    r'^def (layer_norm_fn|layernorm_fn|selective_state_update|mamba_chunk_scan_combined)\b',
+    re.MULTILINE,
+)
 #: Files of forks that only work with the release of transformers of their time.
 _ON_TRANSFORMERS = ('mamba_ssm.utils.generation', 'mamba_ssm.utils.hf')
 VARIABLE = 'MMVIM_DROPIN'
@@ -124,7 +136,7 @@ class _Finder(MetaPathFinder):
             spec = _theirs(fullname)
             if spec is None:
                 return None  # The folder at the end of sys.path has it.
-            if _is_copied(fullname):
+            if fullname == 'csm_triton':
                 return self._instead_of_triton(fullname, [str(Path(spec.origin).parent)])
             error = self.failure(fullname, spec)
             if error is not None:
@@ -141,7 +153,7 @@ class _Finder(MetaPathFinder):
         root = fullname.partition('.')[0]
         if root in _EXTENSION_OF and _is_ours(sys.modules.get(root)):
             return _ours(fullname) or _placeholders(fullname)
-        if fullname in _ON_TRANSFORMERS:
+        if _counterpart(fullname) in _ON_TRANSFORMERS:
             theirs = PathFinder.find_spec(fullname, path)
             if theirs is not None and isinstance(theirs.loader, SourceFileLoader):
                 theirs.loader = _OursOnError(fullname, theirs.origin)
@@ -150,17 +162,20 @@ class _Finder(MetaPathFinder):
 
     def _instead_of_triton(self, fullname: str, path: Sequence[str] | None) -> ModuleSpec | None:
         """Ours for a file of somebody's that needs Triton, where that cannot run."""
-        in_fork = fullname.startswith('mamba_ssm.ops.triton.')
-        if not in_fork and not _is_copied(fullname):
+        ours = _counterpart(fullname)
+        if ours != 'csm_triton' and not ours.startswith('mamba_ssm.ops.triton.'):
             return None
-        if self.override and not in_fork:
+        if self.override and ours == 'csm_triton':
             return _ours(fullname)
         if _triton_runs():
             return None
         theirs = PathFinder.find_spec(fullname, path)
+        in_fork = 'mamba_ssm' in fullname.split('.')
         if theirs is None:
             return _ours(fullname) if in_fork else None  # others of ours import it
         if not _imports_triton(theirs):
+            return theirs
+        if ours != 'csm_triton' and not in_fork and not _is_copy(theirs):
             return theirs
         return _ours(fullname) or _placeholders(fullname)
 
@@ -198,17 +213,24 @@ def _is_dropin(finder: object) -> bool:
 
 
 def _ours(name: str) -> ModuleSpec | None:
-    parents = [] if _is_copied(name) else name.split('.')[:-1]
+    parents = _counterpart(name).split('.')[:-1]
     return PathFinder.find_spec(name, [os.path.join(PACKAGES, *parents)])
+
+
+def _counterpart(name: str) -> str:
+    """The name that somebody's module would have among ours: forks lie in other packages, too."""
+    parts = name.split('.')
+    if parts[-1] == 'csm_triton':
+        return parts[-1]
+    if 'mamba_ssm' in parts:
+        return '.'.join(parts[parts.index('mamba_ssm') :])
+    if len(parts) > 1 and parts[-1] in _TRITON_FILES:
+        return f'mamba_ssm.ops.triton.{parts[-1]}'
+    return name
 
 
 def _placeholders(name: str) -> ModuleSpec:
     return ModuleSpec(name, _Placeholders(), is_package=True)
-
-
-def _is_copied(name: str) -> bool:
-    """Whether a name is a file of VMamba's, which projects copy into packages of their own."""
-    return name.rpartition('.')[2] == 'csm_triton'
 
 
 def _theirs(name: str) -> ModuleSpec | None:
@@ -242,6 +264,12 @@ def _imports_triton(spec: ModuleSpec) -> bool:
         return False
     source = spec.loader.get_source(spec.name)
     return re.search(r'^\s*(import|from)\s+triton\b', source, re.MULTILINE) is not None
+
+
+def _is_copy(spec: ModuleSpec) -> bool:
+    """Whether a file of the user's defines a function of mamba_ssm's Triton modules."""
+    source = spec.loader.get_source(spec.name)
+    return not _is_installed(spec) and _IN_TRITON.search(source) is not None
 
 
 def _active() -> _Finder | None:

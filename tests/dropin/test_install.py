@@ -302,6 +302,63 @@ result.append([n for n in sys.modules if n.startswith(('net.', 'mamba_ssm.utils.
     assert result == [True, 'net.csm_triton', False, 2, False, True, False, ['net.plain']]
 
 
+# mamba_ssm's files in Triton in packages of other names.
+COPIES = {
+    'net/__init__.py': '',
+    'net/ssd_combined.py': 'import triton\ndef mamba_chunk_scan_combined(): 1 / 0',
+    'net/layer_norm.py': 'import triton  # a norm of another kind\nOWN = True',
+    'net/layernorm.py': 'def rms_norm_fn(): pass  # without Triton\nOWN = True',
+    'mamba/__init__.py': '',
+    'mamba/mamba_ssm/__init__.py': '',
+    'mamba/mamba_ssm/utils/__init__.py': '',
+    'mamba/mamba_ssm/utils/generation.py': 'from torch import no_such_name',
+    'mamba/mamba_ssm/ops/__init__.py': '',
+    'mamba/mamba_ssm/ops/triton/__init__.py': '',
+    'mamba/mamba_ssm/ops/triton/layernorm.py': 'import triton\n1 / 0',
+    'mamba/mamba_ssm/ops/triton/own.py': 'import triton\n1 / 0',
+    'mamba/mamba_ssm/ops/triton/plain.py': 'OWN = True',
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='Triton can run here')
+@pytest.mark.parametrize('override', [False, True])
+def test_copies_in_packages_of_other_names(tmp_path, override):
+    package(tmp_path, COPIES)
+    code = f"""
+import mmvim.dropin
+mmvim.dropin.install({override})
+import torch, mamba_ssm, net.layer_norm, net.layernorm, net.ssd_combined
+from mamba_ssm.ops.triton import layernorm, ssd_combined
+from mamba.mamba_ssm.utils.generation import InferenceParams
+import mamba.mamba_ssm.ops.triton.layernorm as copy
+import mamba.mamba_ssm.ops.triton.own as own
+import mamba.mamba_ssm.ops.triton.plain as plain
+x = torch.randn(2, 4)
+try:
+    own.function()
+except NotImplementedError as error:
+    print(error)
+result = [
+    [net.layer_norm.OWN, net.layernorm.OWN, plain.OWN, InferenceParams(1, 2).max_seqlen],
+    net.ssd_combined.__file__ == ssd_combined.__file__,
+    copy.rms_norm_fn(x, torch.ones(4), None).equal(layernorm.rms_norm_fn(x, torch.ones(4), None)),
+    isinstance(copy.RMSNorm(4), torch.nn.Module),
+]
+mmvim.dropin.uninstall()
+import sys
+result.append({{n for n in sys.modules if n.startswith(('net.', 'mamba.mamba_ssm.ops.triton.'))}})
+result[-1] = sorted(result[-1])
+"""
+    result, _ = evaluate(code, path=[tmp_path])
+    assert result == [
+        [True, True, True, 1],
+        True,
+        True,
+        True,
+        ['mamba.mamba_ssm.ops.triton.plain', 'net.layer_norm', 'net.layernorm'],
+    ]
+
+
 def test_folder_without_code_is_no_package(tmp_path):
     """Such as causal_conv1d's sources in the folder of a project."""
     (tmp_path / 'mamba_ssm' / 'csrc').mkdir(parents=True)
