@@ -12,7 +12,6 @@ namespace cross {
 
 // Floats between the columns of a warp's rows: 16 bytes apart in banks.
 constexpr int kPitch = kWarpSteps + 4;
-constexpr int kTiles = kWarpSteps / kTile;
 
 // A short series will do for bfloat16; what float16 keeps of the gradients of float parameters
 // would show it.

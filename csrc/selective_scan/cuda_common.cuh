@@ -15,7 +15,6 @@ namespace mmvim {
 namespace scan {
 
 constexpr int kSlice = 4;
-constexpr int kMaxSlices = kMaxStates / kSlice;
 
 // A short series will do for bfloat16; what float16 keeps of the gradients of float parameters
 // would show it.

@@ -260,12 +260,11 @@ def use_backbone_hooks(cfg: Config) -> None:
             continue
         if options is not True and not isinstance(options, dict):
             raise UserError(f'{key} must be True, False or a dict of options, not {options!r}')
-        unknown = (
-            sorted(set(options) - {'max_shapes'}) if key == 'graph' and options is not True else ()
-        )
+        options = {} if options is True else options
+        unknown = sorted({*options} - {'max_shapes'}) if key == 'graph' else ()
         if unknown:
             raise UserError(f'graph has no option {unknown[0]!r}; allowed: max_shapes')
-        hooks.append({'type': hook, **({} if options is True else options)})
+        hooks.append({'type': hook, **options})
     if len(hooks) > 1:
         raise UserError(
             "compile and graph exclude each other; compile=dict(mode='reduce-overhead') does both"

@@ -1,6 +1,7 @@
 """One parameter group for all parameters with the same settings."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,14 +108,11 @@ class ParameterGroupsHook(Hook):
         """Save the groups that the constructor made."""
         for name, layout in self._layouts.items():
             for key, split in (('optimizer', _split_state), ('param_schedulers', _split_scheduled)):
-                if checkpoint.get(key) is None:
-                    continue
-                if name:
-                    checkpoint[key] = {
-                        **checkpoint[key], name: split(layout, checkpoint[key][name])
-                    }  # fmt: skip
-                else:
-                    checkpoint[key] = split(layout, checkpoint[key])
+                saved = checkpoint.get(key)
+                if saved is not None and name:
+                    checkpoint[key] = {**saved, name: split(layout, saved[name])}
+                elif saved is not None:
+                    checkpoint[key] = split(layout, saved)
 
 
 def _wrappers(wrapper: Any) -> Iterator[tuple[str, OptimWrapper]]:
@@ -188,15 +186,11 @@ def _join(wrapper: OptimWrapper, schedulers: list) -> _Layout:
         group_of.append(index)
         members[index].append(i)
         joined[key]['params'] += group['params']
-    start = [0]
-    for group in groups:
-        start.append(start[-1] + len(group['params']))
-    layout = _Layout(
-        group_of,
-        [place for old in members for i in old for place in range(start[i], start[i + 1])],
-        [len(group['params']) for group in groups],
-        [{k: group[k] for k in _NAMES if k in group} for group in groups],
-    )
+    sizes = [len(group['params']) for group in groups]
+    start = [0, *itertools.accumulate(sizes)]
+    order = [place for old in members for i in old for place in range(start[i], start[i + 1])]
+    names = [{k: group[k] for k in _NAMES if k in group} for group in groups]
+    layout = _Layout(group_of, order, sizes, names)
     for old, group in zip(members, joined.values(), strict=True):
         if 'param_names' in group:
             group['param_names'] = [n for i in old for n in groups[i]['param_names']]
