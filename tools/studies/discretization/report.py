@@ -140,10 +140,11 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
     return '–' if math.isnan(value) else f'{value:{"+" if sign else ""}.{digits}f}'
 
 
-def with_width(values: Iterable[float]) -> str:
+def with_width(values: Iterable[float], sign: bool = False) -> str:
     """Mean ± half width."""
     mean, width = interval(values)
-    return number(mean) if math.isnan(width) else f'{number(mean)} ± {number(width)}'
+    shown = number(mean, sign=sign)
+    return shown if math.isnan(width) else f'{shown} ± {number(width)}'
 
 
 def accuracy_table(runs: Rows, part: str = 'main') -> str:
@@ -236,9 +237,8 @@ def fault_table(runs: Rows) -> str:
             seeds = sorted(faulty.keys() & ours.keys())
             cells = ['–'] * 3
             if seeds:
-                mean, width = interval(faulty[s] - ours[s] for s in seeds)
                 cells = [with_width(faulty[s] for s in seeds), with_width(ours[s] for s in seeds)]
-                cells.append(f'{number(mean, sign=True)} ± {number(width)}')
+                cells.append(with_width((faulty[s] - ours[s] for s in seeds), sign=True))
             rows.append([f'`{method}`', fault, str(len(seeds)), str(lost[method]), *cells])
     head = (
         *('method', 'fault', 'seeds', 'not finite'),

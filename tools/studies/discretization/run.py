@@ -4,6 +4,7 @@
     python tools/studies/discretization/run.py --out results               # everything
     python tools/studies/discretization/run.py --out results --parts main --minutes 9
     python tools/studies/discretization/run.py --out results --list        # what is left
+    python tools/studies/discretization/run.py --out again --parts main --methods foh --seeds 1
 
 A run is a training by tools/train.py; when it ends it becomes a row of <out>/runs.csv, and after a
 run of the part `main`, which keeps its checkpoint in <work-dir>, its swaps and step sizes become
@@ -400,7 +401,7 @@ def result(folder: Path, code: int, seconds: float, processes: int) -> Result:
     cuda = torch.cuda.is_available()
     return Result(
         status='nan' if broken else 'failed' if code or not top1 else 'finished',
-        top1=top1[-1] if top1 else nothing,
+        top1=round(top1[-1], 2) if top1 else nothing,
         top1_by_epoch=' '.join(f'{x:.2f}' for x in top1),
         loss=round(statistics.fmean(last), 5) if last else nothing,
         images_per_second=round(statistics.median(rates)) if rates else nothing,
