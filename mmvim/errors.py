@@ -29,6 +29,17 @@ def unreadable(path: str, error: Exception) -> str:
     return ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
 
 
+def unfit_for_pillow(error: Exception) -> str | None:
+    """Say that Pillow takes no images of so many channels or bits, or None of another error."""
+    said = ('Cannot handle this data type', 'Pillow backend only support uint8')
+    if not isinstance(error, (TypeError, AssertionError)) or not str(error).startswith(said):
+        return None
+    return (
+        "Pillow resizes 8-bit images of 1, 3 or 4 channels only: backend='cv2' in the step that "
+        f'resizes takes others ({error})'
+    )
+
+
 def from_where(path: str) -> str:
     """Say where a relative path starts, for messages."""
     return '' if os.path.isabs(os.path.expanduser(path)) else f' (seen from {os.getcwd()!r})'

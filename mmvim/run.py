@@ -24,8 +24,13 @@ def find_script(name: str) -> Path:
         name: A path, or ``LIBRARY::SCRIPT`` for one in the ``tools`` of an installed library.
 
     Raises:
-        FileNotFoundError: There is no such library or script.
+        FileNotFoundError: There is no such library or script, or it is a shell script.
     """
+    if name.endswith('.sh'):
+        raise FileNotFoundError(
+            f'{name} is no Python script: in its place, torchrun --nproc_per_node 8 -m mmvim.run '
+            f'{name.removesuffix(".sh").replace("dist_", "")}.py … --launcher pytorch'
+        )
     library, separator, script = name.partition('::')
     if not separator:
         paths = [Path(name)]

@@ -48,6 +48,7 @@ def test_own_scripts_train_and_test(scope, tmp_path):
         ([], 'usage: python -m mmvim.run SCRIPT'),
         (['nolib::train.py'], 'nolib is not installed'),
         (['gone.py'], "there is no script 'gone.py'"),
+        (['mmseg::dist_train.sh'], 'torchrun --nproc_per_node 8 -m mmvim.run mmseg::train.py'),
     ],
 )
 def test_bad_scripts(arguments, message, tmp_path):

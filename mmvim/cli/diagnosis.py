@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmvim._arguments import misfits, parameters
 from mmvim.compat._import_hook import replaces
 from mmvim.engine.class_names import listed
-from mmvim.errors import SampleError, UserError, did_you_mean, unreadable
+from mmvim.errors import SampleError, UserError, did_you_mean, unfit_for_pillow, unreadable
 
 from .config_keys import RUNNER_KEYS, walk_dicts
 
@@ -357,7 +357,7 @@ _CHANNELS = (
 
 def _remedy(error: BaseException) -> str | None:
     if not isinstance(error, RuntimeError):
-        return None
+        return unfit_for_pillow(error)
     text = str(error)
     for pattern, message in _REMEDIES:
         found = re.search(pattern, text, re.MULTILINE)

@@ -11,7 +11,7 @@ from mmengine import fileio
 from mmengine.dataset import Compose
 
 from mmvim.compat._import_hook import replaces, when_imported
-from mmvim.errors import SampleError, unreadable
+from mmvim.errors import SampleError, unfit_for_pillow, unreadable
 
 _PATH_KEYS = ('img_path', 'seg_map_path', 'filename', 'img_paths')
 
@@ -93,6 +93,9 @@ def _deep(path: str, backend_args: dict | None) -> bytes | None:
 
 
 def _describe(error: Exception, data: Any) -> str | None:
+    unfit = unfit_for_pillow(error)
+    if unfit and isinstance(data, dict):
+        return f'{data.get("img_path")!r}: {unfit}'
     loaders = [
         type(frame.f_locals['self']).__name__
         for frame, _ in traceback.walk_tb(error.__traceback__)

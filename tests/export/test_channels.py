@@ -59,3 +59,32 @@ def test_tools(family, channels, tmp_path):
             Image.fromarray(pixels).save(picture)
             demo = run('demo/image_demo.py', config, picture, '--weights', weights)
             assert 'x.png' in demo
+
+
+def test_channels_that_pillow_cannot_resize(tmp_path):
+    cfg = Config.fromfile(CONFIGS['vim'])
+    cfg.model.backbone.in_channels = 13
+    cfg.model.data_preprocessor.update(mean=[100.0] * 13, std=[50.0] * 13)
+    step = dict(type='ResizeEdge', scale=32, backend='pillow')
+    for loop in ('train', 'val', 'test'):
+        dataset = cfg[f'{loop}_dataloader'].dataset
+        dataset.pipeline = [dataset.pipeline[0], step, dataset.pipeline[-1]]
+    cfg.dump(tmp_path / 'c.py')
+    result = run_script('analysis/get_flops.py', tmp_path / 'c.py')
+    assert result.returncode == 2
+    assert "error: Pillow resizes 8-bit images of 1, 3 or 4 channels only: backend='cv2'" in (
+        result.stderr
+    )
+
+
+@pytest.mark.parametrize(('channels', 'dtype'), [(3, 'uint16'), (3, 'float32'), (13, 'uint8')])
+def test_file_that_pillow_cannot_resize(channels, dtype):
+    from mmengine.dataset import Compose
+
+    from mmvim.cli import samples
+    from mmvim.errors import SampleError
+
+    samples.install()
+    resize = dict(type='mmcv.Resize', scale=(8, 8), backend='pillow')
+    with pytest.raises(SampleError, match=r"'x.tif': Pillow resizes .* backend='cv2'"):
+        Compose([resize])(dict(img=np.zeros((4, 4, channels), dtype), img_path='x.tif'))

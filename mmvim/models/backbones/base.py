@@ -331,6 +331,8 @@ class Backbone(BaseModule):
         if wrong and load.refuses:
             name, given, expected = wrong[0]
             more = f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''
+            if name.startswith('patch_embed') and given[2:] == expected[2:] != ():
+                more += '; adapt_channels=True fits the first convolution to other channels'
             self._reject(f'{prefix}{name} is {given} there and {expected} here{more}')
 
     def _translate(self, state_dict: MutableMapping[str, Any], prefix: str) -> None:
