@@ -28,7 +28,9 @@ def find_videos(inputs: str | Path | Sequence[str | Path]) -> list[str]:
         return [video for part in inputs for video in find_videos(part)]
     name = str(inputs)
     if os.path.isdir(name):
-        found = sorted(e.path for e in os.scandir(name) if e.name.lower().endswith(SUFFIXES))
+        found = sorted(
+            e.path for e in os.scandir(name) if e.name.lower().endswith(SUFFIXES) and e.is_file()
+        )
         if not found and holds_frames(name):
             return [name]
         found = found or sorted(e.path for e in os.scandir(name) if holds_frames(e.path))

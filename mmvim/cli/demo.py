@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
+from mmvim.datasets.video.lists import read_classes
 from mmvim.errors import SampleError, UserError
 
 from .analysis import weights_of
@@ -20,7 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--weights', help="checkpoint (path or URL), or 'zoo' for the authors' weights"
     )
-    parser.add_argument('--classes', metavar='FILE', help='names of the classes, one a line')
+    parser.add_argument(
+        '--classes',
+        metavar='FILE',
+        help='names of the classes: one a line, or JSON that numbers them',
+    )
     parser.add_argument('--overwrite', action='store_true', help='replace existing output files')
     parser.add_argument('--show', action='store_true', help='show the pictures in a window')
     parser.add_argument('--batch-size', type=int, default=1)
@@ -103,8 +108,7 @@ def make_demo_inferencer(args: argparse.Namespace, cfg: Config) -> Any:
     if hasattr(inferencer, 'score_threshold'):
         inferencer.score_threshold = args.score_threshold
     if args.classes:
-        names = Path(args.classes).read_text(encoding='utf-8').split('\n')
-        names = [name.strip() for name in names if name.strip()]
+        names = read_classes(args.classes)
         name_classes(inferencer.model, names)
         inferencer.classes = names  # where mmpretrain's inferencer looks for them
     return inferencer

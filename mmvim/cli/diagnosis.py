@@ -212,6 +212,9 @@ def _line(error: BaseException, cfg: dict | None) -> str | None:
         return f'{error.strerror}: {str(error.filename)!r}'
     if isinstance(error, ImportError) and _is_refused_by_mmvim(error):
         return text
+    unknown = re.match(r"['\"]?(\S+) is not in the \S+?::(\S+) registry", text)
+    if isinstance(error, KeyError) and unknown:
+        return f'type {unknown[1]!r} is not a registered {unknown[2]}'
     if isinstance(error, ModuleNotFoundError) and (error.name or 'mmvim').split('.')[0] != 'mmvim':
         return f'the package {error.name.split(".")[0]!r} is missing ({text})'
     return _remedy(error)

@@ -175,10 +175,10 @@ def _paint_below(root: str, paint: Callable, *args: Any, **kwargs: Any) -> None:
     if isinstance(path, str):
         base, below = os.path.basename(path), name_below(root, path)
         if args and isinstance(args[0], str):
-            args = (args[0].replace(base, below.replace(os.sep, '_')), *args[1:])
+            args = (args[0].replace(base, below.replace(os.sep, '_'), 1), *args[1:])
         if kwargs.get('out_file'):
             folder, name = os.path.split(kwargs['out_file'])
-            kwargs['out_file'] = os.path.join(folder, name.replace(base, below))
+            kwargs['out_file'] = os.path.join(folder, name.replace(base, below, 1))
     paint(*args, **kwargs)
 
 

@@ -50,6 +50,7 @@ class LabelMapDump(BaseMetric):
     def __init__(self, directory: str, root: str) -> None:
         super().__init__()
         self.directory, self.root = directory, root
+        self._written: dict[Path, str] = {}
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Write the maps of a batch."""
@@ -58,8 +59,10 @@ class LabelMapDump(BaseMetric):
             labels = sample['pred_sem_seg']['data'].squeeze().cpu().numpy()
             shift = int(bool(sample.get('reduce_zero_label', False)))
             most = max(classes - 1, int(labels.max(initial=0))) + shift
-            path = Path(self.directory, name_below(self.root, sample['img_path']))
-            path = path.with_suffix('.png')
+            image = name_below(self.root, sample['img_path'])
+            path = Path(self.directory, image).with_suffix('.png')
+            if self._written.setdefault(path, image) != image:
+                path = Path(self.directory, f'{image}.png')  # beside an image of another suffix
             path.parent.mkdir(parents=True, exist_ok=True)
             labels = (labels + shift).astype(np.uint8 if most < 256 else np.uint16)
             Image.fromarray(labels).save(path)

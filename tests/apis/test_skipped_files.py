@@ -23,6 +23,7 @@ def test_images(task, batch, tmp_path):
     whole = (photos / 'a.png').read_bytes()
     for name, content in (('a', b''), ('c', whole[:60]), ('f', b'text')):
         (photos / f'{name}.png').write_bytes(content)
+    (photos / 'g.png').mkdir()  # no image, and no folder of images either
     config = CONFIGS / f'vim_digits_{task}.py'
     options = (photos, '--batch-size', batch, '--no-progress', '--out-dir', tmp_path / 'out')
     refused = run_script('demo/image_demo.py', config, *options)

@@ -52,6 +52,15 @@ def explained(part: dict, scope: str | None = None) -> str | None:
     return explain(info.value, cfg)
 
 
+def test_unknown_type_without_a_config():
+    """Tools that read no whole config say it in one line, too."""
+    from mmengine.registry import TRANSFORMS
+
+    with pytest.raises(KeyError) as info:
+        TRANSFORMS.build({'type': 'mmvim.ResizeVideo'})
+    assert explain(info.value) == "type 'mmvim.ResizeVideo' is not a registered transform"
+
+
 def test_errors_of_a_build_name_the_key():
     assert explained({'type': 'Part', 'kind': 'bad'}) == (
         "model.parts.1 (Part): kind must be 'good', not 'bad'"

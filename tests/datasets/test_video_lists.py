@@ -3,6 +3,7 @@
 import pytest
 
 from mmvim.datasets.video import VideoDataset
+from mmvim.datasets.video.lists import read_classes
 
 CLASSES = ('cat', 'play guitar', 'class 1')
 TWO = [('a.mp4', 0), ('b.mp4', 1)]
@@ -118,3 +119,17 @@ def test_columns_without_use_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr('mmvim.datasets.video.lists.print_log', lambda text, **_: said.append(text))
     assert read(tmp_path, 'path,label,fps,split\na.mp4,0,25,train\nb.mp4,1,30,train') == TWO
     assert any("the column 'fps' of" in text and text.endswith('is not used') for text in said)
+
+
+def test_encodings(tmp_path):
+    with pytest.raises(ValueError, match=r'list.csv is not text in UTF-8'):
+        read(tmp_path, 'Käse.mp4 0', encoding='latin-1')
+    (tmp_path / 'names.txt').write_bytes('Käse'.encode('latin-1'))
+    with pytest.raises(ValueError, match=r'names.txt is not text in UTF-8'):
+        read_classes(str(tmp_path / 'names.txt'))
+    (tmp_path / 'names.txt').write_text('\ufeffKäse\r\nÖl\n', encoding='utf-8')
+    assert read_classes(str(tmp_path / 'names.txt')) == ['Käse', 'Öl']
+    (tmp_path / 'k.csv').write_text('\ufefflabel,youtube_id,time_start,time_end\na,x,1,2\n')
+    (tmp_path / 'x_000001_000002.mp4').touch()
+    data = VideoDataset('k.csv', data_root=str(tmp_path))
+    assert data.metainfo['classes'] == ('a',)

@@ -219,9 +219,24 @@ def test_equal_names_in_different_folders(task):
     out = [] if scope != 'mmseg' else ['--out', 'maps']
     main_test(['config.py', CHECKPOINT, '--show-dir', 'shown', *out])
     assert len(painted('shown')) == 4
+    if scope == 'mmpretrain':
+        assert {path.relative_to('shown').parts[0] for path in painted('shown')} == {'a', 'b'}
+        assert {len(path.relative_to('shown').parts) for path in painted('shown')} == {2}
     if out:
         names = {str(path.relative_to('maps')) for path in Path('maps').rglob('*.png')}
         assert names == {'a/0.png', 'a/1.png', 'b/0.png', 'b/1.png'}
+
+
+@pytest.mark.parametrize('task', ['mmseg'], indirect=True)
+def test_equal_names_of_other_suffixes(task):
+    Image.open(task / 'images' / '1.png').save(task / 'images' / '0.bmp')
+    text = Path('config.py').read_text()
+    text += "test_dataloader = dict(batch_size=1, dataset=dict(type='ConcatDataset', datasets=["
+    text += "dataset, dict(dataset, img_suffix='.bmp')]), **loop)\n"
+    Path('two.py').write_text(text)
+    main_test(['two.py', CHECKPOINT, '--out', 'maps'])
+    names = sorted(path.name for path in Path('maps').iterdir())
+    assert names == ['0.bmp.png', '0.png', '1.png', '2.png', '3.png']
 
 
 @pytest.mark.parametrize('task', ['mmseg'], indirect=True)

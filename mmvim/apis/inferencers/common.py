@@ -63,7 +63,9 @@ def find_images(inputs: Images) -> list[str | np.ndarray]:
     name = str(inputs)
     if os.path.isdir(name):
         found = sorted(
-            entry.path for entry in os.scandir(name) if entry.name.lower().endswith(SUFFIXES)
+            entry.path
+            for entry in os.scandir(name)
+            if entry.name.lower().endswith(SUFFIXES) and entry.is_file()
         )
         if not found:
             raise SampleError(f'no image in the folder {name!r} (of {", ".join(SUFFIXES)})')

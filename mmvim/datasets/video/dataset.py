@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from mmengine.logging import print_log
 from mmvim._checks import check_choice, check_positive
 from mmvim.registry import DATASETS
 
-from .lists import VIDEO_SUFFIXES, read_classes, read_list
+from .lists import VIDEO_SUFFIXES, read_classes, read_list, read_text
 
 
 @DATASETS.register_module()
@@ -114,8 +115,7 @@ class VideoDataset(BaseDataset):
             return self.layout
         if self.ann_file.endswith('.json'):
             return 'ssv2'
-        with open(self.ann_file, encoding='utf-8') as file:
-            first = file.readline()
+        first = read_text(self.ann_file).partition('\n')[0]
         return 'kinetics' if self.ann_file.endswith('.csv') and 'youtube_id' in first else 'list'
 
     def _label_names(self) -> list[str] | None:
@@ -125,23 +125,22 @@ class VideoDataset(BaseDataset):
         return read_classes(os.path.join(self.data_root or '', self.label_file))
 
     def _read_kinetics(self) -> Iterator[tuple[str, str]]:
-        with open(self.ann_file, encoding='utf-8', newline='') as file:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                try:
-                    start, end = (int(float(row[key])) for key in ('time_start', 'time_end'))
-                    yield row['label'], f'{row["youtube_id"]}_{start:06d}_{end:06d}'
-                except (KeyError, TypeError, ValueError) as error:
-                    raise ValueError(
-                        f'{self.ann_file}:{number} lacks a label, youtube_id, time_start or '
-                        f'time_end: {row}'
-                    ) from error
+        rows = csv.DictReader(io.StringIO(read_text(self.ann_file)))
+        for number, row in enumerate(rows, 2):
+            try:
+                start, end = (int(float(row[key])) for key in ('time_start', 'time_end'))
+                yield row['label'], f'{row["youtube_id"]}_{start:06d}_{end:06d}'
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f'{self.ann_file}:{number} lacks a label, youtube_id, time_start or '
+                    f'time_end: {row}'
+                ) from error
 
     def _read_ssv2(self) -> Iterator[tuple[str, str]]:
-        with open(self.ann_file, encoding='utf-8') as file:
-            for entry in json.load(file):
-                if 'template' not in entry or 'id' not in entry:
-                    raise ValueError(f'{self.ann_file}: an entry lacks id or template: {entry}')
-                yield entry['template'].replace('[', '').replace(']', ''), str(entry['id'])
+        for entry in json.loads(read_text(self.ann_file)):
+            if 'template' not in entry or 'id' not in entry:
+                raise ValueError(f'{self.ann_file}: an entry lacks id or template: {entry}')
+            yield entry['template'].replace('[', '').replace(']', ''), str(entry['id'])
 
     def _locate(self, rows, names: list[str]) -> list[dict]:
         numbers = {name: number for number, name in enumerate(names)}

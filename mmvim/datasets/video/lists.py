@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from mmengine.logging import print_log
@@ -57,8 +58,8 @@ def read_list(file: str, folder: str, classes: Sequence[str] | None) -> list[tup
     Raises:
         ValueError: A line can be read in no way, or in several; the message names it.
     """
-    with open(file, encoding='utf-8-sig', newline=None) as lines:
-        numbered = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+    lines = read_text(file).split('\n')
+    numbered = [(i, line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise ValueError(f'{file} is empty')
     header = _header(file, *numbered[0])
@@ -76,19 +77,32 @@ def read_classes(file: str) -> list[str]:
     """Read the names of classes, from JSON ``{name: number}`` or one a line.
 
     Raises:
-        ValueError: The numbers are not 0 to the number of names, or there is none.
+        ValueError: The numbers are not 0 to the number of names, there is none, or the file is not
+            in UTF-8.
     """
-    with open(file, encoding='utf-8-sig') as opened:
-        if not file.endswith('.json'):
-            names = [line.strip() for line in opened if line.strip()]
-            if not names:
-                raise ValueError(f'{file} is empty')
-            return names
-        numbers = {name: int(number) for name, number in json.load(opened).items()}
+    text = read_text(file)
+    if not file.endswith('.json'):
+        names = [line.strip() for line in text.split('\n') if line.strip()]
+        if not names:
+            raise ValueError(f'{file} is empty')
+        return names
+    numbers = {name: int(number) for name, number in json.loads(text).items()}
     names = sorted(numbers, key=numbers.get)
     if [numbers[name] for name in names] != list(range(len(names))):
         raise ValueError(f'{file}: the classes are not numbered 0 .. {len(names) - 1}')
     return names
+
+
+def read_text(file: str) -> str:
+    """The text of a file in UTF-8, perhaps with a mark of it.
+
+    Raises:
+        ValueError: It is in another encoding.
+    """
+    try:
+        return Path(file).read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{file} is not text in UTF-8: {error}') from error
 
 
 def _fields(line: str, separator: str) -> list[str]:
