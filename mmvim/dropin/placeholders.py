@@ -7,15 +7,23 @@ from collections.abc import Callable
 FROM_OTHERS = {'Optional': 'typing', 'rearrange': 'einops', 'repeat': 'einops'}
 
 
+def missing(module: str, name: str) -> NotImplementedError:
+    """The error for the use of a name that mmvim does not provide, with what it takes."""
+    package = 'causal_conv1d' if module.startswith('causal_conv1d') else 'mamba_ssm'
+    prefix = package.removesuffix('_ssm').upper()
+    return NotImplementedError(
+        f'{module}.{name} is not among the functions that mmvim.dropin provides. It needs the own '
+        f'files of {package}, which mmvim serves without a compiler: {prefix}_FORCE_BUILD=TRUE '
+        f'{prefix}_SKIP_CUDA_BUILD=TRUE pip install --no-deps --no-build-isolation '
+        f'{package.replace("_", "-")}; and a GPU if it is a function in Triton'
+    )
+
+
 class _Missing(type):
     """Class of the placeholders: classes themselves, for code that inherits from them."""
 
     def __call__(cls, *args: object, **kwargs: object) -> None:
-        raise NotImplementedError(
-            f'{cls.__module__}.{cls.__qualname__} is not among the functions that mmvim.dropin '
-            'provides. It needs the package itself: pip install mamba-ssm causal-conv1d, with a '
-            'CUDA compiler and a GPU'
-        )
+        raise missing(cls.__module__, cls.__qualname__)
 
     def __getattr__(cls, name: str) -> type:
         return _placeholder(cls.__module__, f'{cls.__qualname__}.{name}')

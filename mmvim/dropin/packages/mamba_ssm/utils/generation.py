@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mmvim.dropin.placeholders import attributes_of
+from mmvim.dropin.placeholders import attributes_of, missing
 
 __all__ = ['GenerationMixin', 'InferenceParams']
 __getattr__ = attributes_of(__name__)
@@ -48,7 +48,4 @@ class GenerationMixin:
 
     def generate(self, *args: object, **kwargs: object) -> None:
         """Raise: generation of text needs mamba_ssm itself."""
-        raise NotImplementedError(
-            'generate is not among the functions that mmvim.dropin provides. It needs the package '
-            'itself: pip install mamba-ssm causal-conv1d, with a CUDA compiler and a GPU'
-        )
+        raise missing(__name__, 'GenerationMixin.generate')
