@@ -87,6 +87,14 @@ struct Functions {
       const Tensor& weight, const Tensor& rstd, bool has_residual, at::ScalarType x_type,
       at::ScalarType residual_type, const OptTensor& keep) = nullptr;
 
+  // On a GPU.
+  std::tuple<Tensor, Tensor> (*layer_norm)(const Tensor& x, const Tensor& weight,
+                                           const Tensor& bias, double eps, at::ScalarType type,
+                                           bool keep_statistics) = nullptr;
+  std::tuple<Tensor, Tensor, Tensor> (*layer_norm_backward)(const Tensor& grad, const Tensor& x,
+                                                            const Tensor& weight,
+                                                            const Tensor& statistics) = nullptr;
+
   void (*convert)(const Segments& segments, bool is_double) = nullptr;
 };
 

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../common/cuda_glue.h"
+#include "../common/direct.h"
 
 namespace mmvim {
 namespace layer_norm {
@@ -95,6 +96,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
   dbias.copy_(parameters.select(0, 1));
   return {dx, dweight, dbias};
 }
+
+const bool known = [] {
+  direct::cuda.layer_norm = forward;
+  direct::cuda.layer_norm_backward = backward;
+  return true;
+}();
 
 }  // namespace
 

@@ -25,7 +25,9 @@
 #include "../common/direct.h"
 #include "../common/glue.h"
 #include "../common/scratch.h"
+#include "conversions.h"
 #include "parameters.h"
+#include "plain.h"
 #include "products.h"
 
 namespace mmvim {
@@ -98,35 +100,6 @@ Tensor one_group(const Tensor& t) {
   strides.insert(strides.end() - 1, strides.back() * t.size(-1));
   return view(t, 0, sizes, strides);
 }
-
-// Conversions that are collected, and then made at once.
-class Conversions {
- public:
-  explicit Conversions(at::ScalarType wide) : is_double_(wide == at::kDouble) {}
-
-  void add(const Tensor& from, const Tensor& to, Conversion conversion = Conversion::kScale,
-           double scale = 1, const Tensor& factor = {}) {
-    keep_.push_back(from.contiguous());
-    Segment& s = segments_.segment[segments_.count++];
-    s.from = keep_.back().const_data_ptr();
-    s.from_type = dtype_of(from.scalar_type(), "a parameter");
-    s.to = to.mutable_data_ptr();
-    s.to_type = dtype_of(to.scalar_type(), "a parameter");
-    s.count = from.numel();
-    s.conversion = conversion;
-    s.scale = static_cast<float>(scale);
-    if (factor.defined()) s.factor = factor.const_data_ptr();
-  }
-  void clear(const Tensor& floats) { add(floats, floats, Conversion::kClear); }
-  void run(const Tensor& device_of) const {
-    if (segments_.count > 0) direct::of(device_of).convert(segments_, is_double_);
-  }
-
- private:
-  bool is_double_;
-  Segments segments_;
-  std::vector<Tensor> keep_;
-};
 
 struct Sizes {
   int64_t batch, length, model, channels, out, rank, states, width;
@@ -450,15 +423,6 @@ class Mixer {
     return view(t, 0, {t.size(0), t.size(1) * t.size(2), t.size(3)},
                 {t.stride(0), t.stride(2), t.stride(3)});
   }
-};
-
-// No autograd and no autocast inside: everything has its dtype.
-struct Plain {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-  c10::OptionalDeviceGuard device;
-
-  explicit Plain(const Tensor& t) : device(t.device()) {}
 };
 
 }  // namespace

@@ -31,12 +31,15 @@ class DropPath(nn.Module):
         factors = self.factors(x)
         return x if factors is None else x * factors
 
-    def factors(self, x: Tensor) -> Tensor | None:
-        """Draw what ``x`` (batch, ...) is to be multiplied by: (batch, 1, ...), or None for 1."""
+    def factors(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Draw what ``x`` (batch, ...) is to be multiplied by: (batch, 1, ...), or None for 1.
+
+        The dtype is that of ``x`` unless another one is given.
+        """
         if self.drop_prob == 0 or not self.training:
             return None
         keep = 1 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1), dtype=dtype).bernoulli_(keep)
         return mask.div_(keep)
 
     def extra_repr(self) -> str:
@@ -47,19 +50,24 @@ class DropPath(nn.Module):
 _FORWARD = DropPath.forward
 
 
+def is_plain_drop_path(drop_path: nn.Module) -> bool:
+    """Whether multiplying by its factors means as much as calling it."""
+    return (
+        type(drop_path) is DropPath
+        and DropPath.forward is _FORWARD
+        and 'forward' not in drop_path.__dict__
+        and not is_hooked(drop_path)
+        and not calls_are_watched()
+    )
+
+
 def deferred(drop_path: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return ``x`` and what it is still to be multiplied by.
 
     Where there is nothing to multiply by, or a call of the module means more than that, it is
     called, and nothing is left to be done.
     """
-    if (
-        type(drop_path) is not DropPath
-        or DropPath.forward is not _FORWARD
-        or 'forward' in drop_path.__dict__
-        or is_hooked(drop_path)
-        or calls_are_watched()
-    ):
+    if not is_plain_drop_path(drop_path):
         return drop_path(x), None
     factors = drop_path.factors(x)
     return (drop_path(x), None) if factors is None else (x, factors)

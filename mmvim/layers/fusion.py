@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mmvim.ops.backend import is_exporting, is_intercepted
+from mmvim.ops.branch import Body
 
 _CALL = nn.Module.__call__
-_PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
+PLAIN_TENSORS = (nn.Parameter, Tensor, type(None))
 
 Parts = dict[str, tuple[type[nn.Module], Callable]]
 
@@ -77,9 +78,13 @@ class Fusable(nn.Module):
             if 'forward' in own or 'weight' in own or 'bias' in own:
                 return False
             for parameter in module._parameters.values():
-                if type(parameter) not in _PLAIN_TENSORS:
+                if type(parameter) not in PLAIN_TENSORS:
                     return False
         return True
+
+    def _body(self, x: Tensor) -> Body | None:
+        """The module as the body of a residual branch that is one op; None if it cannot be."""
+        return None
 
     def _wants_gradient(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from mmvim import ops
 from mmvim._checks import check_flags, check_number, check_positive
 from mmvim.ops._library import as_compute_dtype
+from mmvim.ops.branch import Body
+from mmvim.ops.mixer import serves
 
 from .conv import CausalConv1d
-from .fusion import parts
+from .fusion import Fusable, parts
 from .mamba import DeltaProjection, MixerBase
 
 
@@ -188,12 +190,24 @@ class MambaVisionMixer(MixerBase):
         )
         return parameters, 'half', False, 1.0
 
+    def _body(self, x: Tensor) -> Body | None:
+        if not self._may_fuse(x):
+            return None
+        parameters, *_ = self._arguments()
+        return Body(
+            'mixer',
+            (*parameters, None),
+            bias_scale=self._bias_scale,
+            discretization=self.discretization,
+            recompute=self.recompute,
+        )
+
     def extra_repr(self) -> str:
         """Describe the layer."""
         return f'{super().extra_repr()}, double_dt_bias={self.double_dt_bias}'
 
 
-class Attention(nn.Module):
+class Attention(Fusable):
     """Multi-head self-attention over (batch, length, dim), with bias and without positions.
 
     Args:
@@ -203,6 +217,8 @@ class Attention(nn.Module):
     Raises:
         ValueError: If ``num_heads`` does not divide ``dim``.
     """
+
+    _fused_parts = parts(qkv=nn.Linear, proj=nn.Linear)
 
     def __init__(
         self,
@@ -224,6 +240,24 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
+
+    def _body(self, x: Tensor) -> Body | None:
+        # On GPUs attention pads other heads.
+        if x.is_cuda and x.shape[-1] % (8 * self.num_heads):
+            return None
+        if not self._may_fuse(x) or not serves(None, x):
+            return None
+        one, two = (self._modules[name]._parameters for name in ('qkv', 'proj'))
+        parameters = one['weight'], one['bias'], two['weight'], two['bias']
+        return Body('attention', parameters, self.num_heads)
+
+    def _is_plain(self, *names: str) -> bool:
+        modules = self._modules
+        return (
+            super()._is_plain(*names)
+            and modules['qkv']._parameters['bias'] is not None
+            and modules['proj']._parameters['bias'] is not None
+        )
 
     def extra_repr(self) -> str:
         """Describe the layer."""

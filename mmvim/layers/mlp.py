@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from mmvim._checks import check_positive
 from mmvim.ops._autocast import autocast_dtype
+from mmvim.ops.branch import Body
+from mmvim.ops.mixer import serves
 
 from .fusion import Fusable, parts
 
@@ -38,12 +40,19 @@ class Mlp(Fusable):
                 return _Mlp.apply(*tensors)
         return self.fc2(self.act(self.fc1(x)))
 
+    def _body(self, x: Tensor) -> Body | None:
+        if not self._may_fuse(x) or not serves(None, x):
+            return None
+        one, two = (self._modules[name]._parameters for name in ('fc1', 'fc2'))
+        return Body('mlp', (one['weight'], one['bias'], two['weight'], two['bias']))
+
     def _is_plain(self, *names: str) -> bool:
+        modules = self._modules
         return (
             super()._is_plain(*names)
-            and self.act.approximate == 'none'
-            and self.fc1.bias is not None
-            and self.fc2.bias is not None
+            and modules['act'].approximate == 'none'
+            and modules['fc1']._parameters['bias'] is not None
+            and modules['fc2']._parameters['bias'] is not None
         )
 
 
@@ -58,6 +67,7 @@ class _Mlp(torch.autograd.Function):
         return F.linear(F.gelu(hidden), weight2.to(dtype), bias2)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, hidden, weight1, weight2 = ctx.saved_tensors
         needed = ctx.needs_input_grad

@@ -26,8 +26,9 @@ from mmvim.layers import (
     window_reverse,
 )
 from mmvim.layers.drop import add_dropped
-from mmvim.layers.fusion import Fusable, parts
+from mmvim.layers.fusion import Fusable, Parts, parts
 from mmvim.layers.patch_embed import to_2tuple
+from mmvim.layers.residual import ResidualBlock
 
 from .base import HierarchicalBackbone, Stage, TokenLayout
 
@@ -136,7 +137,13 @@ class ConvBlock(Fusable):
         return norm(conv(x))
 
 
-class TokenBlock(nn.Module):
+_PARTS = {
+    kind: parts(norm1=nn.LayerNorm, mixer=kind, norm2=nn.LayerNorm, mlp=Mlp)
+    for kind in (MambaVisionMixer, Attention)
+}
+
+
+class TokenBlock(ResidualBlock):
     """Pre-norm residual block of a mixer (Mamba or attention) and an MLP."""
 
     def __init__(
@@ -158,10 +165,13 @@ class TokenBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (batch, length, dim)."""
-        out = self.mixer(self.norm1(x))
-        x = add_dropped(self.drop_path, x, out if self.gamma_1 is None else out * self.gamma_1)
-        out = self.mlp(self.norm2(x))
-        return add_dropped(self.drop_path, x, out if self.gamma_2 is None else out * self.gamma_2)
+        x = self._add_branch(x, 'norm1', 'mixer', self.gamma_1)
+        return self._add_branch(x, 'norm2', 'mlp', self.gamma_2)
+
+    @property
+    def _fused_parts(self) -> Parts:
+        # Of any other mixer, parts that it is not.
+        return _PARTS.get(type(self._modules['mixer']), _PARTS[Attention])
 
 
 class WindowedStage(Stage):

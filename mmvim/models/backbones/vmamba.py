@@ -19,7 +19,9 @@ from mmvim._checks import check_choice, check_number
 from mmvim.checkpoints.keys import keys_under, rename_keys
 from mmvim.layers import SS2D, DropPath, Mlp
 from mmvim.layers.drop import add_dropped
+from mmvim.layers.fusion import parts
 from mmvim.layers.norm import AutocastLayerNorm
+from mmvim.layers.residual import ResidualBlock
 
 from .base import HierarchicalBackbone, Stage, TokenLayout
 
@@ -103,8 +105,10 @@ def _downsample(version: str, dim: int) -> nn.Module:
     )
 
 
-class VSSBlock(nn.Module):
+class VSSBlock(ResidualBlock):
     """Pre-norm residual block of SS2D and, unless ``mlp_ratio`` is 0, an MLP."""
+
+    _fused_parts = parts(norm2=AutocastLayerNorm, mlp=Mlp)
 
     def __init__(self, dim: int, op: SS2D, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
@@ -121,7 +125,7 @@ class VSSBlock(nn.Module):
         x = add_dropped(self.drop_path, x, self.op(self.norm(x)))
         if self.mlp is None:
             return x
-        return add_dropped(self.drop_path, x, self.mlp(self.norm2(x)))
+        return self._add_branch(x, 'norm2', 'mlp')
 
 
 _VANILLA = {

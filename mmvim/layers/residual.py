@@ -1,0 +1,47 @@
+"""Blocks that add branches to their input, each with a norm of its own."""
+
+import torch
+from torch import Tensor
+
+from mmvim.ops._autocast import autocast_dtype
+from mmvim.ops.branch import Body, branch
+
+from .drop import add_dropped, is_plain_drop_path
+from .fusion import PLAIN_TENSORS, Fusable
+
+
+class ResidualBlock(Fusable):
+    """Base of blocks of branches ``x + drop_path(gamma * body(norm(x)))``.
+
+    A branch is one op where norm and body may be fused (see
+    :class:`mmvim.layers.fusion.Fusable`). Compilers, dispatch modes and tensor subclasses meet the
+    modules one by one.
+    """
+
+    def _add_branch(self, x: Tensor, norm: str, body: str, gamma: Tensor | None = None) -> Tensor:
+        """Add the branch of the submodules of these names to ``x`` (batch, ..., channels)."""
+        modules = self._modules
+        before, inner, drop_path = modules[norm], modules[body], modules['drop_path']
+        fused = self._fused_body(x, norm, body, gamma) if is_plain_drop_path(drop_path) else None
+        if fused is None:
+            out = inner(before(x))
+            return add_dropped(drop_path, x, out if gamma is None else out * gamma)
+        dtype = autocast_dtype(x) or x.dtype
+        wide = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+        affine = before._parameters
+        keep = drop_path.factors(x, wide)
+        return branch(x, affine['weight'], affine['bias'], before.eps, fused, dtype, gamma, keep)
+
+    def _fused_body(self, x: Tensor, norm: str, body: str, gamma: Tensor | None) -> Body | None:
+        modules = self._modules
+        if (
+            type(x) in PLAIN_TENSORS
+            and type(gamma) in PLAIN_TENSORS
+            and not torch.compiler.is_compiling()
+            and not torch._C._len_torch_dispatch_stack()
+            and self._is_plain(norm, body)
+            and modules[norm]._parameters['bias'] is not None
+            and modules[norm].normalized_shape == x.shape[-1:]
+        ):
+            return modules[body]._body(x)
+        return None

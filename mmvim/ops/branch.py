@@ -1,0 +1,96 @@
+"""The residual branch of a block as one op for each pass: ``x + keep * gamma * body(norm(x))``.
+
+The norm is a layer norm and the body attention, an MLP or MambaVision's mixer. Like
+:func:`mmvim.ops.mixer.mixer` the op exists only as compiled code (csrc/mixers) and computes the
+same as the modules do step by step.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._library import define_compiled
+from .mixer import Parameters
+from .selective_scan import default_checkpoint_interval
+
+
+class Body(NamedTuple):
+    """What a branch computes after its norm.
+
+    Attributes:
+        kind: 'attention', 'mlp' or 'mixer'.
+        parameters: Weight and bias of the two linear layers: of attention those that make queries,
+            keys and values, and the output. Those of a mixer are described in
+            :func:`mmvim.ops.mixer.mixer` (its kind is 'half').
+        heads: Of attention.
+        bias_scale: Of a mixer, as the following ones.
+        discretization: As for the mixer.
+        recompute: As for the mixer.
+    """
+
+    kind: str
+    parameters: Parameters
+    heads: int = 0
+    bias_scale: float = 1.0
+    discretization: str = 'zoh'
+    recompute: bool | None = None
+
+
+def branch(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    body: Body,
+    dtype: torch.dtype,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Add a branch to ``x``.
+
+    Parameters may have any floating dtype.
+
+    Args:
+        x: (batch, ..., c); the axes between are one sequence.
+        norm_weight: (c,), of the layer norm.
+        norm_bias: (c,), of the layer norm.
+        eps: Of the layer norm.
+        body: What comes after the norm.
+        dtype: Of the branch between the norm, whose arithmetic is that of add_rms_norm, and gamma:
+            that of autocast, or of x.
+        gamma: (c,), factors of its result. None: 1.
+        keep: (batch, 1, ..., 1), factors of the samples (stochastic depth). None: 1.
+
+    Returns:
+        Like x, in the dtype to which x, the branch and gamma are promoted.
+    """
+    kind, parameters, heads, bias_scale, discretization, recompute = body
+    return torch.ops.mmvim.branch.default(
+        x,
+        keep,
+        (norm_weight, norm_bias, gamma, *parameters),
+        kind,
+        dtype,
+        heads,
+        eps,
+        bias_scale,
+        discretization,
+        x.is_cuda if recompute is None else recompute,
+        default_checkpoint_interval(x),
+    )
+
+
+def _fake(x, keep, parameters, kind, dtype, *_):
+    gamma = parameters[2]
+    if gamma is not None:
+        dtype = torch.promote_types(dtype, gamma.dtype)
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, dtype))
+
+
+define_compiled(
+    'branch(Tensor x, Tensor? keep, Tensor?[] parameters, str kind, ScalarType dtype, int heads, '
+    'float eps, float bias_scale, str discretization, bool recompute, int checkpoint_interval) '
+    '-> Tensor',
+    _fake,
+)
