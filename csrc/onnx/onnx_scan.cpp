@@ -191,7 +191,8 @@ void run_cpu(const OnnxScan& s) {
   a.shape.method = s.method;
   a.shape.delta_softplus = s.softplus;
   a.shape.seq_idx = s.seq_idx;
-  ScanInputs& in = a.inputs[0];
+  ScanInputs in;
+  a.inputs = &in;
   in.u = view(s.u, s.length, s.channels);
   in.delta = view(s.delta, s.length, s.channels);
   in.B = {view(s.B, s.length, s.groups * s.states), s.states};

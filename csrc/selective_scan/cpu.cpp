@@ -63,7 +63,7 @@ struct Inputs {
     return s;
   }
 
-  ScanInputs arguments(bool reverse) const {
+  ScanInputs arguments(bool reverse, const Tensor& checkpoints = {}) const {
     ScanInputs in;
     in.u = view(u);
     in.delta = view(delta);
@@ -74,6 +74,7 @@ struct Inputs {
     in.D = data(D);
     in.delta_bias = data(delta_bias);
     in.reverse = reverse;
+    if (checkpoints.defined()) in.checkpoints = checkpoints.data_ptr();
     return in;
   }
 
@@ -135,7 +136,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
   a.shape = in.shape(discretization, delta_softplus);
   a.shape.seq_idx = integers(numbers);
   const InitialState initial(initial_state, a.shape, in.compute);
-  a.inputs[0] = in.arguments(reverse);
   a.initial_state = data(initial.state);
   a.initial_parts = initial.parts;
   a.checkpoint_interval = checkpoint_interval;
@@ -148,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& u, const Tensor& delta,
     a.last_state = last_state.mutable_data_ptr();
   }
   a.out = output(out);
-  a.checkpoints[0] = checkpoints.mutable_data_ptr();
+  const ScanInputs inputs = in.arguments(reverse, checkpoints);
+  a.inputs = &inputs;
   MMVIM_PER_ISA(scan_forward)(a, in.is_double());
   return {out, last_state, checkpoints};
 }
@@ -161,7 +162,7 @@ Tensor at_or_empty(const Tensor& place, const Tensor& like) {
 struct Gradients {
   Tensor u, delta, A, B, C, D, delta_bias;
 
-  Gradients(const Inputs& in, ScanBackwardArgs& a, const direct::ScanPlaces& places)
+  Gradients(const Inputs& in, const direct::ScanPlaces& places)
       : u(at_or_empty(places.u, in.u)),
         delta(at_or_empty(places.delta, in.delta)),
         A(empty_like(in.A)),
@@ -173,36 +174,43 @@ struct Gradients {
       B.zero_();
       C.zero_();
     }
-    a.du = output(u);
-    a.ddelta = output(delta);
-    a.dA = A.mutable_data_ptr();
-    a.dB = output(B);
-    a.dC = output(C);
-    a.dD = data_if(in.D, D);
-    a.ddelta_bias = data_if(in.delta_bias, delta_bias);
+  }
+
+  ScanGradients outputs(const Inputs& in) const {
+    ScanGradients g;
+    g.delta = output(delta);
+    g.A = A.mutable_data_ptr();
+    g.B = output(B);
+    g.C = output(C);
+    g.D = data_if(in.D, D);
+    g.delta_bias = data_if(in.delta_bias, delta_bias);
+    return g;
   }
 };
 
-// The checkpoints that were saved, or new ones.
-void find_checkpoints(ScanBackwardArgs& a, const Tensor& saved, int64_t interval, Tensor& keep,
-                      const Inputs& in) {
+// Runs backward from the checkpoints that were saved, or new ones.
+void run_backward(ScanBackwardArgs& a, const Tensor& saved, int64_t interval, const Inputs& in,
+                  bool reverse, const Gradients& grads) {
   check(saved, "checkpoints", checkpoint_sizes(a.shape, interval), in.compute, at::kCPU);
-  if (interval > 0) {
-    keep = saved.contiguous();
-  } else {
-    interval = kOwnInterval;
-    keep = empty(checkpoint_sizes(a.shape, interval), in.compute);
+  a.checkpoint_interval = interval > 0 ? interval : kOwnInterval;
+  const Tensor checkpoints = interval > 0
+                                 ? saved.contiguous()
+                                 : empty(checkpoint_sizes(a.shape, kOwnInterval), in.compute);
+  const ScanInputs inputs = in.arguments(reverse, checkpoints);
+  if (interval == 0) {
     ScanForwardArgs f;
     f.shape = a.shape;
-    f.inputs[0] = a.inputs;
+    f.inputs = &inputs;
     f.initial_state = a.initial_state;
     f.initial_parts = a.initial_parts;
-    f.checkpoint_interval = interval;
-    f.checkpoints[0] = keep.mutable_data_ptr();
+    f.checkpoint_interval = kOwnInterval;
     MMVIM_PER_ISA(scan_forward)(f, in.is_double());
   }
-  a.checkpoints = keep.const_data_ptr();
-  a.checkpoint_interval = interval;
+  const ScanGradients gradients = grads.outputs(in);
+  a.inputs = &inputs;
+  a.gradients = &gradients;
+  a.du = output(grads.u);
+  MMVIM_PER_ISA(scan_backward)(a, in.is_double());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_into(
@@ -222,20 +230,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   check(grad_last_state, "grad_last_state", state_sizes(a.shape, a.shape.state_parts()), in.compute,
         at::kCPU);
   const OptTensor grad_last = contiguous(grad_last_state);
-  a.inputs = in.arguments(reverse);
   a.initial_state = data(initial.state);
   a.initial_parts = initial.parts;
   a.grad_out = view(grad_out);
   a.grad_last_state = data(grad_last);
   a.z = view(z);
-  const Gradients grads(in, a, places);
+  const Gradients grads(in, places);
   Tensor dz = z.has_value() ? at_or_empty(places.z, *z) : empty({0}, in.compute);
   if (z.has_value()) a.dz = output(dz);
   Tensor dinitial = empty_like(initial_state, in.compute);
   a.dinitial_state = data_if(initial_state, dinitial);
-  Tensor keep;
-  find_checkpoints(a, checkpoints, checkpoint_interval, keep, in);
-  MMVIM_PER_ISA(scan_backward)(a, in.is_double());
+  run_backward(a, checkpoints, checkpoint_interval, in, reverse, grads);
   return {grads.u, grads.delta, grads.A, grads.B, grads.C, grads.D, dz, grads.delta_bias, dinitial};
 }
 
@@ -264,8 +269,6 @@ ScanForwardArgs pair_arguments(const Inputs& f, const Inputs& b, std::string_vie
   a.shape = f.shape(discretization, delta_softplus);
   a.shape.groups = std::lcm(f.B.size(2), b.B.size(2));
   a.directions = 2;
-  a.inputs[0] = f.arguments(false);
-  a.inputs[1] = b.arguments(true);
   return a;
 }
 
@@ -294,8 +297,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward(
   }
   const auto sizes = checkpoint_sizes(a.shape, checkpoint_interval);
   Tensor checkpoints_f = empty(sizes, f.compute), checkpoints_b = empty(sizes, f.compute);
-  a.checkpoints[0] = checkpoints_f.mutable_data_ptr();
-  a.checkpoints[1] = checkpoints_b.mutable_data_ptr();
+  const ScanInputs inputs[] = {f.arguments(false, checkpoints_f), b.arguments(true, checkpoints_b)};
+  a.inputs = inputs;
   MMVIM_PER_ISA(scan_forward)(a, f.is_double());
   return {out, pregate, checkpoints_f, checkpoints_b};
 }
@@ -331,10 +334,9 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
       again.checkpoint_interval = interval;
       sum = empty(u_f.sizes(), f.compute);
       again.out = output(sum);
-      for (int i = 0; i < 2; ++i) {
-        saved[i] = empty(checkpoint_sizes(again.shape, interval), f.compute);
-        again.checkpoints[i] = saved[i].mutable_data_ptr();
-      }
+      for (Tensor& t : saved) t = empty(checkpoint_sizes(again.shape, interval), f.compute);
+      const ScanInputs inputs[] = {f.arguments(false, saved[0]), b.arguments(true, saved[1])};
+      again.inputs = inputs;
       MMVIM_PER_ISA(scan_forward)(again, f.is_double());
     } else {
       check(pregate, "pregate", u_f.sizes(), f.type, at::kCPU);
@@ -354,14 +356,11 @@ bidirectional_backward_into(const Tensor& grad_out, const Tensor& u_f, const Ten
     ScanBackwardArgs a;
     a.shape = in.shape(discretization, delta_softplus);
     a.shape.seq_idx = integers(numbers);
-    a.inputs = in.arguments(reverse);
     a.grad_out = view(grad_out);
     a.z = view(z);
     a.scale = scale;
-    Gradients grads(in, a, places[reverse]);
-    Tensor keep;
-    find_checkpoints(a, checkpoints, interval, keep, in);
-    MMVIM_PER_ISA(scan_backward)(a, in.is_double());
+    Gradients grads(in, places[reverse]);
+    run_backward(a, checkpoints, interval, in, reverse, grads);
     return grads;
   };
   check_pair(f, b);

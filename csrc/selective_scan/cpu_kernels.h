@@ -1,5 +1,6 @@
-// Selective scan on a CPU: arguments of the kernels, as plain data. Shapes and meanings are those
-// of the op schemas in mmvim/ops/selective_scan.py.
+// Selective scans on a CPU, of a sequence or along the routes of a map: arguments of the kernels,
+// as plain data. Shapes and meanings are those of the op schemas in mmvim/ops/selective_scan.py and
+// mmvim/ops/cross_scan.py.
 #pragma once
 
 #include <cstdint>
@@ -28,20 +29,24 @@ struct GroupedView {
 
 // One direction's inputs. Parameters are contiguous and of the computing type.
 struct ScanInputs {
-  View u, delta;
+  View u;
+  View delta;  // (batch, length, channels or rank)
   GroupedView B, C;
   int64_t groups = 1;
   const void* A = nullptr;
   const void* D = nullptr;
   const void* delta_bias = nullptr;
+  const void* delta_weight = nullptr;  // (channels, rank): makes step sizes of their low rank
+  int64_t rank = 0;                    // 0: there is none
   bool reverse = false;
+  int64_t column = 0;           // the length of a map's columns if steps follow them, 0: rows
+  void* checkpoints = nullptr;  // (batch, count, channels, states): written, read by backward
 };
 
 struct ScanForwardArgs {
   ScanShape shape;
   int directions = 1;
-  ScanInputs inputs[2];
-  void* checkpoints[2] = {nullptr, nullptr};  // (batch, count, channels, states)
+  const ScanInputs* inputs = nullptr;  // of each direction; their outputs are added
   int64_t checkpoint_interval = 0;
   const void* initial_state = nullptr;  // (batch, channels, initial_parts * states)
   int64_t initial_parts = 0;
@@ -52,10 +57,21 @@ struct ScanForwardArgs {
   Output pregate;  // optional: the sum over directions, before scale and gate
 };
 
+// Gradients of what is one direction's own. Those that may be null are those of optional inputs.
+struct ScanGradients {
+  Output delta;  // (batch, length, channels or rank)
+  Output B, C;   // (batch, length, groups * states)
+  void* A = nullptr;
+  void* D = nullptr;
+  void* delta_bias = nullptr;
+  void* delta_weight = nullptr;
+};
+
 struct ScanBackwardArgs {
   ScanShape shape;
-  ScanInputs inputs;
-  const void* checkpoints = nullptr;
+  int directions = 1;
+  const ScanInputs* inputs = nullptr;
+  const ScanGradients* gradients = nullptr;
   int64_t checkpoint_interval = 0;  // > 0
   const void* initial_state = nullptr;
   int64_t initial_parts = 0;
@@ -63,12 +79,8 @@ struct ScanBackwardArgs {
   const void* grad_last_state = nullptr;
   View z;
   double scale = 1.0;
-  Output du, ddelta;
-  Output dz;      // optional
-  Output dB, dC;  // (batch, length, groups * states)
-  void* dA = nullptr;
-  void* dD = nullptr;
-  void* ddelta_bias = nullptr;
+  Output du;                       // the sum over directions
+  Output dz;                       // optional; of one direction
   void* dinitial_state = nullptr;  // as initial_state
 };
 

@@ -3,6 +3,7 @@
 // applied, so that the inner loops (cpu_tile.cpp) know nothing of types, strides and directions.
 #include <initializer_list>
 
+#include "../common/cpu_products.h"
 #include "../common/cpu_rows.h"
 #include "cpu_kernels.h"
 #include "cpu_tile.h"
@@ -11,25 +12,31 @@ namespace mmvim {
 namespace MMVIM_ISA {
 namespace {
 
-// Channels are cut into blocks that do not straddle groups.
+// Channels are cut into blocks, equal if they can be, that do not straddle groups.
+template <class S>
 struct Blocks {
   int64_t batch, group_channels, groups, block, per_group;
 
-  Blocks(const ScanShape& s, int64_t block_channels)
+  Blocks(const ScanShape& s, int64_t most_channels)
       : batch(s.batch),
         group_channels(s.groups == 0 ? 0 : s.channels / s.groups),
-        groups(s.groups),
-        block(smaller(block_channels, larger(group_channels, 1))),
-        per_group(divide_up(group_channels, block)) {}
+        groups(s.groups) {
+    const int64_t channels = larger(group_channels, 1);
+    block = round_up<S>(divide_up(channels, divide_up(channels, most_channels)));
+    per_group = divide_up(group_channels, block);
+  }
 
   int64_t count() const { return batch * groups * per_group; }
+  // Whether each block is of as many channels, in whole vectors.
+  bool equal() const { return group_channels % block == 0; }
 };
 
 struct Block {
   int64_t batch, group, index, channel;
   int count;  // channels
 
-  Block(const Blocks& b, int64_t task) {
+  template <class S>
+  Block(const Blocks<S>& b, int64_t task) {
     index = task % b.per_group;
     group = task / b.per_group % b.groups;
     batch = task / (b.per_group * b.groups);
@@ -67,6 +74,45 @@ void store_states(S* dst, const S* src, int64_t states, int64_t parts, int64_t p
   }
 }
 
+// What makes the step sizes of a tile of their low rank.
+template <class S>
+struct LowRank {
+  S* rows = nullptr;    // (steps, rank)
+  S* weight = nullptr;  // (rank, channels of the block)
+
+  void take(Arena& arena, int64_t rank, int64_t steps, int64_t padded) {
+    rows = arena.template take<S>(steps * rank);
+    weight = arena.template take<S>(rank * padded);
+  }
+};
+
+// A sum over the directions, row by row: in the output where rows are of the computing type and in
+// whole vectors, else in a buffer.
+template <class S>
+class SumOfRows {
+ public:
+  SumOfRows(const Output& out, int directions, int64_t length, const Blocks<S>& blocks)
+      : out_(out),
+        needed_(directions > 1 && out.data != nullptr),
+        in_place_(out.dtype == kDType<S> && blocks.equal()),
+        size_(needed_ && !in_place_ ? length * blocks.block : 0),
+        width_(blocks.block) {}
+
+  void take(Arena& arena) { buffer_ = arena.template take<S>(size_); }
+  // Need not be aligned.
+  S* row(const Block& block, int64_t t) const {
+    if (!needed_) return nullptr;
+    return in_place_ ? static_cast<S*>(out_.at(block.batch, t, block.channel))
+                     : buffer_ + t * width_;
+  }
+
+ private:
+  const Output& out_;
+  const bool needed_, in_place_;
+  const int64_t size_, width_;
+  S* buffer_ = nullptr;
+};
+
 // One direction's inputs of one block, a tile at a time.
 template <class S>
 class TileReader {
@@ -74,14 +120,27 @@ class TileReader {
   using M = VectorMath<S>;
   using V = typename M::V;
 
-  TileReader(const ScanShape& shape, const ScanInputs& inputs, const Block& block, int64_t padded)
+  TileReader(const ScanShape& shape, const ScanInputs& inputs, const Block& block, int64_t padded,
+             const LowRank<S>& low_rank)
       : shape_(shape),
         in_(inputs),
         block_(block),
         padded_(padded),
-        group_(block.channel / (shape.channels / inputs.groups)) {}
+        group_(block.channel / (shape.channels / inputs.groups)),
+        low_rank_(low_rank) {
+    const S* weight = static_cast<const S*>(in_.delta_weight) + block.channel * in_.rank;
+    for (int64_t r = 0; r < in_.rank; ++r) {
+      S* row = low_rank.weight + r * padded;
+      for (int c = 0; c < block.count; ++c) row[c] = weight[c * in_.rank + r];
+      fill(row + block.count, S(0), padded - block.count);
+    }
+  }
 
-  int64_t row_of(int64_t step) const { return in_.reverse ? shape_.length - 1 - step : step; }
+  int64_t row_of(int64_t step) const {
+    const int64_t t = in_.reverse ? shape_.length - 1 - step : step;
+    if (in_.column == 0) return t;
+    return t % in_.column * (shape_.length / in_.column) + t / in_.column;
+  }
 
   // Whether a sequence begins with this step where another one ends.
   bool starts_sequence(int64_t step) const {
@@ -107,12 +166,21 @@ class TileReader {
   // `slope`, where wanted, receives d(delta) / d(raw delta); u is left out where `u` is null.
   void read(int64_t first, int64_t steps, S* u, S* delta, S* slope, S* B, S* C,
             const S* bias) const {
-    const int64_t n = shape_.states;
+    const int64_t n = shape_.states, rank = in_.rank;
     for (int64_t i = 0; i < steps; ++i) {
       const int64_t t = row_of(first + i);
       if (u != nullptr) row(u + i * padded_, in_.u, t);
+      states(B + i * n, in_.B, t);
+      states(C + i * n, in_.C, t);
+      if (rank == 0) continue;
+      columns(low_rank_.rows + i * rank, in_.delta, t, 0, rank);
+    }
+    if (rank > 0) {
+      multiply(low_rank_.rows, rank, 1, low_rank_.weight, delta, steps, rank, padded_, false);
+    }
+    for (int64_t i = 0; i < steps; ++i) {
       S* d = delta + i * padded_;
-      const S* raw = row_at(in_.delta, t, d);
+      const S* raw = rank > 0 ? d : row_at(in_.delta, row_of(first + i), d);
       if (slope == nullptr) {
         for (int64_t c = 0; c < padded_; c += kLanes<S>) {
           const V v = load_unaligned(raw + c) + load(bias + c);
@@ -127,8 +195,6 @@ class TileReader {
           store(slope + i * padded_ + c, derivative);
         }
       }
-      states(B + i * n, in_.B, t);
-      states(C + i * n, in_.C, t);
     }
   }
 
@@ -141,6 +207,17 @@ class TileReader {
       for (int64_t n = 0; n < shape_.states; ++n) {
         store(v + (c / kLanes<S> * shape_.states + n) * kLanes<S>, load(u + c) * M::set(B[n]));
       }
+    }
+  }
+
+  // Steps along columns touch rows far apart, which no hardware foresees.
+  template <class Tensor>
+  void prefetch_rows(const Tensor& tensor, int64_t first, int64_t steps) const {
+    if (in_.column == 0 || tensor.data == nullptr) return;
+    const int64_t bytes = block_.count * element_size(tensor.dtype);
+    for (int64_t step = larger(first, 0); step < smaller(first + steps, shape_.length); ++step) {
+      const void* row = tensor.at(block_.batch, row_of(step), block_.channel);
+      for (int64_t i = 0; i < bytes; i += 64) prefetch(static_cast<const char*>(row) + i);
     }
   }
 
@@ -171,19 +248,24 @@ class TileReader {
 
  private:
   void states(S* dst, const GroupedView& g, int64_t t) const {
-    load_row(dst, g.view.at(block_.batch, t, 0), g.view.dtype, g.view.stride_d, shape_.states,
-             g.stride_g * group_);
+    columns(dst, g.view, t, g.stride_g * group_, shape_.states);
   }
-  static void load_row(S* dst, const void* src, DType type, int64_t stride, int64_t count,
-                       int64_t offset) {
-    MMVIM_ISA::load_row(dst, static_cast<const char*>(src) + offset * element_size(type), type,
-                        stride, static_cast<int>(count));
+  // `count` elements of a row, from the one at `offset` on: often one or few.
+  void columns(S* dst, const View& view, int64_t t, int64_t offset, int64_t count) const {
+    const void* src =
+        static_cast<const char*>(view.at(block_.batch, t, 0)) + offset * element_size(view.dtype);
+    if (view.dtype != kDType<S>) {
+      return load_row(dst, src, view.dtype, view.stride_d, static_cast<int>(count));
+    }
+    const S* row = static_cast<const S*>(src);
+    for (int64_t i = 0; i < count; ++i) dst[i] = row[i * view.stride_d];
   }
 
   const ScanShape& shape_;
   const ScanInputs& in_;
   const Block& block_;
   const int64_t padded_, group_;
+  const LowRank<S>& low_rank_;
 };
 
 template <class S>
@@ -215,12 +297,13 @@ class ForwardTask {
   using M = VectorMath<S>;
   using V = typename M::V;
 
-  ForwardTask(const ScanForwardArgs& args, int64_t block_channels)
+  ForwardTask(const ScanForwardArgs& args, const Blocks<S>& blocks)
       : a_(args),
         n_(args.shape.states),
         kernels_(tile_kernels<S>(args.shape.method)),
-        padded_(round_up<S>(block_channels)),
-        vectors_(padded_ / kLanes<S>) {
+        padded_(blocks.block),
+        vectors_(padded_ / kLanes<S>),
+        sum_(args.out, args.directions, args.shape.length, blocks) {
     take();
     arena_.reserve();
     take();
@@ -244,12 +327,13 @@ class ForwardTask {
     D_ = arena_.template take<S>(padded_);
     bias_ = arena_.template take<S>(padded_);
     line_ = arena_.template take<S>(padded_);
-    if (a_.directions == 2) sum_ = arena_.template take<S>(a_.shape.length * padded_);
+    low_rank_.take(arena_, a_.inputs[0].rank, kForwardSteps, padded_);
+    sum_.take(arena_);
   }
 
   void direction(const Block& block, int which) {
     const ScanInputs& in = a_.inputs[which];
-    const TileReader<S> reader(a_.shape, in, block, padded_);
+    const TileReader<S> reader(a_.shape, in, block, padded_, low_rank_);
     const int64_t length = a_.shape.length, interval = a_.checkpoint_interval;
     reader.parameter(D_, in.D);
     reader.parameter(bias_, in.delta_bias);
@@ -272,7 +356,9 @@ class ForwardTask {
         fill(h_, S(0), n_ * padded_);
         fill(v_, S(0), n_ * padded_);
       }
-      const Rows u = rows_of_u(reader, in, first);
+      const Rows u = rows_of_u(reader, in, first, steps);
+      reader.prefetch_rows(a_.out, first, steps);
+      reader.prefetch_rows(in.u, first + steps, steps);
       reader.read(first, steps, u.data == u_ ? u_ : nullptr, delta_, nullptr, B_, C_, bias_);
       for (int64_t v = 0; v < vectors_; ++v) {
         const int64_t lane = v * kLanes<S>, state = v * n_ * kLanes<S>;
@@ -286,9 +372,9 @@ class ForwardTask {
       }
       first += steps;
       if (interval > 0 && first % interval == 0 && first < length) {
-        store_states(checkpoint_at<S>(a_.checkpoints[which], a_.shape, block, interval,
-                                      first / interval - 1),
-                     h_, n_, 1, 0, block.count);
+        store_states(
+            checkpoint_at<S>(in.checkpoints, a_.shape, block, interval, first / interval - 1), h_,
+            n_, 1, 0, block.count);
       }
     }
 
@@ -304,31 +390,33 @@ class ForwardTask {
     const S* data;
     int64_t stride;
   };
-  Rows rows_of_u(const TileReader<S>& reader, const ScanInputs& in, int64_t first) const {
+  Rows rows_of_u(const TileReader<S>& reader, const ScanInputs& in, int64_t first,
+                 int64_t steps) const {
     if (!reader.in_place(in.u)) return {u_, padded_};
-    return {reader.at(in.u, reader.row_of(first)), in.reverse ? -in.u.stride_l : in.u.stride_l};
+    const int64_t t = reader.row_of(first), last = reader.row_of(first + steps - 1);
+    const int64_t step = steps > 1 ? reader.row_of(first + 1) - t : 0;
+    // The steps of two columns.
+    if (last - t != (steps - 1) * step) return {u_, padded_};
+    return {reader.at(in.u, t), step * in.u.stride_l};
   }
 
-  // D u, the sum of both directions, the gate, and the one rounding.
+  // D u, the sum over directions, the gate, and the one rounding.
   void finish_row(const Block& block, const TileReader<S>& reader, int which, int64_t step,
                   const S* u, S* y) {
     const int64_t t = reader.row_of(step);
     const auto each = [&](auto&& f) {
       for (int64_t c = 0; c < padded_; c += kLanes<S>) f(c);
     };
-    const auto direct = [&](int64_t c) {
-      return M::fma(load(D_ + c), load_unaligned(u + c), load(y + c));
+    S* sum = sum_.row(block, t);
+    const auto add = [&](int64_t c) {
+      const V direct = M::fma(load(D_ + c), load_unaligned(u + c), load(y + c));
+      return which == 0 ? direct : load_unaligned(sum + c) + direct;
     };
-    if (a_.directions == 2) {
-      S* sum = sum_ + t * padded_;
-      if (which == 0) {
-        each([&](int64_t c) { store(sum + c, direct(c)); });
-        return;
-      }
-      each([&](int64_t c) { store(y + c, load(sum + c) + direct(c)); });
-    } else {
-      each([&](int64_t c) { store(y + c, direct(c)); });
+    if (which + 1 < a_.directions) {
+      each([&](int64_t c) { store_unaligned(sum + c, add(c)); });
+      return;
     }
+    each([&](int64_t c) { store(y + c, add(c)); });
     if (a_.pregate.data != nullptr) {
       store_row(a_.pregate.at(block.batch, t, block.channel), a_.pregate.dtype, y, block.count);
     }
@@ -353,17 +441,19 @@ class ForwardTask {
   const TileKernels<S> kernels_;
   const int64_t padded_, vectors_;
   Arena arena_;
-  S *u_, *delta_, *y_, *B_, *C_, *rate_, *h_, *v_, *D_, *bias_, *line_, *sum_ = nullptr;
+  LowRank<S> low_rank_;
+  SumOfRows<S> sum_;
+  S *u_, *delta_, *y_, *B_, *C_, *rate_, *h_, *v_, *D_, *bias_, *line_;
 };
 
 template <class S>
 void forward(const ScanForwardArgs& args) {
   // Each channel is computed alone: the cut changes no result and may follow the thread count.
   int64_t width = kForwardChannels;
-  while (width > kLanes<S> && Blocks(args.shape, width).count() < 2 * thread_count()) width /= 2;
-  const Blocks blocks(args.shape, width);
+  while (width > kLanes<S> && Blocks<S>(args.shape, width).count() < 2 * thread_count()) width /= 2;
+  const Blocks<S> blocks(args.shape, width);
   parallel(blocks.count(), [&](int64_t begin, int64_t end) {
-    ForwardTask<S> task(args, blocks.block);
+    ForwardTask<S> task(args, blocks);
     for (int64_t i = begin; i < end; ++i) task.run(Block(blocks, i));
   });
 }
@@ -373,9 +463,12 @@ void forward(const ScanForwardArgs& args) {
 // so that results depend neither on timing nor on the number of threads.
 template <class S>
 struct Partials {
-  S* parameters = nullptr;  // (batch, channels, states + 2): dA, dD, ddelta_bias
-  S* dB = nullptr;          // (blocks per group, batch, length, groups * states)
+  // (directions, batch, channels, states + 2 + rank): dA, dD, ddelta_bias, ddelta_weight
+  S* parameters = nullptr;
+  // Null if there is one block. (directions, blocks per group, batch, length, groups * states)
+  S* dB = nullptr;
   S* dC = nullptr;
+  S* ddelta = nullptr;  // (directions, blocks per group, batch, length, rank)
 };
 
 template <class S>
@@ -384,29 +477,41 @@ class BackwardTask {
   using M = VectorMath<S>;
   using V = typename M::V;
 
-  BackwardTask(const ScanBackwardArgs& args, const Partials<S>& partials, int64_t block_channels)
+  BackwardTask(const ScanBackwardArgs& args, const Partials<S>& partials, const Blocks<S>& blocks)
       : a_(args),
         partials_(partials),
+        blocks_(blocks),
         n_(args.shape.states),
+        rank_(args.inputs[0].rank),
         two_tap_(is_two_tap(args.shape.method)),
         steps_(smaller(args.checkpoint_interval, smaller(32, larger(4, 256 / larger(n_, 1))))),
         tiles_(divide_up(smaller(args.checkpoint_interval, args.shape.length), steps_)),
         kernels_(tile_kernels<S>(args.shape.method)),
-        padded_(round_up<S>(block_channels)),
-        vectors_(padded_ / kLanes<S>) {
+        padded_(blocks.block),
+        vectors_(padded_ / kLanes<S>),
+        sum_(args.du, args.directions, args.shape.length, blocks) {
     take();
     arena_.reserve();
     take();
   }
 
   void run(const Block& block) {
-    const TileReader<S> reader(a_.shape, a_.inputs, block, padded_);
+    for (which_ = 0; which_ < a_.directions; ++which_) direction(block);
+  }
+
+ private:
+  const ScanInputs& inputs() const { return a_.inputs[which_]; }
+
+  void direction(const Block& block) {
+    const TileReader<S> reader(a_.shape, inputs(), block, padded_, low_rank_);
     const int64_t length = a_.shape.length, interval = a_.checkpoint_interval;
-    reader.parameter(D_, a_.inputs.D);
-    reader.parameter(bias_, a_.inputs.delta_bias);
-    load_states(rate_, static_cast<const S*>(a_.inputs.A) + block.channel * n_, n_, 1, 0,
+    reader.parameter(D_, inputs().D);
+    reader.parameter(bias_, inputs().delta_bias);
+    load_states(rate_, static_cast<const S*>(inputs().A) + block.channel * n_, n_, 1, 0,
                 block.count, vectors_);
     for (int64_t i = 0; i < n_ * padded_; ++i) rate_[i] *= S(kernels_.rate_scale);
+    fill(dweight_, S(0), rank_ * padded_);
+    fill(dweight_sum_, S(0), rank_ * padded_);
     for (S* sum : {dh_, dv_, dA_, dA_sum_}) fill(sum, S(0), n_ * padded_);
     for (S* sum : {dD_, dD_sum_, dbias_, dbias_sum_}) fill(sum, S(0), padded_);
     if (a_.grad_last_state != nullptr) {
@@ -442,7 +547,6 @@ class BackwardTask {
     store_sums(block);
   }
 
- private:
   void take() {
     const int64_t tile = steps_ * padded_;
     for (S** p : {&u_, &delta_, &slope_, &dy_, &gate_, &y_, &du_, &ddelta_}) {
@@ -460,6 +564,10 @@ class BackwardTask {
     a_kept_ = arena_.template take<S>(kernels_.keep_decay ? steps_ * n_ * kLanes<S> : 0);
     sums_ = arena_.template take<S>(n_);
     starts_ = arena_.template take<S>(tiles_ * n_ * padded_);
+    low_rank_.take(arena_, rank_, steps_, padded_);
+    low_rank_sums_ = arena_.template take<S>(steps_ * rank_);
+    for (S** p : {&dweight_, &dweight_sum_}) *p = arena_.template take<S>(rank_ * padded_);
+    sum_.take(arena_);
   }
 
   S* start(int64_t tile) const { return starts_ + tile * n_ * padded_; }
@@ -469,8 +577,8 @@ class BackwardTask {
       fill(start(0), S(0), n_ * padded_);
     } else if (first > 0) {
       const int64_t interval = a_.checkpoint_interval;
-      const S* saved = checkpoint_at<S>(const_cast<void*>(a_.checkpoints), a_.shape, block,
-                                        interval, first / interval - 1);
+      const S* saved =
+          checkpoint_at<S>(inputs().checkpoints, a_.shape, block, interval, first / interval - 1);
       load_states(start(0), saved, n_, 1, 0, block.count, vectors_);
     } else if (a_.initial_state != nullptr) {
       const S* s = state_at<S>(a_.initial_state, a_.shape, block, a_.initial_parts);
@@ -501,6 +609,9 @@ class BackwardTask {
 
   void tile(const Block& block, const TileReader<S>& reader, int64_t first, int64_t steps,
             const S* start) {
+    reader.prefetch_rows(a_.du, first, steps);
+    reader.prefetch_rows(inputs().u, first - steps_, steps_);
+    reader.prefetch_rows(a_.grad_out, first - steps_, steps_);
     reader.read(first, steps, u_, delta_, slope_, B_, C_, bias_);
     for (int64_t i = 0; i < steps; ++i) read_gradient(reader, reader.row_of(first + i), i);
     load_tap(reader, block, first);
@@ -516,6 +627,15 @@ class BackwardTask {
                          ddelta_ + lane, dA_ + state, dB_, dC_});
     }
     for (int64_t i = 0; i < steps; ++i) finish_row(block, reader.row_of(first + i), i);
+    if (rank_ > 0) {
+      multiply(low_rank_.rows, 1, rank_, ddelta_, dweight_, rank_, steps, padded_, true);
+      multiply_transposed(ddelta_, low_rank_.weight, low_rank_sums_, steps, rank_, padded_);
+      for (int64_t i = 0; i < steps; ++i) {
+        put_sums(a_.gradients[which_].delta, partials_.ddelta, block, reader.row_of(first + i),
+                 rank_, 0, low_rank_sums_ + i * rank_, rank_);
+      }
+      carry(dweight_, dweight_sum_, rank_ * padded_);
+    }
     carry(dA_, dA_sum_, n_ * padded_);
     carry(dD_, dD_sum_, padded_);
     carry(dbias_, dbias_sum_, padded_);
@@ -566,33 +686,54 @@ class BackwardTask {
       store_row(out.at(block.batch, t, block.channel), out.dtype, row, block.count);
     };
     put(a_.dz, y_ + at);
-    put(a_.du, du_ + at);
-    put(a_.ddelta, ddelta_ + at);
-    put_states(a_.dB, partials_.dB, block, t, dB_ + i * n_ * kLanes<S>);
-    put_states(a_.dC, partials_.dC, block, t, dC_ + i * n_ * kLanes<S>);
+    if (add_row(sum_.row(block, t), du_ + at)) put(a_.du, du_ + at);
+    const ScanGradients& g = a_.gradients[which_];
+    if (rank_ == 0) put(g.delta, ddelta_ + at);
+    put_states(g.B, partials_.dB, block, t, dB_ + i * n_ * kLanes<S>);
+    put_states(g.C, partials_.dC, block, t, dC_ + i * n_ * kLanes<S>);
+  }
+
+  // Adds the row to those of the directions before, or them to it; whether it is complete.
+  bool add_row(S* sum, S* row) const {
+    const bool last = which_ + 1 == a_.directions;
+    if (last && which_ == 0) return true;
+    for (int64_t c = 0; c < padded_; c += kLanes<S>) {
+      V v = load(row + c);
+      if (which_ > 0) v = load_unaligned(sum + c) + v;
+      last ? store(row + c, v) : store_unaligned(sum + c, v);
+    }
+    return last;
   }
 
   void put_states(const Output& out, S* partial, const Block& block, int64_t t, const S* lanes) {
-    const int64_t column = block.group * n_;
-    S* sums = sums_;
-    if (partial != nullptr) {
-      const int64_t row = (block.index * a_.shape.batch + block.batch) * a_.shape.length + t;
-      sums = partial + row * a_.shape.groups * n_ + column;
-    }
-    for (int64_t n = 0; n < n_; ++n) sums[n] = sum_lanes<S>(load(lanes + n * kLanes<S>));
+    for (int64_t n = 0; n < n_; ++n) sums_[n] = sum_lanes<S>(load(lanes + n * kLanes<S>));
+    put_sums(out, partial, block, t, a_.shape.groups * n_, block.group * n_, sums_, n_);
+  }
+
+  // `count` sums over the block's channels, from `column` of a row of `width` on.
+  void put_sums(const Output& out, S* partial, const Block& block, int64_t t, int64_t width,
+                int64_t column, const S* sums, int64_t count) {
     if (partial == nullptr) {
-      store_row(out.at(block.batch, t, column), out.dtype, sums, static_cast<int>(n_));
+      store_row(out.at(block.batch, t, column), out.dtype, sums, static_cast<int>(count));
+      return;
     }
+    const int64_t part = which_ * blocks_.per_group + block.index;
+    const int64_t row = (part * a_.shape.batch + block.batch) * a_.shape.length + t;
+    std::memcpy(partial + row * width + column, sums, count * sizeof(S));
   }
 
   void store_sums(const Block& block) {
-    const int64_t parts = n_ + 2;
-    S* p = partials_.parameters + (block.batch * a_.shape.channels + block.channel) * parts;
+    const int64_t parts = n_ + 2 + rank_;
+    const int64_t entry = which_ * a_.shape.batch + block.batch;
+    S* p = partials_.parameters + (entry * a_.shape.channels + block.channel) * parts;
     for (int c = 0; c < block.count; ++c) {
       const S* lane = dA_sum_ + (c / kLanes<S>)*n_ * kLanes<S> + c % kLanes<S>;
       for (int64_t n = 0; n < n_; ++n) p[c * parts + n] = lane[n * kLanes<S>];
       p[c * parts + n_] = dD_sum_[c];
       p[c * parts + n_ + 1] = dbias_sum_[c];
+      for (int64_t r = 0; r < rank_; ++r) {
+        p[c * parts + n_ + 2 + r] = dweight_sum_[r * padded_ + c];
+      }
     }
     if (a_.dinitial_state == nullptr) return;
     S* s = state_at<S>(a_.dinitial_state, a_.shape, block, a_.initial_parts);
@@ -602,40 +743,52 @@ class BackwardTask {
 
   const ScanBackwardArgs& a_;
   const Partials<S>& partials_;
-  const int64_t n_;
+  const Blocks<S>& blocks_;
+  const int64_t n_, rank_;
   const bool two_tap_;
   const int64_t steps_, tiles_;
   const TileKernels<S> kernels_;
   const int64_t padded_, vectors_;
+  int which_ = 0;  // direction
   Arena arena_;
+  LowRank<S> low_rank_;
+  SumOfRows<S> sum_;
   S *u_, *delta_, *slope_, *dy_, *gate_, *y_, *du_, *ddelta_, *B_, *C_, *rate_, *dh_, *dv_, *dA_,
       *dA_sum_, *v_, *v_work_, *D_, *bias_, *dD_, *dD_sum_, *dbias_, *dbias_sum_, *line_, *dB_,
-      *dC_, *h_, *a_kept_, *sums_, *starts_;
+      *dC_, *h_, *a_kept_, *sums_, *starts_, *low_rank_sums_, *dweight_, *dweight_sum_;
 };
 
 template <class S>
-void sum_parameters(const ScanBackwardArgs& a, S* partial) {
-  const int64_t n = a.shape.states, parts = n + 2, channels = a.shape.channels;
-  parallel(channels, [&](int64_t begin, int64_t end) {
-    for (int64_t b = 1; b < a.shape.batch; ++b) {
-      const S* other = partial + b * channels * parts;
-      for (int64_t i = begin * parts; i < end * parts; ++i) partial[i] += other[i];
-    }
-    const auto put = [&](void* out, int64_t at, int64_t c, int64_t i) {
-      if (out == nullptr) return;
-      static_cast<S*>(out)[at] = a.shape.batch > 0 ? partial[c * parts + i] : S(0);
-    };
-    for (int64_t c = begin; c < end; ++c) {
-      for (int64_t i = 0; i < n; ++i) put(a.dA, c * n + i, c, i);
-      put(a.dD, c, c, n);
-      put(a.ddelta_bias, c, c, n + 1);
+void sum_parameters(const ScanBackwardArgs& a, S* partials) {
+  const int64_t n = a.shape.states, rank = a.inputs[0].rank, parts = n + 2 + rank;
+  const int64_t channels = a.shape.channels;
+  parallel(a.directions * channels, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = i / channels, c = i % channels;
+      S* sum = partials + (k * a.shape.batch * channels + c) * parts;
+      for (int64_t b = 1; b < a.shape.batch; ++b) {
+        const S* other = sum + b * channels * parts;
+        for (int64_t p = 0; p < parts; ++p) sum[p] += other[p];
+      }
+      const auto put = [&](void* out, int64_t count, int64_t part) {
+        if (out == nullptr) return;
+        for (int64_t p = 0; p < count; ++p) {
+          static_cast<S*>(out)[c * count + p] = a.shape.batch > 0 ? sum[part + p] : S(0);
+        }
+      };
+      const ScanGradients& g = a.gradients[k];
+      put(g.A, n, 0);
+      put(g.D, 1, n);
+      put(g.delta_bias, 1, n + 1);
+      put(g.delta_weight, rank, n + 2);
     }
   });
 }
 
 template <class S>
-void sum_blocks(const ScanBackwardArgs& a, const Output& out, S* partial, int64_t blocks) {
-  const int64_t rows = a.shape.batch * a.shape.length, width = a.shape.groups * a.shape.states;
+void sum_blocks(const ScanBackwardArgs& a, const Output& out, S* partial, int64_t blocks,
+                int64_t width) {
+  const int64_t rows = a.shape.batch * a.shape.length;
   constexpr int64_t kRows = 64;
   parallel(divide_up(rows, kRows), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * kRows; row < smaller(end * kRows, rows); ++row) {
@@ -652,34 +805,44 @@ void sum_blocks(const ScanBackwardArgs& a, const Output& out, S* partial, int64_
 
 template <class S>
 void backward(const ScanBackwardArgs& args) {
+  // Short parts of rows far apart would leave much of what is fetched unused.
+  const int64_t least = args.directions > 1 ? 96 : 32;
   int64_t width = 128;
-  while (width > 32 && Blocks(args.shape, width).count() < 32) width /= 2;
-  const Blocks blocks(args.shape, width);
+  while (width > least && Blocks<S>(args.shape, width).count() < 32) width /= 2;
+  const Blocks<S> blocks(args.shape, width);
   const ScanShape& s = args.shape;
-  const int64_t rows = s.batch * s.length * s.groups * s.states;
-  const int64_t partial_rows = blocks.per_group > 1 ? blocks.per_group * rows : 0;
+  const int64_t columns = s.groups * s.states, rank = args.inputs[0].rank;
+  const int64_t part = blocks.per_group > 1 ? blocks.per_group * s.batch * s.length : 0;
 
   Partials<S> partials;
   Arena arena;
   for (int pass = 0; pass < 2; ++pass) {
-    partials.parameters = arena.take<S>(s.batch * s.channels * (s.states + 2));
-    S* dB = arena.take<S>(partial_rows);
-    S* dC = arena.take<S>(partial_rows);
+    const int64_t sums = s.batch * s.channels * (s.states + 2 + rank);
+    partials.parameters = arena.take<S>(args.directions * sums);
+    S* dB = arena.take<S>(args.directions * part * columns);
+    S* dC = arena.take<S>(args.directions * part * columns);
+    S* ddelta = arena.take<S>(args.directions * part * rank);
     if (pass == 0) {
       arena.reserve();
-    } else if (partial_rows > 0) {
+    } else if (part > 0) {
       partials.dB = dB;
       partials.dC = dC;
+      partials.ddelta = ddelta;
     }
   }
   parallel(blocks.count(), [&](int64_t begin, int64_t end) {
-    BackwardTask<S> task(args, partials, blocks.block);
+    BackwardTask<S> task(args, partials, blocks);
     for (int64_t i = begin; i < end; ++i) task.run(Block(blocks, i));
   });
   sum_parameters(args, partials.parameters);
-  if (partial_rows > 0) {
-    sum_blocks(args, args.dB, partials.dB, blocks.per_group);
-    sum_blocks(args, args.dC, partials.dC, blocks.per_group);
+  for (int64_t k = 0; k < args.directions && part > 0; ++k) {
+    const ScanGradients& g = args.gradients[k];
+    const auto sum = [&](const Output& out, S* partial, int64_t width) {
+      sum_blocks(args, out, partial + k * part * width, blocks.per_group, width);
+    };
+    sum(g.B, partials.dB, columns);
+    sum(g.C, partials.dC, columns);
+    if (rank > 0) sum(g.delta, partials.ddelta, rank);
   }
 }
 

@@ -18,6 +18,49 @@ constexpr int kTogether = 2;
 constexpr int kTogether = 1;
 #endif
 
+// One state per channel, which stays in a register.
+template <bool kKeep, class S>
+void forward_tile_of_one(const ForwardTile<S>& t) {
+  using M = VectorMath<S>;
+  using V = typename M::V;
+  const V rate = load(t.rate);
+  V h = load(t.h);
+  for (int64_t i = 0; i < t.steps; ++i) {
+    const V delta = load(t.delta + i * t.row);
+    const V x = delta * load_unaligned(t.u + i * t.u_row);
+    const V a = M::exp2(delta * rate);
+    h = M::fma(a, h, x * M::set(t.B[i]));
+    if constexpr (kKeep) store(t.a + i * kLanes<S>, a);
+    if (t.h_step != 0) store(t.h + (i + 1) * t.h_step, h);
+    store(t.y + i * t.row, h * M::set(t.C[i]));
+  }
+  if (t.h_step == 0) store(t.h, h);
+}
+
+template <class S>
+void backward_tile_of_one(const BackwardTile<S>& t) {
+  using M = VectorMath<S>;
+  using V = typename M::V;
+  using R = Rule<Discretization::kZoh, M>;
+  constexpr int kWidth = kLanes<S>;
+  const V rate = load(t.rate) * M::set(S(1.0 / R::kRateScale));
+  V dh_after = load(t.dh), dA = load(t.dA);
+  for (int64_t i = t.steps - 1; i >= 0; --i) {
+    const V delta = load(t.delta + i * t.row), u = load(t.u + i * t.row);
+    const V dy = load(t.dy + i * t.row), a = load(t.a + i * kWidth);
+    const V dh = M::fma(dy, M::set(t.C[i]), dh_after);
+    dh_after = dh * a;
+    const V dz = dh_after * load(t.h + i * kWidth), dx = dh * M::set(t.B[i]);
+    store(t.dC + i * kWidth, M::fma(dy, load(t.h + (i + 1) * kWidth), load(t.dC + i * kWidth)));
+    store(t.dB + i * kWidth, M::fma(dh, delta * u, load(t.dB + i * kWidth)));
+    store(t.du + i * t.row, delta * dx);
+    store(t.ddelta + i * t.row, M::fma(dz, rate, u * dx));
+    dA = M::fma(dz, delta, dA);
+  }
+  store(t.dh, dh_after);
+  store(t.dA, dA);
+}
+
 template <Discretization kMethod, bool kKeep, class S>
 void forward_tile(const ForwardTile<S>& t) {
   using M = VectorMath<S>;
@@ -25,6 +68,9 @@ void forward_tile(const ForwardTile<S>& t) {
   using R = Rule<kMethod, M>;
   constexpr int kWidth = kLanes<S>;
 
+  if constexpr (R::kInputIsDelta) {
+    if (t.states == 1) return forward_tile_of_one<kKeep>(t);
+  }
   for (int64_t i = 0; i < t.steps; ++i) {
     const V delta = load(t.delta + i * t.row);
     const V u = load_unaligned(t.u + i * t.u_row);
@@ -79,6 +125,9 @@ void backward_tile(const BackwardTile<S>& t) {
   constexpr int kWidth = kLanes<S>;
   const int64_t state_row = t.states * kWidth;
 
+  if constexpr (kKeepsDecay<R>) {
+    if (t.states == 1) return backward_tile_of_one(t);
+  }
   for (int64_t i = t.steps - 1; i >= 0; --i) {
     const V delta = load(t.delta + i * t.row);
     const V u = load(t.u + i * t.row);

@@ -15,7 +15,7 @@ from ._autocast import autocast_dtype, to_activation, to_parameter
 from ._library import compute_dtype, define, define_compiled
 from .backend import resolve
 from .discretization import DISCRETIZATIONS, TWO_TAP
-from .selective_scan import checkpoint_interval
+from .selective_scan import checkpoint_interval, default_checkpoint_interval
 from .selective_scan_torch import checkpoint_shape
 
 #: Orders in which a map can be read. The op knows them by number: bit 0 says column by column, bit
@@ -153,9 +153,9 @@ def _check(x, delta, A, B, C, D, delta_bias, delta_weight, k):
 
 
 def _has_kernels(device_type: str, dtype: torch.dtype) -> bool:
-    if device_type != 'cuda' or not extension.supports('cross_scan_fused', device_type, dtype):
+    if not extension.supports('cross_scan_fused', device_type, dtype):
         return False
-    return torch.cuda.get_device_capability()[0] >= 8
+    return device_type != 'cuda' or torch.cuda.get_device_capability()[0] >= 8
 
 
 # As of backend._compiled: constant while a graph lives.
@@ -165,21 +165,19 @@ _has_kernels._dynamo_marked_constant = True
 def _round_steps(ops, x, delta_weight, A, routes, delta_softplus, discretization) -> int:
     """Steps between checkpoints of the kernels that take all routes at once; 0 where they do not.
 
-    Those read the map where it lies and sum in float32 on the way. They do not cover the two-tap
-    methods, more states, routes and ranks than these, float64, devices other than CUDA, and GPUs
-    before compute capability 8.0: there each route is a selective scan of a copy.
+    Those read the map where it lies and sum in float32 on the way. On CUDA they do not cover the
+    two-tap methods, more states, routes and ranks than these, float64, and GPUs before compute
+    capability 8.0: there, and without compiled kernels, each route is a selective scan of a copy.
     """
-    covered = (
-        ops is torch.ops.mmvim
-        and discretization not in TWO_TAP
-        and A.shape[2] <= 4
-        and len(routes) <= 16
-        and (delta_weight is None or 1 <= delta_weight.shape[2] <= 128)
-        and _has_kernels(x.device.type, x.dtype)
-    )
-    if not covered:
-        return 0
     rank = 0 if delta_weight is None else delta_weight.shape[2]
+    if ops is not torch.ops.mmvim or not _has_kernels(x.device.type, x.dtype):
+        return 0
+    if delta_weight is not None and rank == 0:
+        return 0
+    if x.device.type == 'cpu':
+        return default_checkpoint_interval(x)
+    if discretization in TWO_TAP or A.shape[2] > 4 or len(routes) > 16 or rank > 128:
+        return 0
     # What the kernels of one state cover; the others keep the columns of Δ, B and C of each warp of
     # 32 steps in shared memory.
     one = discretization == 'zoh' and A.shape[2] == 1 and delta_softplus and rank > 0

@@ -359,8 +359,8 @@ def test_what_is_loaded():
         name.removeprefix('mmvim_torch::')
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith('mmvim_torch::')
-    } | {'mixer', 'mixer_backward'}
-    # It runs on the kernels of the selective scan.
+    } | {'mixer', 'mixer_backward', 'cross_scan_fused', 'cross_scan_fused_backward'}
+    # It runs on the fused op, or on the kernels of the selective scan.
     defined -= {'cross_scan', 'cross_scan_backward'}
     registered = torch._C._dispatch_get_registrations_for_dispatch_key('CPU')
     assert {name.removeprefix('mmvim::') for name in registered if 'mmvim::' in name} == defined

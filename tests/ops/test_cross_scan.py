@@ -61,6 +61,16 @@ def test_several_rounds(backend, device, size, d, n):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('rank', [None, 5], ids=['delta', 'low_rank'])
+@pytest.mark.parametrize('d', [192, 200])
+def test_several_blocks_of_channels(backend, device, d, rank, dtype):
+    """Of equal size or not."""
+    need(backend, 'selective_scan', device, torch.float32)
+    tensors = cross_scan_inputs(2, 5, 9, d, 1, 4, rank, dtype=dtype, device=device)
+    compare(tensors, slack=32, delta_softplus=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('method', DISCRETIZATIONS)
 @pytest.mark.parametrize('n', [1, 2])
 def test_methods_in_low_precision(backend, device, method, n, dtype):
@@ -188,6 +198,109 @@ def test_gradients_are_deterministic(backend, device):
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(map(torch.equal, one, two))
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    need('compiled', 'selective_scan', 'cpu', torch.float32)
+    tensors = cross_scan_inputs(1, 6, 7, 200, 1, rank=3, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(run(tensors, delta_softplus=True, backend='compiled'))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_nan_stays_where_it_is(backend, device, dtype):
+    """In its channel and image forward; backward also in the sums over channels."""
+    need(backend, 'selective_scan', device, torch.float32)
+    tensors = cross_scan_inputs(2, 4, 5, 7, 1, dtype=dtype, device=device)
+    tensors['x'][0, 1, 2, 3] = torch.nan
+    out, *grads = run(tensors, delta_softplus=True)
+    grads = dict(zip(tensors, grads, strict=True))
+    others = [c for c in range(7) if c != 3]
+    # Each position lies behind it on one of the routes.
+    assert out[0, ..., 3].isnan().all()
+    assert out[0][..., others].isfinite().all()
+    assert out[1].isfinite().all()
+    assert grads['C'][0].isnan().any()
+    assert grads['C'][1].isfinite().all()
+    for name in ('x', 'delta', 'B'):
+        assert grads[name][1].isfinite().all(), name
+    assert grads['delta'][0][..., others].isfinite().all()
+    assert grads['A'][:, others].isfinite().all()
+    assert grads['A'][:, 3].isnan().all()
+
+
+def fused_inputs(device):
+    """Of the op below, by name, and its other arguments."""
+    tensors = cross_scan_inputs(1, 3, 4, 8, 1, 2, 2, dtype=torch.float32, device=device)
+    options = {'routes': [0, 3], 'delta_softplus': True, 'discretization': 'zoh',
+               'round_steps': 32, 'keep_checkpoints': True}  # fmt: skip
+    return tensors | options
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'round_steps': 0}, 'round_steps must be .*got 0'),
+        ({'round_steps': -32}, 'round_steps must be .*got -32'),
+        ({'routes': []}, 'routes must not be empty'),
+        ({'routes': [0, 4]}, 'routes are 0 to 3, got 4'),
+        ({'routes': [0]}, 'delta_weight must have shape'),
+        ({'discretization': 'none'}, 'discretization must be one of'),
+        ({'x': lambda x: x[0]}, 'x must be .b, h, w, d.'),
+        ({'delta': lambda x: x[..., :1]}, 'delta must have shape'),
+        ({'delta_weight': lambda x: x[..., :0]}, 'delta_weight must be .k, d, r. with r > 0'),
+        ({'A': lambda x: x[..., :0]}, 'A must be .k, d, n.'),
+        ({'A': lambda x: x.double()}, 'A must be .*[Ff]loat'),
+        ({'B': lambda x: x.bfloat16()}, 'B must be '),
+        ({'D': lambda x: x.flatten()}, 'D must have shape'),
+    ],
+    ids=lambda value: '-'.join(value) if isinstance(value, dict) else '',
+)
+def test_the_fused_op_checks_its_arguments(device, changes, message):
+    """It may be called without the checks of :func:`mmvim.ops.cross_scan`."""
+    need('compiled', 'cross_scan_fused', device, torch.float32)
+    given = fused_inputs(device)
+    torch.ops.mmvim.cross_scan_fused(**given)
+    for name, value in changes.items():
+        given[name] = value(given[name]) if callable(value) else value
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.mmvim.cross_scan_fused(**given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ('shape', 'changes', 'message'),
+    [
+        ((1, 5, 3, 4, 5, 2), {}, 'up to 4 states, got 5'),
+        ((1, 5, 3, 4, 1, 129), {}, 'ranks up to 128, got 129'),
+        ((1, 5, 3, 4, 1, 2), {'discretization': 'foh_hold'}, 'no CUDA kernel for'),
+        ((1, 5, 3, 4, 1, 2), {'round_steps': 48}, 'round_steps must be a multiple of 32'),
+        ((1, 64, 64, 4, 4, 128), {'round_steps': 256}, 'bytes of shared memory'),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_fused_op_checks_what_its_cuda_kernels_cover(shape, changes, message):
+    b, h, w, d, n, rank = shape
+    tensors = cross_scan_inputs(b, h, w, d, n, 1, min(rank, d), dtype=torch.float32, device='cuda')
+    tensors['delta'] = torch.randn(b, h, w, 1, rank, device='cuda')
+    tensors['delta_weight'] = torch.randn(1, d, rank, device='cuda')
+    given = fused_inputs('cuda') | tensors | {'routes': [0]} | changes
+    with pytest.raises(ValueError, match=message):
+        torch.ops.mmvim.cross_scan_fused(**given)
+
+
+@pytest.mark.parametrize('keep', [True, False])
+def test_opcheck_of_the_fused_op(device, keep):
+    need('compiled', 'cross_scan_fused', device, torch.float32)
+    given = fused_inputs(device) | {'keep_checkpoints': keep}
+    torch.library.opcheck(torch.ops.mmvim.cross_scan_fused.default, (), given)
 
 
 def test_only_what_is_needed_gets_a_gradient():
