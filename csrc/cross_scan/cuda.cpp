@@ -15,10 +15,15 @@
 #include <tuple>
 
 #include "../common/cuda_glue.h"
+#include "checks.h"
 
 namespace mmvim {
 namespace cross {
 namespace {
+
+// What the kernels are made and tested for.
+constexpr int64_t kMaxStates = 4;
+constexpr int64_t kMaxRank = 128;
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -43,13 +48,10 @@ Tensor with_fours(const Tensor& t) {
 
 // One step from position to position, and neighbours in the last dimension.
 Tensor with_positions(const Tensor& t) {
-  const bool rows = t.size(1) <= 1 || t.size(2) <= 1 || t.stride(1) == t.size(2) * t.stride(2);
   const bool small = std::abs(t.stride(2)) <= INT32_MAX && std::abs(t.stride(3)) <= INT32_MAX;
   const bool unit = t.size(4) <= 1 || t.stride(4) == 1;
-  return rows && small && unit ? t : t.contiguous();
+  return has_positions(t) && small && unit ? t : t.contiguous();
 }
-
-int64_t step_of(const Tensor& t) { return t.size(2) > 1 ? t.stride(2) : t.stride(1); }
 
 // Whether rows of `count` elements are made of pairs of 16 bits at multiples of 4 bytes.
 bool has_words(const Tensor& t) {
@@ -82,31 +84,17 @@ struct Inputs {
          at::IntArrayRef routes, bool softplus, std::string_view discretization,
          int64_t round_steps)
       : dtype(dtype_of(x_, "x")), method(method_of(discretization)) {
-    TORCH_CHECK_VALUE(x_.dim() == 4 && x_.is_cuda(),
-                      "x must be (b, h, w, d) on a CUDA device, got ", x_.sizes());
-    const int64_t b = x_.size(0), h = x_.size(1), w = x_.size(2), d = x_.size(3);
-    const auto k = static_cast<int64_t>(routes.size());
-    TORCH_CHECK_VALUE(k >= 1 && k <= kMaxRoutes, "1 to ", kMaxRoutes, " routes, got ", k);
+    const auto [b, h, w, d, k, n, rank] =
+        check_inputs(x_, delta_, weight_, A_, B_, C_, D_, delta_bias_, routes);
+    TORCH_CHECK_VALUE(k <= kMaxRoutes, "the CUDA kernels take up to ", kMaxRoutes, " routes, got ",
+                      k);
     TORCH_CHECK_VALUE(h * w * d <= INT32_MAX, "a map may have at most 2^31 - 1 values, got ",
                       x_.sizes());
-    TORCH_CHECK_VALUE(A_.dim() == 3 && A_.size(2) >= 1, "A must be (k, d, n), got ", A_.sizes());
-    TORCH_CHECK_VALUE(!is_two_tap(method), "no kernel for discretization ", discretization);
-    const int64_t n = A_.size(2);
-    const auto type = x_.scalar_type();
-    int64_t rank = 0;
-    if (weight_.has_value()) {
-      TORCH_CHECK_VALUE(weight_->dim() == 3, "delta_weight must be (k, d, r), got ",
-                        weight_->sizes());
-      rank = weight_->size(2);
-      check_either(*weight_, "delta_weight", {k, d, rank}, type, x_.device());
-      TORCH_CHECK_VALUE(rank > 0, "delta_weight must have a rank, got ", weight_->sizes());
-    }
-    check(delta_, "delta", {b, h, w, k, rank > 0 ? rank : d}, type, x_.device());
-    check(A_, "A", {k, d, n}, at::kFloat, x_.device());
-    check(B_, "B", {b, h, w, k, n}, type, x_.device());
-    check(C_, "C", {b, h, w, k, n}, type, x_.device());
-    check(D_, "D", {k, d}, at::kFloat, x_.device());
-    check(delta_bias_, "delta_bias", {k, d}, at::kFloat, x_.device());
+    TORCH_CHECK_VALUE(!is_two_tap(method), "no CUDA kernel for discretization ", discretization);
+    TORCH_CHECK_VALUE(n <= kMaxStates, "A: the CUDA kernels take up to ", kMaxStates,
+                      " states, got ", n);
+    TORCH_CHECK_VALUE(rank <= kMaxRank, "delta_weight: the CUDA kernels take ranks up to ",
+                      kMaxRank, ", got ", rank);
     x = x_.contiguous();
     delta = with_positions(delta_);
     A = A_.contiguous();
@@ -126,7 +114,6 @@ struct Inputs {
     p.rank = static_cast<int>(rank);
     p.routes = static_cast<int>(k);
     for (int64_t i = 0; i < k; ++i) {
-      TORCH_CHECK_VALUE(routes[i] >= 0 && routes[i] < 4, "routes are 0 to 3, got ", routes[i]);
       p.route[i] = static_cast<uint8_t>(routes[i]);
     }
     p.softplus = softplus;
@@ -223,6 +210,9 @@ struct Inputs {
         std::min<int64_t>(p.rounds, std::max<int64_t>(1, (wanted + blocks - 1) / blocks)));
     p.chunk_rounds = (p.rounds + p.chunks - 1) / p.chunks;
     p.chunks = (p.rounds + p.chunk_rounds - 1) / p.chunk_rounds;
+    const int64_t needed = shared_bytes(p, backward);
+    TORCH_CHECK_VALUE(needed <= limit, "round_steps: rounds of ", p.warps * kWarpSteps,
+                      " steps take ", needed, " bytes of shared memory, this GPU has ", limit);
   }
 
   // Workspace of a plan.
