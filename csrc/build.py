@@ -59,7 +59,7 @@ _O2_KERNELS = ('selective_scan/cpu_scan.cpp',)
 
 # What the library for ONNX Runtime shares with torch's.
 _FOR_ONNX = re.compile(
-    r'common/(isa|cpu_.*)\.cpp|selective_scan/(cpu_.*\.cpp|cuda_(forward.*|shared)\.cu)'
+    r'common/(isa|cpu_.*)\.cpp|selective_scan/(cpu_.*\.cpp|cuda_(forward_float|shared)\.cu)'
 )
 
 _NAMED_ARCHITECTURES = {

@@ -126,9 +126,10 @@ def export_model(
         opset: Version of the ONNX operators, 18 or later. Defaults to None: 18.
         dtype: 'float32', 'float16' or 'bfloat16', that of weights and activations; inputs, outputs
             and scans are float32. onnxruntime has no bfloat16 on a CPU. Defaults to 'float32'.
-        custom_ops: Whether the scans of an ONNX file are mmvim's operator, which is as fast as in
-            PyTorch, and which onnxruntime finds in the library of
-            :func:`mmvim.export.onnx_scan.custom_library` only. Defaults to False.
+        custom_ops: Whether the file contains mmvim's compiled operators, which are as fast as in
+            the model. onnxruntime finds that of an ONNX file in the library of
+            :func:`mmvim.export.onnx_scan.custom_library`; programs and 'aoti' need ``import
+            mmvim.ops``; 'torchscript' has none. Defaults to False.
 
     Raises:
         ValueError: An argument is invalid.
@@ -144,8 +145,8 @@ def export_model(
         raise ValueError("format 'aoti' is compiled for one shape: dynamic must be 'none'")
     if opset is not None and (format != 'onnx' or not isinstance(opset, int) or opset < 18):
         raise ValueError(f"opset={opset!r} must be an integer from 18 on, for format 'onnx' only")
-    if custom_ops and format != 'onnx':
-        raise ValueError(f"custom_ops are for format 'onnx' only, not {format!r}")
+    if custom_ops and format == 'torchscript':
+        raise ValueError("format 'torchscript' has no custom_ops")
     if len(input_shape) not in (4, 5) or any(side < 1 for side in input_shape):
         raise ValueError(
             'input_shape must be (batch, channels, [frames,] height, width), '
@@ -169,7 +170,9 @@ def export_model(
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            chosen = {'opset': opset, 'custom_ops': custom_ops} if format == 'onnx' else {}
+            chosen = {'opset': opset} if format == 'onnx' else {}
+            if format != 'torchscript':
+                chosen['custom_ops'] = custom_ops
             _WRITERS[format](module, example, dynamic, dict(metadata or {}), temporary, **chosen)
         seconds = time.perf_counter() - start
         differences = compare(original, open_exported(temporary), shapes)
@@ -235,13 +238,14 @@ def compare(
 def exported_program(
     module: nn.Module, inputs: tuple[Tensor, ...], dynamic: str, kind: str = 'graph'
 ) -> torch.export.ExportedProgram:
-    """The program of a module with mmvim's operators in standard ones.
+    """The program of a module, with mmvim's operators in standard ones.
 
     Args:
         module: The module.
         inputs: Example inputs, with the batch first; of two axes or more, so that a number is none.
         dynamic: One of :data:`DYNAMIC`; 'size' concerns the last two axes of a single input.
-        kind: As for :func:`mmvim.export.operations.portable_ops`. Defaults to 'graph'.
+        kind: As for :func:`mmvim.export.operations.portable_ops`, or 'mmvim' to keep our operators.
+            Defaults to 'graph'.
     """
     shapes: list[dict[int, Any]] = [{} for _ in inputs]
     if dynamic != 'none':
@@ -254,7 +258,7 @@ def exported_program(
         dims[rank - 2] = dims[rank - 1] = torch.export.Dim.AUTO
         # The test for the native size becomes a check in the program instead of an error here.
         options['prefer_deferred_runtime_asserts_over_guards'] = True
-    with portable_ops(kind):
+    with contextlib.nullcontext() if kind == 'mmvim' else portable_ops(kind):
         return torch.export.export(
             module,
             inputs,
@@ -350,17 +354,27 @@ def _write_torchscript(
 
 
 def _write_program(
-    module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
+    module: nn.Module,
+    example: Tensor,
+    dynamic: str,
+    metadata: dict,
+    path: Path,
+    custom_ops: bool,
 ) -> None:
-    program = exported_program(module, (example,), dynamic)
+    program = exported_program(module, (example,), dynamic, 'mmvim' if custom_ops else 'graph')
     _without_size_checks(program)
     torch.export.save(program, str(path), extra_files={METADATA: json.dumps(metadata)})
 
 
 def _write_aoti(
-    module: nn.Module, example: Tensor, dynamic: str, metadata: dict, path: Path
+    module: nn.Module,
+    example: Tensor,
+    dynamic: str,
+    metadata: dict,
+    path: Path,
+    custom_ops: bool,
 ) -> None:
-    program = exported_program(module, (example,), dynamic)
+    program = exported_program(module, (example,), dynamic, 'mmvim' if custom_ops else 'graph')
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(path),

@@ -319,6 +319,31 @@ def test_exported_program_of_each_family(family, tmp_path):
     check(family, 'program', '.pt2', 'batch', tmp_path)
 
 
+@pytest.mark.parametrize(
+    'family', ['vim', *(pytest.param(name, marks=pytest.mark.slow) for name in list(FAMILIES)[1:])]
+)
+def test_own_operators_in_a_program(family, tmp_path):
+    torch.manual_seed(0)
+    build, shape = FAMILIES[family]
+    model, out = build().eval(), tmp_path / 'm.pt2'
+    report = export_model(model, out, 'program', shape, dynamic='size', custom_ops=True)
+    assert max(report.differences.values()) < 1e-5
+    targets = {str(node.target) for node in torch.export.load(out).graph.nodes}
+    assert any(name.startswith('mmvim.') and 'scan' in name for name in targets)
+    with pytest.raises(ValueError, match="format 'torchscript' has no custom_ops"):
+        export_model(model, tmp_path / 'm.ts', 'torchscript', shape, custom_ops=True)
+
+
+@pytest.mark.slow
+def test_own_operators_in_an_aoti_package(tmp_path):
+    # VMamba's portable scans generate C++ that does not compile; neither do those of one image.
+    build, shape = FAMILIES['vmamba']
+    report = export_model(
+        build().eval(), tmp_path / 'm.aoti.pt2', 'aoti', shape, dynamic='none', custom_ops=True
+    )
+    assert max(report.differences.values()) < 1e-5
+
+
 @pytest.mark.slow
 def test_aoti_package(tmp_path):
     check('vim', 'aoti', '.aoti.pt2', 'none', tmp_path)

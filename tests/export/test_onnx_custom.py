@@ -181,11 +181,6 @@ def test_a_file_and_the_library_are_enough(build, library, tmp_path):
 
 
 def test_without_the_library(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="custom_ops are for format 'onnx' only"):
-        export_model(
-            Vim(SMALL, img_size=32), tmp_path / 'm.ts', 'torchscript', (1, 3, 32, 32),
-            custom_ops=True,
-        )  # fmt: skip
     monkeypatch.setattr(
         onnx_scan, 'backend_info', lambda: {'loaded': False, 'reason': 'no compiler'}
     )

@@ -82,7 +82,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--custom-ops',
         action='store_true',
-        help="mmvim's scan in ONNX, for onnxruntime with the library that is printed",
+        help="mmvim's compiled operators in the file: ONNX for onnxruntime with the library that "
+        'is printed, a program or AOTInductor package for use with mmvim',
     )
     parser.add_argument(
         '--dtype', default='float32', choices=tuple(TOLERANCES), help='of weights and activations'
@@ -183,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
     print(f'{report.path}: {report.format}, {size:.1f} MiB, exported in {report.seconds:.0f} s')
     for tried, difference in report.differences.items():
         print(f'  input {"x".join(map(str, tried))}: largest difference {difference:.1e}')
-    if args.custom_ops:
+    if args.custom_ops and kind == 'onnx':
         print(f'  onnxruntime needs {custom_library()}')
     for mode, file in files.items():
         images = calibration_images(cfg, model, args) if mode == 'static' else None
