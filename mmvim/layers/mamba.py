@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
-from mmvim.ops._library import as_compute_dtype
+from mmvim.ops._library import as_compute_dtype, compute_dtype
 from mmvim.ops.backend import BACKENDS
 from mmvim.ops.mixer import AddNorm, mixer, serves
 
@@ -180,6 +180,17 @@ class MixerBase(Fusable):
         )
         return nn.Parameter(steps.log().repeat(self.d_inner, 1))
 
+    def _zero_state(
+        self, batch_size: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> MambaState:
+        """The state of the direction with the plain names before the first token."""
+        conv = self.conv1d.init_state(batch_size, device=device, dtype=dtype)
+        width = self.d_state * (2 if self.discretization in ops.TWO_TAP else 1)
+        ssm = torch.zeros(
+            batch_size, self.d_inner, width, device=conv.device, dtype=compute_dtype(conv.dtype)
+        )
+        return MambaState(conv, ssm)
+
     def _scan_inputs(
         self,
         u: Tensor,
@@ -345,11 +356,7 @@ class Mamba(MixerBase):
             dtype (torch.dtype, optional): Dtype of the activations. Defaults to the parameters'
                 dtype. The scan's state is float32 for every dtype except float64.
         """
-        conv = self.conv1d.init_state(batch_size, device=device, dtype=dtype)
-        width = self.d_state * (2 if self.discretization in ops.TWO_TAP else 1)
-        ssm_dtype = torch.float64 if conv.dtype == torch.float64 else torch.float32
-        ssm = torch.zeros(batch_size, self.d_inner, width, device=conv.device, dtype=ssm_dtype)
-        return MambaState(conv, ssm)
+        return self._zero_state(batch_size, device, dtype)
 
     def forward(
         self,

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mmvim._checks import check_choice, check_flags, check_positive
 from mmvim.layers import MambaState
-from mmvim.ops import TWO_TAP
 
 from ..backbones.videomamba import VideoMamba
 from .mixing import mix_blocks, mix_part
@@ -190,19 +189,9 @@ class StreamingVideoMamba(VideoMamba):
             dtype (torch.dtype, optional): Dtype of the chunks. Defaults to the parameters' dtype.
         """
         check_positive(batch_size=batch_size)
-        weight = self.layers[0].mixer.in_proj.weight
-        device = weight.device if device is None else torch.device(device)
-        dtype = weight.dtype if dtype is None else dtype
-        high = torch.float64 if dtype == torch.float64 else torch.float32
-        layers = []
-        for layer in self.layers:
-            mixer = layer.mixer
-            width = mixer.d_state * (2 if mixer.discretization in TWO_TAP else 1)
-            conv = mixer.conv1d.init_state(batch_size, device=device, dtype=dtype)
-            ssm = torch.zeros(batch_size, mixer.d_inner, width, device=device, dtype=high)
-            layers.append(MambaState(conv, ssm))
-        mean = torch.zeros(batch_size, self.embed_dims, device=device, dtype=high)
-        return VideoState(tuple(layers), 0, mean, 0, None, None, self._signature)
+        layers = tuple(layer.mixer._zero_state(batch_size, device, dtype) for layer in self.layers)
+        mean = layers[0].ssm.new_zeros(batch_size, self.embed_dims)
+        return VideoState(layers, 0, mean, 0, None, None, self._signature)
 
     def _check_state(self, state: VideoState, x: Tensor | None = None) -> None:
         if not isinstance(state, VideoState):
