@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     install(options.override)
     if options.check:
         for name, state, detail in status():
-            print(f'{name:28}{state:11}{detail}')
+            print(f'{name:30}{state:11}{detail}')
         return 0
     # For the processes that the program starts.
     os.environ[VARIABLE] = 'override' if options.override else '1'

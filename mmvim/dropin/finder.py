@@ -31,6 +31,7 @@ _EXTENSIONS = (
     'selective_scan_cuda',
     'selective_scan_cuda_core',
     'selective_scan_cuda_oflex',
+    'selective_scan_cuda_oflex_rh',
     'selective_scan_cuda_ndstate',
     'selective_scan_cuda_nrow',
     'causal_conv1d_cuda',

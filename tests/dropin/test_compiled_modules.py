@@ -9,6 +9,7 @@ import selective_scan_cuda_core
 import selective_scan_cuda_ndstate
 import selective_scan_cuda_nrow
 import selective_scan_cuda_oflex
+import selective_scan_cuda_oflex_rh
 import torch
 
 TOLERANCE = {
@@ -160,6 +161,24 @@ def test_scans_of_one_state_and_of_several_rows():
     torch.testing.assert_close(selective_scan.selective_scan_fn(u, delta, A, B, C, *rest), want)
     with pytest.raises(ValueError, match=r'A must have the axes \(d\)'):
         selective_scan_cuda_ndstate.fwd(u, delta, A, B, C, *rest, 1)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_scan_whose_output_are_the_states(dtype):
+    inputs, _ = scan_inputs(dtype, n=1)
+    u, delta, A, B, _, D, _, bias = inputs.values()
+    exact = [t.double().requires_grad_() for t in (u, delta, A, B, D, bias)]
+    want, *_ = loops.scan(*exact[:4], torch.ones_like(exact[3]), exact[4], None, exact[5], True)
+    out, x = selective_scan_cuda_oflex_rh.fwd(u, delta, A, B, D, bias, True, 1, True)
+    assert out.dtype == torch.float32
+    close(out, want, torch.float32)
+    grads = selective_scan_cuda_oflex_rh.bwd(u, delta, A, B, D, bias, out, x, True, 1)
+    truth = torch.autograd.grad(want, exact, out.double())
+    for got, true, given in zip(grads, truth, (u, delta, A, B, D, bias), strict=True):
+        assert got.dtype == given.dtype
+        close(got, true, dtype)
+    with pytest.raises(ValueError, match=r'A must have shape \(d, 1\)'):
+        selective_scan_cuda_oflex_rh.fwd(u, delta, A.expand(-1, 2), B, D, bias, True, 1, True)
 
 
 class Scan(torch.autograd.Function):
