@@ -12,6 +12,7 @@ __all__ = ['install', 'require']
 _SHIMS = (
     'mmcv_ops',
     'mmdet_bfloat16',
+    'mmdet_voc_pool',
     'mmengine_checkpoints',
     'mmengine_configs',
     'mmengine_fsdp',

@@ -84,6 +84,8 @@ def test_classification(task, fails):
     assert 'cannot use annotation file' in fails(main_train, 'config.py')
     (task / 'train.txt').write_text('0.png 0\n1.png 1\n2.png 1\n3.png 0')
     (task / 'images' / '2.png').write_bytes(b'')
+    assert "images/2.png' is empty" in fails(main_train, 'config.py')
+    (task / 'images' / '2.png').write_bytes(b'no image')
     line = fails(main_train, 'config.py')
     assert "cannot load image '" in line
     assert "images/2.png' (LoadImageFromFile)" in line

@@ -40,6 +40,15 @@ def test_no_detection_beside_a_second_metric(data):
     assert list(Path('work_dirs/two').glob('best_coco_bbox_mAP*'))
 
 
+@of('mmdet')
+def test_no_process_is_forked_for_an_evaluation(data, monkeypatch):
+    """Of the threads that a training has by then, one may hold a lock that the child waits for."""
+    monkeypatch.setattr('os.fork', lambda: pytest.fail('forked'))
+    option = "val_evaluator=dict(_delete_=True, type='VOCMetric')"
+    runner = main_train(['config.py', '--cfg-options', option])
+    assert 0 <= runner.message_hub.get_scalar('val/pascal_voc/mAP').current() <= 1
+
+
 @of('mmpretrain')
 def test_a_metric_without_result(data, monkeypatch, capsys):
     from mmpretrain.evaluation import SingleLabelMetric
@@ -175,9 +184,9 @@ def test_absent_images_are_looked_for_in_long_lists(data):
         data_check._check_files(dataset, 'train_dataloader.dataset', **options)
 
     load = dict(type='LoadImageFromFile')
-    with pytest.raises(UserError, match=r'8.png. does not exist, nor do 99 other files; in mmvim'):
+    with pytest.raises(UserError, match=r'8.png. does not exist, like 99 other files; in mmvim'):
         check(load)
-    with pytest.raises(UserError, match=r'nor do 9 other files of 15 that were looked for'):
+    with pytest.raises(UserError, match=r'like 9 other files of 15 that were looked at'):
         check(load, most=15)
     # Remote storage, and loaders that go on without a file.
     check(dict(load, ignore_empty=True))
@@ -215,6 +224,7 @@ def test_segmentation_of_two_classes(data, fails, capsys, recwarn):
 
 @of('mmpretrain')
 def test_a_listed_video_that_does_not_exist(data, fails):
+    (data / 'empty.mp4').touch()
     (data / 'train.txt').write_text('0.mp4 0\n1.mp4 1\n')
     steps = "[dict(type='mmvim.LoadVideo',num_frames=2),dict(type='mmvim.PackVideo')]"
     kind = "_delete_=True, type='mmvim.VideoDataset', ann_file='train.txt'"
@@ -226,7 +236,9 @@ def test_a_listed_video_that_does_not_exist(data, fails):
     )
     line = fails(main_train, 'video.py')
     assert "train_dataloader.dataset (VideoDataset): '" in line
-    assert "0.mp4' does not exist, nor do 1 other files" in line
+    assert "0.mp4' does not exist, like 1 other files" in line
+    (data / 'train.txt').write_text('empty.mp4 0\n')
+    assert "empty.mp4' is empty; in mmvim" in fails(main_train, 'video.py')
 
 
 @pytest.mark.parametrize('data', ['mmpretrain', 'mmseg'], indirect=True)

@@ -362,7 +362,7 @@ def _parts(dataset: Any, skip: type | tuple = ()) -> Iterator[Any]:
 
 
 def _check_files(dataset: Any, where: str, most: int = 2000) -> None:
-    """Refuse samples of files that do not exist; of a long list, some are looked for."""
+    """Refuse samples of files that do not exist or are empty; of a long list, look at some."""
     steps = list(getattr(getattr(dataset, 'pipeline', None), 'transforms', ()))
     loader = steps[0] if steps else None
     # Other loaders, and other storage, may use paths in their own ways.
@@ -377,14 +377,17 @@ def _check_files(dataset: Any, where: str, most: int = 2000) -> None:
     looked = [dataset.get_data_info(i) for i in range(0, len(dataset), step)]
     paths = [info.get(key) for info in looked for key in keys]
     paths = [path for path in paths if isinstance(path, str) and is_local(path)]
-    absent = [path for path in paths if not os.path.exists(path)]
-    if absent:
-        raise UserError(
-            f'{where}: {absent[0]!r} does not exist{from_where(absent[0])}'
-            + (f', nor do {len(absent) - 1} other files' if absent[1:] else '')
-            + (f' of {len(paths)} that were looked for' if step > 1 else '')
-            + ('; in mmvim.SkipFailures it is left out' if where.startswith('train') else '')
-        )
+    for state, wrong in (
+        ('does not exist', [path for path in paths if not os.path.exists(path)]),
+        ('is empty', [p for p in paths if os.path.isfile(p) and not os.path.getsize(p)]),
+    ):
+        if wrong:
+            raise UserError(
+                f'{where}: {wrong[0]!r} {state}{from_where(wrong[0])}'
+                + (f', like {len(wrong) - 1} other files' if wrong[1:] else '')
+                + (f' of {len(paths)} that were looked at' if step > 1 else '')
+                + ('; in mmvim.SkipFailures it is left out' if where.startswith('train') else '')
+            )
 
 
 def _samples(dataset: Any) -> Iterator[dict]:
