@@ -359,7 +359,14 @@ def test_what_is_loaded():
         name.removeprefix('mmvim_torch::')
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith('mmvim_torch::')
-    } | {'mixer', 'mixer_backward', 'cross_scan_fused', 'cross_scan_fused_backward'}
+    }
+    defined |= {
+        'mixer',
+        'mixer_backward',
+        'branch',
+        'cross_scan_fused',
+        'cross_scan_fused_backward',
+    }
     # It runs on the fused op, or on the kernels of the selective scan.
     defined -= {'cross_scan', 'cross_scan_backward'}
     registered = torch._C._dispatch_get_registrations_for_dispatch_key('CPU')

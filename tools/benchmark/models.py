@@ -16,12 +16,12 @@ model through `torch.compile`, `compile-graph` with `mode='reduce-overhead'`. `l
 tools/train.py with the model's config on batches that cost nothing (the mean over its iterations,
 optimizer, augmentation of batches, averages and logging included), `launcher-graph` the same with
 `graph=True`, `launcher-compile` with `compile=True`; it also says how many kernels an iteration
-has, and by part how long they take. What is left to the host is seen with --batch 1 --sizes 64,
-where a GPU has next to nothing to do. Times are medians over
-single passes, measured with CUDA events (the clock on a CPU). `GiB` is the peak of what PyTorch
-had allocated after warm-up, weights included. With --sizes the batch shrinks as the image grows:
-the pixels of a batch stay the same. A table is written row by row: a run that is stopped leaves
-what it has measured, for --read to draw.
+has, and by part how long they take. Times are medians over single passes, measured with CUDA events
+(the clock on a CPU). The host's time is that until a call returns which finds the GPU idle; with
+--batch 1 --sizes 64 the GPU has next to nothing to do, and never makes the host wait. `GiB` is the
+peak of what PyTorch had allocated after warm-up, weights and the memory of CUDA graphs included.
+With --sizes the batch shrinks as the image grows: the pixels of a batch stay the same. A table is
+written row by row: a run that is stopped leaves what it has measured, for --read to draw.
 
 Peers are other packages' models, measured in the same run when they can be imported:
 `mambavision` (the official package, which needs `mamba_ssm`; `--peer-path` adds folders to the
@@ -37,6 +37,7 @@ import csv
 import gc
 import importlib
 import itertools
+import math
 import re
 import statistics
 import sys
@@ -287,7 +288,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `rate` in samples a second, `milliseconds` per pass."""
+    """One line of the table; `rate` in samples a second, `milliseconds` and `host` per pass."""
 
     model: str
     package: str
@@ -301,6 +302,7 @@ class Row:
     gib: float
     note: str = ''
     kernels: int = 0
+    host: float = float('nan')
 
 
 def main() -> int:
@@ -376,12 +378,12 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[Row]
                     continue
                 labels = (name, package, mode, run, args.dtype, batch)
                 size = 'x'.join(map(str, shape[1:]))
-                kernels = 0
+                kernels, host = 0, float('nan')
                 try:
                     if run.startswith('launcher'):
                         seconds, gib, kernels = launch(name, (batch, *shape), run, args)
                     else:
-                        seconds, gib = measure(
+                        seconds, gib, host = measure(
                             build, (batch, *shape), mode, run, case.channels_last, args, device
                         )
                 except (ImportError, RuntimeError, TypeError, UserError, ValueError) as error:
@@ -391,7 +393,9 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[Row]
                     continue
                 finally:
                     release(device)
-                yield Row(*labels, size, batch / seconds, 1e3 * seconds, gib, kernels=kernels)
+                yield Row(
+                    *labels, size, batch / seconds, 1e3 * seconds, gib, '', kernels, 1e3 * host
+                )
 
 
 def runs(case: Case, package: str, run: str, mode: str) -> bool:
@@ -460,14 +464,14 @@ def measure(
     channels_last: bool,
     args: argparse.Namespace,
     device: torch.device,
-) -> tuple[float, float]:
-    """Median seconds of a pass and peak GiB."""
+) -> tuple[float, float, float]:
+    """Median seconds of a pass, peak GiB, and median seconds of the host (see `host_time`)."""
     step = make_step(build, shape, mode, run, channels_last, DTYPES[args.dtype], device)
     for _ in range(min(5, args.repeats)):
         step()
     if device.type == 'cuda' and run != 'graph':
         torch.cuda.reset_peak_memory_stats(device)
-    return timed(step, args.repeats, device), peak(device)
+    return timed(step, args.repeats, device), peak(device), host_time(step, args.repeats, device)
 
 
 def make_step(
@@ -549,6 +553,20 @@ def timed(step: Callable[[], None], repeats: int, device: torch.device) -> float
     return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
 
+def host_time(step: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Median seconds until a call returns that finds the GPU idle; not known on a CPU."""
+    if device.type != 'cuda':
+        return float('nan')
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    return statistics.median(times)
+
+
 def peak(device: torch.device) -> float:
     """Peak GiB allocated on the GPU; not known on a CPU."""
     if device.type != 'cuda':
@@ -574,7 +592,8 @@ def line(row: Row) -> str:
     if row.note:
         return f'{head} failed: {row.note}'
     kernels = f' {row.kernels:6} kernels' if row.kernels else ''
-    return f'{head} {row.rate:10.1f}/s {row.milliseconds:9.2f} ms {row.gib:7.2f} GiB{kernels}'
+    host = '' if math.isnan(row.host) else f' {row.host:8.2f} ms of the host'
+    return f'{head} {row.rate:10.1f}/s {row.milliseconds:9.2f} ms {row.gib:7.2f} GiB{kernels}{host}'
 
 
 def draw(args: argparse.Namespace) -> int:
@@ -585,7 +604,8 @@ def draw(args: argparse.Namespace) -> int:
         print(f'error: {args.read} has no rows', file=sys.stderr)
         return 1
     if args.plot:
-        numbers = {'batch': int, 'rate': float, 'milliseconds': float, 'gib': float, 'kernels': int}
+        numbers = {'batch': int, 'kernels': int}
+        numbers |= dict.fromkeys(('rate', 'milliseconds', 'gib', 'host'), float)
         rows = [Row(**{k: numbers.get(k, str)(v) for k, v in row.items()}) for row in table]
         draw_sizes(args.plot, rows, head)
     if args.profile:
