@@ -275,3 +275,43 @@ def test_wrong_arguments(position, wrong, message):
     arguments[position] = wrong
     with torch.no_grad(), pytest.raises((ValueError, TypeError), match=message):
         torch.ops.mmvim.branch(*arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('given', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    'backend',
+    [
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.MATH,
+    ],
+)
+def test_on_cuda(kind, backend, given, autocast):
+    """At most twice the error of the steps, against float64."""
+    if autocast is None and given != torch.float32:
+        pytest.skip('parameters are float32')
+    block, x = make(kind, torch.float32)
+    exact = run(copy.deepcopy(block).double(), x.double())
+    block, x = block.cuda(), x.cuda().to(given)
+
+    def outcome():
+        inputs = x.clone().requires_grad_()
+        block.zero_grad()
+        with torch.autocast('cuda', autocast, enabled=autocast is not None):
+            y = block(inputs)
+        y.to(torch.float32).pow(3).sum().backward()
+        return [y, inputs.grad, *(p.grad for p in block.parameters())]
+
+    # Flash and cuDNN have no kernels for float32.
+    with sdpa_kernel([backend, SDPBackend.MATH]):
+        found, calls = branches(outcome)
+        assert calls == BRANCHES[kind]
+        with step_by_step(block):
+            steps = outcome()
+    for a, b, right in zip(found, steps, [*exact[:2], *exact[2].values()], strict=True):
+        assert a.dtype == b.dtype
+        error, allowed = ((t.cpu().double() - right).norm() / right.norm() for t in (a, b))
+        assert error <= 2 * allowed + (1e-4 if autocast is None else 5e-3)
