@@ -168,17 +168,17 @@ class _Finder(MetaPathFinder):
             return None
         if self.override and ours == 'csm_triton':
             return _ours(fullname)
-        if _triton_runs():
-            return None
         theirs = PathFinder.find_spec(fullname, path)
         in_fork = 'mamba_ssm' in fullname.split('.')
         if theirs is None:
-            return _ours(fullname) if in_fork else None  # others of ours import it
+            # Another one of ours imports it.
+            return _ours(fullname) if in_fork and not _triton_runs() else None
         if not _imports_triton(theirs):
-            return theirs
+            return None
         if ours != 'csm_triton' and not in_fork and not _is_copy(theirs):
-            return theirs
-        return _ours(fullname) or _placeholders(fullname)
+            return None
+        # Last, as it imports torch.
+        return None if _triton_runs() else _ours(fullname) or _placeholders(fullname)
 
     def failure(self, name: str, spec: ModuleSpec) -> Exception | None:
         """The reason why an installed package counts as absent."""

@@ -84,15 +84,18 @@ def test_names_can_be_imported_after_install():
     start('-c', 'import mmvim.dropin\nmmvim.dropin.install()\nmmvim.dropin.install()\n' + USE)
 
 
-def test_install_imports_nothing_heavy():
-    result, _ = evaluate(f"""
+def test_install_imports_nothing_heavy(tmp_path):
+    package(tmp_path, {'net/__init__.py': '', 'net/layer_norm.py': 'OWN = True'})
+    code = f"""
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location('finder', {str(REPO / 'mmvim/dropin/finder.py')!r})
 finder = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(finder)
 finder.install()
+import net.layer_norm
 result = sorted(sys.modules)
-""")
+"""
+    result, _ = evaluate(code, path=[tmp_path])
     assert not {'torch', 'mmvim', 'numpy'} & set(result)
 
 
