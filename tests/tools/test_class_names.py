@@ -138,6 +138,27 @@ def test_counts_of_a_classifier(data, fails):
     )
 
 
+@pytest.mark.parametrize('data', ['mmpretrain', 'mmseg'], indirect=True)
+def test_classes_of_losses(data, fails):
+    def line(*options):
+        return fails(main_train, 'config.py', '--cfg-options', *options)
+
+    if Path.cwd().name == 'mmseg':
+        found = line('model.decode_head.loss_decode.class_weight=[1.0,2.0,3.0]')
+        assert 'model.decode_head.loss_decode.class_weight has 3 numbers, but' in found
+        return
+    smooth = "dict(type='LabelSmoothLoss',label_smooth_val=0.1,num_classes=1000)"
+    assert 'model.head.loss.num_classes is 1000, but model.head.num_classes is 2' in line(
+        f'model.head.loss={smooth}'
+    )
+    found = line("model.head.loss=dict(type='CrossEntropyLoss',class_weight=[1.0])")
+    assert 'class_weight has 1 numbers, but model.head.num_classes is 2' in found
+    mix = "model.train_cfg=dict(augments=[dict(type='Mixup',alpha=0.8)])"
+    assert 'has no num_classes, which Mixup and CutMix need: 2' in line(mix)
+    named = 'model.data_preprocessor.num_classes=2'
+    assert main_train(['config.py', '--cfg-options', mix, named]).iter == 1
+
+
 def test_difference_of_lists():
     assert difference(['a', 'b'], ['a', 'c']) == "class 1 is 'b' and 'c'"
     assert difference(['a'], ['a', 'b']) == 'there are 1 and 2 classes'

@@ -70,6 +70,7 @@ class DataCheckHook(Hook):
             self._outputs = self._task.class_outputs(model)
             _check_model(model, self._outputs, self._ignored_label(runner))
             _check_binary(model)
+            _check_losses(model, self._outputs)
         first = None
         for loop in self.loops:
             if getattr(runner, f'_{loop}_loop') is None:
@@ -424,6 +425,14 @@ def _check_model(model: nn.Module, outputs: dict[str, int], ignored: int | None)
     """Compare a data preprocessor and a classifier's own accuracy with the heads."""
     preprocessor = getattr(model, 'data_preprocessor', None)
     _check_counts(preprocessor, 'model.data_preprocessor', outputs)
+    # Several labels an image are vectors already.
+    several = any('MultiLabel' in kind.__name__ for kind in type(getattr(model, 'head', 0)).__mro__)
+    mixes = getattr(preprocessor, 'batch_augments', None) is not None and not several
+    for key, count in outputs.items() if mixes and preprocessor.num_classes is None else ():
+        raise UserError(
+            f'model.data_preprocessor has no num_classes, which Mixup and CutMix need: {count}, '
+            f'as {key}'
+        )
     for key, count in outputs.items():
         if ignored is not None and 0 < ignored < count:
             raise UserError(
@@ -453,6 +462,27 @@ def _check_binary(model: nn.Module) -> None:
                     f'model.{name} has out_channels=1, for which its loss_decode '
                     f'({type(loss).__name__}) needs use_sigmoid=True'
                 )
+
+
+def _check_losses(model: nn.Module, outputs: dict[str, int]) -> None:
+    """Compare numbers of classes and their weights in the losses of classifiers and segmentors."""
+    for path, head in (
+        ('model.head', getattr(model, 'head', None)),
+        ('model.decode_head', getattr(model, 'decode_head', None)),
+    ):
+        counts = {key: count for key, count in outputs.items() if key.startswith(f'{path}.')}
+        for name, loss in head.named_modules() if isinstance(head, nn.Module) and counts else ():
+            if not type(loss).__name__.endswith('Loss'):
+                continue
+            name = name.replace('loss_module', 'loss')  # mmpretrain's key
+            _check_counts(loss, f'{path}.{name}', counts)
+            weights = getattr(loss, 'class_weight', None)
+            weights = len(weights) if hasattr(weights, '__len__') else None
+            for key, count in counts.items():
+                if weights not in (None, count):
+                    raise UserError(
+                        f'{path}.{name}.class_weight has {weights} numbers, but {key} is {count}'
+                    )
 
 
 def _check_counts(component: Any, name: str, outputs: dict[str, int]) -> None:
