@@ -13,7 +13,8 @@ from mmvim import ops
 from mmvim.export import onnx_scan
 from mmvim.export.formats import export_model, open_exported, read_metadata
 from mmvim.export.quantization import quantize
-from mmvim.models import Vim, VMamba
+from mmvim.export.streaming import export_stream
+from mmvim.models import StreamingVideoMamba, Vim, VMamba
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -178,6 +179,22 @@ def test_a_file_and_the_library_are_enough(build, library, tmp_path):
     quantize(path, tmp_path / 'q.onnx', 'dynamic')
     (given,) = open_exported(tmp_path / 'q.onnx')(x.numpy())
     assert 0 < np.abs(given - expected).max() < 0.2 * np.abs(expected).max()
+
+
+@pytest.mark.slow
+def test_a_stream_keeps_its_states(library, tmp_path):
+    pytest.importorskip('onnxscript')
+    torch.manual_seed(0)
+    model = StreamingVideoMamba(
+        dict(embed_dims=16, depth=2, d_state=4),
+        img_size=16, patch_size=8, num_frames=4, stream_mode='block', block_frames=2,
+        beyond='clamp', discretization='tustin',
+    ).eval()  # fmt: skip
+    differences = export_stream(model, tmp_path / 'm.onnx', (1, 3, 2, 16, 16), custom_ops=True)
+    assert max(differences.values()) < 1e-5
+    for path in differences:
+        own = {node.op_type for node in onnx.load(path).graph.node if node.domain}
+        assert own == {onnx_scan.OPERATOR}
 
 
 def test_without_the_library(monkeypatch, tmp_path):
