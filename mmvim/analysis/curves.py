@@ -103,7 +103,8 @@ def read_run(path: str | Path) -> Run:
         # What was logged after the checkpoint that this part starts from was done again.
         start = new_train[0]['step']
         train = [entry for entry in train if entry['step'] < start] + new_train
-        val = [entry for entry in val if entry['step'] < start] + new_val
+        again = {entry['step'] for entry in new_val}
+        val = [e for e in val if e['step'] < start and e['step'] not in again] + new_val
     if not train:
         raise ValueError(f'{str(path)!r} has no entry of a training loop')
     return Run(name, tuple(train), tuple(val))

@@ -65,6 +65,16 @@ def test_resumptions_are_joined(tmp_path):
     assert read_run(tmp_path / 'run').series('accuracy') == ([13], [1.0])
 
 
+def test_validation_that_is_made_up_for(tmp_path):
+    """A run resumed from a checkpoint that was saved before its validation validates first."""
+    write(tmp_path / 'run', '20200101_000000', 9.0, by_epoch=False)
+    log = tmp_path / 'run/20210101_000000/vis_data'
+    log.mkdir(parents=True)
+    lines = [{'accuracy/top1': 95.0, 'step': 40}, {'loss': 0.1, 'step': 50}]
+    (log / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
+    assert read_run(tmp_path / 'run').series('accuracy/top1') == ([20, 40], [50.0, 95.0])
+
+
 def test_a_test_after_training_does_not_hide_it(tmp_path):
     write(tmp_path / 'run', '20210101_000000', 2.0)
     test = tmp_path / 'run' / '20220101_000000' / 'vis_data'
