@@ -126,7 +126,12 @@ def _read_scalars(file: Path) -> tuple[list[dict], list[dict]]:
             val.append({**entry, 'step': entry['step'] or before[-1]})
     # A validation counts in epochs or iterations, as the training loop does. In iterations, none is
     # before the training that was logged before it.
-    if any(entry['step'] < step for entry, step in zip(val, before, strict=True)):
+    # In epochs, one that a resumed run makes up for has no higher number than the next epoch.
+    epoch = train[0].get('epoch', 0) if train else 0
+    if any(
+        entry['step'] < step or (step == 0 and 0 < entry['step'] <= epoch)
+        for entry, step in zip(val, before, strict=True)
+    ):
         length = _epoch_length(file, train)
         val = [{**entry, 'step': round(entry['step'] * length)} for entry in val]
     return train, val

@@ -65,12 +65,16 @@ def test_resumptions_are_joined(tmp_path):
     assert read_run(tmp_path / 'run').series('accuracy') == ([13], [1.0])
 
 
-def test_validation_that_is_made_up_for(tmp_path):
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_validation_that_is_made_up_for(tmp_path, by_epoch):
     """A run resumed from a checkpoint that was saved before its validation validates first."""
-    write(tmp_path / 'run', '20200101_000000', 9.0, by_epoch=False)
+    write(tmp_path / 'run', '20200101_000000', 9.0, by_epoch)
     log = tmp_path / 'run/20210101_000000/vis_data'
     log.mkdir(parents=True)
-    lines = [{'accuracy/top1': 95.0, 'step': 40}, {'loss': 0.1, 'step': 50}]
+    train = {'loss': 0.1, 'step': 50, **({'epoch': 3} if by_epoch else {})}
+    lines = [{'accuracy/top1': 95.0, 'step': 2 if by_epoch else 40}, train]
+    text = 'Epoch(train)  [3][10/20]' if by_epoch else 'Iter(train) [50/60]'
+    (log.parent / 'x.log').write_text(text)
     (log / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
     assert read_run(tmp_path / 'run').series('accuracy/top1') == ([20, 40], [50.0, 95.0])
 
