@@ -5,13 +5,13 @@
 #   build    mmvim itself in editable mode, with the extension when a compiler is there
 # pip writes to VENV/pip.log, whose end is shown when it fails.
 # environment: PYTHON (python3), TORCH_SPEC ('torch torchvision'), PIP_ARGS (for every pip install,
-# such as --index-url ...), EXTRAS (onedl,quickstart,dev), NEEDED_MIB (10240, free disk space required)
+# such as --index-url ...), EXTRAS (onedl,quickstart,export,serve,dev), NEEDED_MIB (10240, free disk space required)
 set -u
 
 PYTHON=${PYTHON:-python3}
 TORCH_SPEC=${TORCH_SPEC:-torch torchvision}
 PIP_ARGS=${PIP_ARGS:-}
-EXTRAS=${EXTRAS:-onedl,quickstart,dev}
+EXTRAS=${EXTRAS:-onedl,quickstart,export,serve,dev}
 NEEDED_MIB=${NEEDED_MIB:-10240}
 PIP_DISABLE_PIP_VERSION_CHECK=1
 export PIP_DISABLE_PIP_VERSION_CHECK
