@@ -378,7 +378,10 @@ def _write_aoti(
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(path),
-        inductor_configs={'aot_inductor.metadata': {METADATA: json.dumps(metadata)}},
+        inductor_configs={
+            'aot_inductor.metadata': {METADATA: json.dumps(metadata)},
+            'freezing': True,  # packed weights: on a CPU oneDNN's products
+        },
     )
 
 
