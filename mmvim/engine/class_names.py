@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -75,7 +76,7 @@ def check_distinct(names: Sequence[str], where: str) -> None:
     Raises:
         UserError: A name is there twice.
     """
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise UserError(f'{where} the name {twice!r} twice, and names number the classes')
 
