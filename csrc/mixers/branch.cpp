@@ -345,7 +345,8 @@ std::vector<Tensor> backward(const Tensor& grad_in, const Tensor& x, const OptTe
   if (b.gamma.has_value()) {
     if (needs(kFirst + kGamma)) {
       const auto type = b.gamma->scalar_type();
-      grads[kFirst + kGamma] = as(at::sum(at::mul(dout, kept.scaled), {0, 1}), type);
+      grads[kFirst + kGamma] =
+          as(at::sum(at::mul(dout, kept.scaled), at::IntArrayRef({0, 1})), type);
     }
     dout = at::mul(dout, *b.gamma);
   }
