@@ -22,14 +22,6 @@ Tensor aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : c.clone();
 }
 
-template <class F>
-int by_result(at::ScalarType type, F&& f) {
-  TORCH_CHECK_TYPE(type == at::kBFloat16 || type == at::kHalf,
-                   "the result must be bfloat16 or float16, got ", type);
-  return type == at::kBFloat16 ? f(std::integral_constant<DType, DType::kBFloat16>())
-                               : f(std::integral_constant<DType, DType::kHalf>());
-}
-
 // `x`, `weight` and `bias` are aligned.
 Norm norm_of(const Tensor& x, const Tensor& weight, const Tensor& bias, at::ScalarType type) {
   TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_cuda(), "x must be (..., d) on a CUDA device, got ",
@@ -37,13 +29,15 @@ Norm norm_of(const Tensor& x, const Tensor& weight, const Tensor& bias, at::Scal
   const int64_t columns = x.size(-1);
   TORCH_CHECK_VALUE(columns > 0 && columns % 4 == 0 && columns <= kMostColumns,
                     "x must have a multiple of 4 columns up to ", kMostColumns, ", got ", columns);
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == type,
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
+                   "the result must be float32, bfloat16 or float16, got ", type);
+  Norm p;
+  p.x_type = dtype_of(x, "x");
+  TORCH_CHECK_TYPE(p.x_type == DType::kFloat || type == at::kFloat || x.scalar_type() == type,
                    "x must be float32 or ", type, ", got ", x.scalar_type());
   check(weight, "weight", {columns}, at::kFloat, x.device());
   check(bias, "bias", {columns}, at::kFloat, x.device());
-  Norm p;
   p.x = x.const_data_ptr();
-  p.x_is_float = x.scalar_type() == at::kFloat;
   p.weight = weight.const_data_ptr<float>();
   p.bias = bias.const_data_ptr<float>();
   p.rows = x.numel() / columns;
@@ -64,12 +58,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in,
   p.out = out.mutable_data_ptr();
   if (keep_statistics) p.statistics = statistics.mutable_data_ptr<float>();
   const auto run = [&](auto t) { return launch_forward<t.value>(p, current_stream()); };
-  check_launch(by_result(type, run), "layer_norm");
+  check_launch(by_dtype(dtype_of(type, "the result"), run), "layer_norm");
   return {out, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor& x_in,
-                                            const Tensor& weight_in, const Tensor& statistics_in) {
+                                            const Tensor& weight_in, const Tensor& statistics_in,
+                                            const OptTensor& grad_input_in) {
   const c10::cuda::CUDAGuard guard(x_in.device());
   const Tensor grad = aligned(grad_in), x = aligned(x_in), weight = aligned(weight_in),
                statistics = aligned(statistics_in);
@@ -77,29 +72,34 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
   check(grad, "grad", x.sizes(), grad.scalar_type(), x.device());
   check(statistics, "statistics", {p.rows, 2}, at::kFloat, x.device());
   Tensor dx = at::empty(x.sizes(), x.options());
-  Tensor dweight = at::empty(weight.sizes(), weight.options());
-  Tensor dbias = at::empty(weight.sizes(), weight.options());
+  Tensor parameters = at::empty({2, p.columns}, weight.options());
+  Tensor dweight = parameters.select(0, 0), dbias = parameters.select(0, 1);
+  Tensor grad_input;
+  if (grad_input_in.has_value()) {
+    check(*grad_input_in, "grad_input", x.sizes(), x.scalar_type(), x.device());
+    grad_input = aligned(*grad_input_in);
+    p.grad_input = grad_input.const_data_ptr();
+  }
   if (p.rows == 0) return {dx, dweight.zero_(), dbias.zero_()};
   p.slots = static_cast<int>(
       std::min<int64_t>((p.rows + 3) / 4, 12 * static_cast<int64_t>(multiprocessor_count())));
-  const auto floats = x.options().dtype(at::kFloat);
-  Tensor partial = at::empty({p.slots, 2, p.columns}, floats);
-  Tensor parameters = at::empty({2, p.columns}, floats);
+  Tensor partial = at::empty({p.slots, 2, p.columns}, weight.options());
   p.statistics = const_cast<float*>(statistics.const_data_ptr<float>());
   p.grad = grad.const_data_ptr();
   p.dx = dx.mutable_data_ptr();
   p.partial = partial.mutable_data_ptr<float>();
   p.parameters = parameters.mutable_data_ptr<float>();
   const auto run = [&](auto t) { return launch_backward<t.value>(p, current_stream()); };
-  check_launch(by_result(grad.scalar_type(), run), "layer_norm_backward");
-  dweight.copy_(parameters.select(0, 0));
-  dbias.copy_(parameters.select(0, 1));
+  check_launch(by_dtype(dtype_of(grad, "grad"), run), "layer_norm_backward");
   return {dx, dweight, dbias};
 }
 
 const bool known = [] {
   direct::cuda.layer_norm = forward;
-  direct::cuda.layer_norm_backward = backward;
+  direct::cuda.layer_norm_backward = [](const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                        const Tensor& statistics) {
+    return backward(grad, x, weight, statistics, {});
+  };
   return true;
 }();
 

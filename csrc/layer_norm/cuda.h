@@ -13,8 +13,8 @@ namespace layer_norm {
 constexpr int kMostColumns = 1024;
 
 struct Norm {
-  const void* x = nullptr;  // (rows, columns), float or the dtype of the result
-  bool x_is_float = false;
+  const void* x = nullptr;  // (rows, columns)
+  DType x_type = DType::kFloat;
   const float* weight = nullptr;
   const float* bias = nullptr;
   int64_t rows = 0;
@@ -24,13 +24,15 @@ struct Norm {
   void* out = nullptr;
   // Backward.
   const void* grad = nullptr;
-  void* dx = nullptr;  // dtype of x
+  const void* grad_input = nullptr;  // added to dx, dtype of x; or absent
+  void* dx = nullptr;                // dtype of x
   int slots = 0;
   float* partial = nullptr;     // (slots, 2, columns) of the weight and the bias
   float* parameters = nullptr;  // (2, columns)
 };
 
-// Each returns a CUDA error code (0: success); kType: of the result, 16 bits.
+// Each returns a CUDA error code (0: success); kType: of the result. That of x is the same, or one
+// of the two is float.
 template <DType kType>
 int launch_forward(const Norm& p, CUstream_st* stream);
 template <DType kType>

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import mmvim.ops  # noqa: F401  defines the ops
+import mmvim.ops.layer_norm  # noqa: F401  defines the ops
 
 _aten = torch.ops.aten
 SCAN_MACS = 3
@@ -100,6 +100,7 @@ _COSTS: dict[Any, Callable[[Sequence[Any], Any], Cost]] = {
     for name, formula in _FORMULAS.items()
 }
 _COSTS[_aten.native_layer_norm] = _norm(7)
+_COSTS[torch.ops.mmvim.layer_norm] = _norm(7)
 _COSTS[_aten._native_batch_norm_legit_no_training] = _norm(4)
 _COSTS[_aten.native_batch_norm] = _norm(7)
 _COSTS[_aten.native_group_norm] = _norm(7)

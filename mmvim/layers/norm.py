@@ -127,6 +127,18 @@ class AutocastLayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
+class StreamLayerNorm(nn.LayerNorm):
+    """Layer norm over the last dimension whose result begins a residual stream.
+
+    It is that of :class:`torch.nn.LayerNorm`, also under autocast: on a GPU float32. The input is
+    read there as it is, without a conversion.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` (..., dim)."""
+        return layer_norm(x, self.weight, self.bias, self.eps, keep_float32=True)
+
+
 class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (batch, channels, height, width) maps."""
 

@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from mmvim.ops._autocast import autocast_dtype
+from mmvim.ops.backend import is_intercepted
 from mmvim.ops.branch import Body, branch
+from mmvim.ops.layer_norm import layer_norm
 
 from .drop import add_dropped, is_plain_drop_path
 from .fusion import PLAIN_TENSORS, Fusable
+from .norm import AutocastLayerNorm
 
 # On a GPU the op has not passed its tests (`pytest -m gpu tests/layers/test_residual.py`) yet.
 DEVICES = ('cpu',)
@@ -27,13 +30,22 @@ class ResidualBlock(Fusable):
         before, inner, drop_path = modules[norm], modules[body], modules['drop_path']
         fused = self._fused_body(x, norm, body, gamma) if is_plain_drop_path(drop_path) else None
         if fused is None:
-            out = inner(before(x))
+            normed, x = self._normed(x, norm)
+            out = inner(normed)
             return add_dropped(drop_path, x, out if gamma is None else out * gamma)
         dtype = autocast_dtype(x) or x.dtype
         wide = dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
         affine = before._parameters
         keep = drop_path.factors(x, wide)
         return branch(x, affine['weight'], affine['bias'], before.eps, fused, dtype, gamma, keep)
+
+    def _normed(self, x: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+        """The result of a norm, and ``x`` for the residual connection around it."""
+        module = self._modules[norm]
+        if type(module) is AutocastLayerNorm and self._is_plain(norm) and not is_intercepted():
+            own = module._parameters
+            return layer_norm(x, own['weight'], own['bias'], module.eps, with_input=True)
+        return module(x), x
 
     def _fused_body(self, x: Tensor, norm: str, body: str, gamma: Tensor | None) -> Body | None:
         modules = self._modules

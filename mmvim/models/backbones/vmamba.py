@@ -20,7 +20,7 @@ from mmvim.checkpoints.keys import keys_under, rename_keys
 from mmvim.layers import SS2D, DropPath, Mlp
 from mmvim.layers.drop import add_dropped
 from mmvim.layers.fusion import parts
-from mmvim.layers.norm import AutocastLayerNorm
+from mmvim.layers.norm import AutocastLayerNorm, StreamLayerNorm
 from mmvim.layers.residual import ResidualBlock
 
 from .base import HierarchicalBackbone, Stage, TokenLayout
@@ -67,17 +67,17 @@ def _to_first() -> Permute:
 def _stem(version: str, in_channels: int, dim: int) -> nn.Sequential:
     """Images (batch, in_channels, height, width) to maps (batch, rows, columns, dim)."""
     if version == 'v1':
-        return nn.Sequential(nn.Conv2d(in_channels, dim, 4, 4), _to_last(), nn.LayerNorm(dim))
+        return nn.Sequential(nn.Conv2d(in_channels, dim, 4, 4), _to_last(), StreamLayerNorm(dim))
     half = dim // 2
     return nn.Sequential(
         nn.Conv2d(in_channels, half, 3, 2, 1),
         _to_last(),
-        nn.LayerNorm(half),
+        AutocastLayerNorm(half),
         _to_first(),
         nn.GELU(),
         nn.Conv2d(half, dim, 3, 2, 1),
         _to_last(),
-        nn.LayerNorm(dim),
+        StreamLayerNorm(dim),
     )
 
 
@@ -86,7 +86,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = AutocastLayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,14 +101,14 @@ def _downsample(version: str, dim: int) -> nn.Module:
     if version == 'v1':
         return PatchMerging(dim)
     return nn.Sequential(
-        _to_first(), nn.Conv2d(dim, 2 * dim, 3, 2, 1), _to_last(), nn.LayerNorm(2 * dim)
+        _to_first(), nn.Conv2d(dim, 2 * dim, 3, 2, 1), _to_last(), StreamLayerNorm(2 * dim)
     )
 
 
 class VSSBlock(ResidualBlock):
     """Pre-norm residual block of SS2D and, unless ``mlp_ratio`` is 0, an MLP."""
 
-    _fused_parts = parts(norm2=AutocastLayerNorm, mlp=Mlp)
+    _fused_parts = parts(norm=AutocastLayerNorm, norm2=AutocastLayerNorm, mlp=Mlp)
 
     def __init__(self, dim: int, op: SS2D, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
@@ -122,7 +122,8 @@ class VSSBlock(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (batch, height, width, dim)."""
-        x = add_dropped(self.drop_path, x, self.op(self.norm(x)))
+        normed, x = self._normed(x, 'norm')
+        x = add_dropped(self.drop_path, x, self.op(normed))
         if self.mlp is None:
             return x
         return self._add_branch(x, 'norm2', 'mlp')
@@ -264,7 +265,7 @@ class VMamba(HierarchicalBackbone):
             if i + 1 < self.num_stages:
                 downsample = _downsample(self.arch['downsample_version'], dim)
             self.layers.append(Stage(blocks, downsample, with_cp))
-        self._finish(nn.LayerNorm, nn.LayerNorm)
+        self._finish(StreamLayerNorm, StreamLayerNorm)
 
     def _parse_arch(self, arch: str | dict) -> dict:
         arch = super()._parse_arch(arch)
