@@ -1,8 +1,11 @@
 """The benchmark of data pipelines."""
 
+import time
+
 import numpy as np
 import pytest
 from script_runner import run_script
+from torch.utils.data import DataLoader, Dataset
 
 pytest.importorskip('mmpretrain')
 Image = pytest.importorskip('PIL.Image')
@@ -55,3 +58,23 @@ def test_bad_configs(config, option, message):
     done = run_script('benchmark/data.py', config, '--workers', 0, *option)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+class Slow(Dataset):
+    """Samples that take a tenth of a second each."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        time.sleep(0.1)
+        return index
+
+
+def test_workers_that_begin_together_do_not_count_as_faster(load_script):
+    """Four workers make four batches of two in 0.2 s: 40 samples a second."""
+    loader = DataLoader(
+        Slow(), batch_size=2, num_workers=4, collate_fn=lambda x: {'data_samples': x}
+    )
+    rate = load_script('benchmark/data.py').measure(loader, 6)
+    assert rate < 48

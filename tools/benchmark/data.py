@@ -118,18 +118,27 @@ def timed(transform: Callable, times: Counter) -> Callable:
 
 
 def measure(loader: DataLoader, samples: int) -> float:
-    """Samples a second after the first batch, over as many epochs as that takes."""
-    seen, start = 0, None
+    """Samples a second, over as many epochs as that takes.
+
+    Workers begin together, so that their first batches come all at once: the clock starts after
+    that round, and stops after whole ones.
+    """
+    workers = max(1, loader.num_workers)
+    if len(loader) <= workers:
+        raise UserError(
+            f'an epoch of {len(loader)} batches is too short for {loader.num_workers} workers: '
+            'make batch_size smaller'
+        )
+    seen, done = 0, 0
     while True:
         for batch in loader:
-            if start is None:
+            done += 1
+            if done <= workers:
                 start = time.perf_counter()
                 continue
             seen += size(batch)
-            if seen >= samples:
+            if seen >= samples and done >= 3 * workers and done % workers == 0:
                 return seen / (time.perf_counter() - start)
-        if seen == 0:
-            raise UserError('an epoch is one batch: make batch_size smaller to time more of them')
 
 
 def size(batch: dict) -> int:
