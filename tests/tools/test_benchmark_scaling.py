@@ -73,7 +73,7 @@ def test_rates_and_factors(scaling, fake_training, tmp_path):
     ] == [[1, 80, 100, 1], [2, 128, 125, 1.6]]
 
 
-def test_a_run_that_fails_says_why_and_keeps_the_rows_before(
+def test_a_run_that_fails_says_why_and_keeps_the_other_rows(
     scaling, fake_training, capsys, tmp_path
 ):
     fake_training(
@@ -82,10 +82,39 @@ def test_a_run_that_fails_says_why_and_keeps_the_rows_before(
     )
     table = tmp_path / 'scaling.csv'
     with pytest.raises(SystemExit, match='2'):
-        scaling.main(['--config', CONFIG, '--processes', '1', '2', '--csv', str(table)])
+        scaling.main(['--config', CONFIG, CONFIG, '--processes', '1', '2', '--csv', str(table)])
     message = 'error: training with --processes 2 ended with code 1: the reason'
-    assert message in capsys.readouterr().err
-    assert len(table.read_text().splitlines()) == 3
+    assert capsys.readouterr().err.count(message) == 2
+    assert len(table.read_text().splitlines()) == 4
+
+
+def test_every_config_with_every_options(scaling, fake_training, capsys, tmp_path):
+    """Also the milliseconds of kernels, where there is a GPU."""
+    fake_training(
+        'python - $1 $2 <<"EOF"\n'
+        'import json, sys\n'
+        'from mmengine.config import Config\n'
+        'cfg = Config.fromfile(sys.argv[1], import_custom_modules=False)\n'
+        'static = (cfg.get("model_wrapper_cfg") or {}).get("static_graph", False)\n'
+        'kernels = {"ncclDevKernel": [2, 1.5 + static], "gemm": [9, 4.0], "scan": [3, 2.0]}\n'
+        'result = {"processes": int(sys.argv[2]), "seconds": 1, "gib": 3.0, "kernels": kernels}\n'
+        'open(sys.argv[1][:-2] + "json", "w").write(json.dumps(result))\n'
+        'EOF\n'
+    )
+    table = tmp_path / 'scaling.csv'
+    wrapper = 'model_wrapper_cfg=dict(static_graph=True)'
+    scaling.main(
+        ['--config', CONFIG, str(ROOT / 'configs' / 'vim' / 'vim-tiny_8xb128_in1k.py'),
+         '--processes', '1', '--cfg-options', 'graph=False',
+         '--cfg-options', 'graph=True', wrapper, '--csv', str(table)]
+    )  # fmt: skip
+    rows = list(csv.DictReader(table.read_text().splitlines()[1:]))
+    assert [(row['config'], row['options'], row['nccl'], row['kernels']) for row in rows] == [
+        (config, options, nccl, '6.0')
+        for config in ('vim_digits_cls', 'vim-tiny_8xb128_in1k')
+        for options, nccl in (('graph=False', '1.5'), (f'graph=True {wrapper}', '2.5'))
+    ]
+    assert '(3.00 GiB; kernels 6.00 ms, NCCL 1.50 ms)' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', CLASSIFIERS)

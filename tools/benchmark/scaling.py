@@ -4,7 +4,11 @@
     python tools/benchmark/scaling.py                               # Vim-T, 1 to all GPUs here
     python tools/benchmark/scaling.py --config configs/vim/vim-small_8xb64_in1k.py --batch 256
     python tools/benchmark/scaling.py --processes 1 2 8 --iterations 200 --csv scaling.csv
-    python tools/benchmark/scaling.py --cfg-options compile=True
+    python tools/benchmark/scaling.py --config A.py B.py --cfg-options graph=False \
+        --cfg-options graph=True "model_wrapper_cfg=dict(static_graph=True)"
+
+Several configs are measured one after the other, and each of them with every `--cfg-options`. What
+fails is reported, and the rest goes on.
 
 Each count is a run of tools/dist_train.sh, as a user starts it, with the model, optimizer, schedule
 and hooks of a config (a classifier's, of images or clips, a detector's or a segmentor's), but with
@@ -13,10 +17,16 @@ needed, and no data pipeline is timed (tools/benchmark/data.py does that). A bat
 pinned memory to the device and through Mixup and CutMix. The clock runs between synchronizations of
 all processes, after the warm-up; how long they take to start does not matter. The batch is that of
 one process. Without a GPU the processes run on the CPU, through gloo.
+
+On GPUs the table also has the peak of memory, and the milliseconds of rank 0's kernels in an
+iteration after the clock: NCCL's, which include waiting for other processes and may overlap with
+others, and all others. What an iteration takes beyond these is time that the GPU waited.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -37,7 +47,7 @@ from mmengine.config import Config
 from mmvim._configs import settle_scope, type_name
 from mmvim.cli import flags
 from mmvim.cli.config_keys import walk_dicts
-from mmvim.cli.diagnosis import reported_errors
+from mmvim.cli.diagnosis import EXIT_CODE, reported_errors
 from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
 
@@ -50,15 +60,33 @@ DTYPES = ('bfloat16', 'float16', 'float32')
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `rate` in samples a second, `factor` over one process."""
+    """One line of the table; `rate` in samples a second, `factor` over one process.
+
+    `gib`, `kernels` and `nccl` (milliseconds of an iteration) are of rank 0, NaN without a GPU.
+    """
 
     config: str
+    options: str
     processes: int
     batch: int
     dtype: str
     rate: float
     milliseconds: float
     factor: float
+    gib: float
+    kernels: float
+    nccl: float
+
+
+class Options(ConfigOptions):
+    """``--cfg-options``, of which each is one way to train: a list of texts and dicts."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        """Add one."""
+        one = argparse.Namespace()
+        super().__call__(parser, one, values, option_string)
+        earlier = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*earlier, (' '.join(values), getattr(one, self.dest))])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,17 +95,30 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     head = describe(device)
     print(head, flush=True)
-    with reported_errors() as context, tempfile.TemporaryDirectory() as folder:
-        cfg = Config.fromfile(args.config)
-        settle_scope(cfg)
-        context.cfg = cfg
-        options = argparse.Namespace(cfg_options=args.cfg_options, no_pin_memory=False)
-        flags.apply_options(cfg, options)
-        with open_rows(args.csv, [field.name for field in fields(Row)], head) as write:
-            for row in measure_all(cfg, args, Path(folder)):
-                write(asdict(row))
-                print(line(row), flush=True)
+    failed = 0
+    with open_rows(args.csv, [field.name for field in fields(Row)], head) as write:
+        for config, options in itertools.product(args.config, args.cfg_options or [('', {})]):
+            try:
+                with reported_errors() as context, tempfile.TemporaryDirectory() as folder:
+                    context.cfg = cfg = read(config, options[1])
+                    for row in measure_all(cfg, config.stem, options[0], args, Path(folder)):
+                        write(asdict(row))
+                        print(line(row), flush=True)
+            except SystemExit as error:
+                if error.code != EXIT_CODE:
+                    raise
+                failed = EXIT_CODE
+    if failed:
+        sys.exit(failed)
     return 0
+
+
+def read(config: Path, options: dict) -> Config:
+    """A config, changed as ``--cfg-options`` of tools/train.py would."""
+    cfg = Config.fromfile(config)
+    settle_scope(cfg)
+    flags.apply_options(cfg, argparse.Namespace(cfg_options=options, no_pin_memory=False))
+    return cfg
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -86,7 +127,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--config', type=Path, default=DEFAULT,
+    parser.add_argument('--config', type=Path, nargs='+', default=[DEFAULT],
                         help=f'default: {DEFAULT.name}')  # fmt: skip
     parser.add_argument('--processes', nargs='+', type=positive, metavar='N',
                         help='default: 1 to all GPUs')  # fmt: skip
@@ -97,8 +138,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--warm-up', type=positive, default=30, help='iterations before the clock')
     parser.add_argument('--iterations', type=positive, default=100, help='on the clock')
     parser.add_argument('--csv', type=Path)
-    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, default={},
-                        metavar='KEY=VALUE', help='change the config')  # fmt: skip
+    parser.add_argument('--cfg-options', nargs='+', action=Options, metavar='KEY=VALUE',
+                        help='change the config; given again: measure with these, too')  # fmt: skip
     args = parser.parse_args(argv)
     args.processes = sorted(set(args.processes or range(1, max(gpus, 1) + 1)))
     if gpus and args.processes[-1] > gpus:
@@ -106,24 +147,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure_all(cfg: Config, args: argparse.Namespace, folder: Path) -> Iterator[Row]:
+def measure_all(
+    cfg: Config, name: str, options: str, args: argparse.Namespace, folder: Path
+) -> Iterator[Row]:
     """Every number of processes, the smallest first."""
     batch = args.batch or cfg.get('train_dataloader', {}).get('batch_size')
     if batch is None:
-        raise UserError(f'{args.config} has no train_dataloader.batch_size: give --batch')
+        raise UserError(f'{name} has no train_dataloader.batch_size: give --batch')
     one = None
     for processes in args.processes:
         path, out = folder / f'{processes}.py', folder / f'{processes}.json'
-        synthetic(cfg, batch, processes, args, out).dump(path)
+        synthetic(cfg, batch, processes, args, out, profiled=2).dump(path)
         train(path, processes, args.dtype)
         result = json.loads(out.read_text())
         if result['processes'] != processes:
             raise UserError(f'{result["processes"]} processes ran instead of {processes}')
         rate = args.iterations * batch * processes / result['seconds']
         one = rate if processes == 1 else one
+        nan = float('nan')
+        times = {kernel: ms for kernel, (_, ms) in result.get('kernels', {}).items()}
+        nccl = sum(ms for kernel, ms in times.items() if 'nccl' in kernel)
         yield Row(
-            args.config.stem, processes, batch, args.dtype, rate,
-            1e3 * result['seconds'] / args.iterations, rate / one if one else float('nan'),
+            name, options, processes, batch, args.dtype, rate,
+            1e3 * result['seconds'] / args.iterations, rate / one if one else nan,
+            result.get('gib', nan), sum(times.values()) - nccl if times else nan,
+            nccl if times else nan,
         )  # fmt: skip
 
 
@@ -140,10 +188,10 @@ def synthetic(
     Raises:
         UserError: If it is not the config of a classifier, detector or segmentor.
     """
-    cfg = Config(cfg.to_dict())
+    file, cfg = cfg.filename, Config(cfg.to_dict())
     task, classes = cfg.get('default_scope'), class_count(cfg.get('model', {}))
     if task not in SIDES or classes is None:
-        raise UserError(f'{args.config} is not the config of a classifier, detector or segmentor')
+        raise UserError(f'{file} is not the config of a classifier, detector or segmentor')
     for _, node in walk_dicts(cfg.model):
         weights = node.get('init_cfg')
         if isinstance(weights, dict) and type_name(weights).startswith('Pretrained'):
@@ -249,10 +297,13 @@ def free_port() -> str:
 
 def line(row: Row) -> str:
     """A row of the table."""
-    return (
+    text = (
         f'{row.processes:3} x {row.batch} {row.rate:10.1f}/s {row.milliseconds:9.2f} ms '
-        f'{row.factor:6.2f}x  {row.config}'
+        f'{row.factor:6.2f}x  {row.config} {row.options}'.rstrip()
     )
+    if math.isnan(row.gib):
+        return text
+    return f'{text} ({row.gib:.2f} GiB; kernels {row.kernels:.2f} ms, NCCL {row.nccl:.2f} ms)'
 
 
 if __name__ == '__main__':
