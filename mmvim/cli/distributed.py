@@ -1,4 +1,4 @@
-"""Distributed runs without a GPU: gloo instead of NCCL."""
+"""Distributed runs: what the launcher gives, and gloo instead of NCCL without a GPU."""
 
 import atexit
 import datetime
@@ -54,28 +54,21 @@ def prepare(cfg: Config, launcher: str, notes: list[str]) -> None:
             f'in which {missing[0]} is set'
         )
     rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    cfg.env_cfg = cfg.get('env_cfg') or ConfigDict()
+    settings = cfg.env_cfg.setdefault('dist_cfg', ConfigDict(backend='nccl'))
+    _choose_port(launcher, settings)
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f'process {local_rank} of this machine has no GPU: there are '
-                f'{torch.cuda.device_count()}; start as many processes as there are GPUs'
-            )
+        _check_gpus(launcher, local_rank, torch.cuda.device_count())
+        if cfg.get('model_wrapper_cfg'):
+            _complete_wrapper(cfg)
         return
     if get_device() != 'cpu':
         return
-    environment = cfg.get('env_cfg') or ConfigDict()
-    settings = environment.setdefault('dist_cfg', ConfigDict(backend='nccl'))
     if settings.get('backend', 'nccl') == 'nccl':
         settings['backend'] = 'gloo'
         notes.append('There is no GPU: the distributed backend is gloo instead of nccl.')
-    cfg.env_cfg = environment
-    wrapper = cfg.get('model_wrapper_cfg') or ConfigDict()
-    wrapper.setdefault('type', 'MMDistributedDataParallel')
-    if type_name(wrapper) == 'MMDistributedDataParallel':
-        wrapper.setdefault('broadcast_buffers', False)
-        wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
-        wrapper['device_ids'] = None
-    cfg.model_wrapper_cfg = wrapper
+    if _complete_wrapper(cfg):
+        cfg.model_wrapper_cfg['device_ids'] = None
     _fit_strategy(cfg)
     if _replace_sync_bn(cfg.model):
         notes.append('There is no GPU: SyncBN becomes BN.')
@@ -86,6 +79,50 @@ def prepare(cfg: Config, launcher: str, notes: list[str]) -> None:
         timeout=datetime.timedelta(seconds=settings.get('timeout', 1800)),
     )
     atexit.register(_end_threads)
+
+
+def _check_gpus(launcher: str, local_rank: int, count: int) -> None:
+    """Refuse more processes than GPUs.
+
+    Raises:
+        UserError: There are.
+    """
+    if local_rank < count:
+        return
+    if launcher == 'slurm' and count == 1:
+        raise UserError(
+            f'process {local_rank} of this machine sees one GPU only, as --gpus-per-task and '
+            '--gpu-bind of srun have it, and needs all of its processes: request them with '
+            '--gres=gpu:N or --gpus-per-node=N, or add --gpu-bind=none'
+        )
+    raise UserError(
+        f'process {local_rank} of this machine has no GPU: there are {count}; start as many '
+        'processes as there are GPUs'
+    )
+
+
+def _choose_port(launcher: str, settings: dict) -> None:
+    """Give each Slurm job a port of its own: two jobs may share a node."""
+    if launcher == 'slurm' and 'port' not in settings and 'MASTER_PORT' not in os.environ:
+        number = int(os.environ.get('SLURM_JOB_ID', 0)) + int(os.environ.get('SLURM_STEP_ID', 0))
+        # Below the ports that Linux hands out itself.
+        os.environ['MASTER_PORT'] = str(15000 + number % 17000)
+
+
+def _complete_wrapper(cfg: Config) -> bool:
+    """Give a wrapper that the config describes in part mmengine's values for one it does not.
+
+    Returns:
+        Whether the wrapper is that of DDP.
+    """
+    cfg.model_wrapper_cfg = cfg.get('model_wrapper_cfg') or ConfigDict()
+    wrapper = cfg.model_wrapper_cfg
+    wrapper.setdefault('type', 'MMDistributedDataParallel')
+    if type_name(wrapper) != 'MMDistributedDataParallel':
+        return False
+    wrapper.setdefault('broadcast_buffers', False)
+    wrapper.setdefault('find_unused_parameters', cfg.get('find_unused_parameters', False))
+    return True
 
 
 def finish() -> None:

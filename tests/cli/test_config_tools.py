@@ -242,19 +242,82 @@ def test_launchers_need_their_environment(monkeypatch):
     distributed.prepare(Config({'model': {}}), 'none', [])
 
 
+@pytest.fixture
+def slurm(monkeypatch):
+    """Set variables of Slurm; no others are set."""
+    for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        # Removed even if the code sets it.
+        monkeypatch.setenv(name, '')
+        monkeypatch.delenv(name)
+
+    def give(**variables: str) -> None:
+        for name, value in {'PROCID': '0', 'NTASKS': '1', 'LOCALID': '0', **variables}.items():
+            monkeypatch.setenv(f'SLURM_{name}', value)
+
+    return give
+
+
+def on_gpus(monkeypatch, count):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: count)
+
+
+def test_every_slurm_job_has_a_port_of_its_own(slurm, monkeypatch):
+    on_gpus(monkeypatch, 8)
+    ports = []
+    for job, step in (('4711', '0'), ('4711', '1'), ('4712', '1'), ('999999999', '0')):
+        monkeypatch.delenv('MASTER_PORT', raising=False)
+        slurm(JOB_ID=job, STEP_ID=step)
+        distributed.prepare(Config({'model': {}}), 'slurm', [])
+        ports.append(int(os.environ['MASTER_PORT']))
+    assert len(set(ports)) == 4
+    assert all(1024 < port < 32768 for port in ports)
+    # What the user says holds.
+    distributed.prepare(Config({'model': {}}), 'slurm', [])
+    assert int(os.environ['MASTER_PORT']) == ports[-1]
+    monkeypatch.delenv('MASTER_PORT')
+    settings = {'dist_cfg': {'backend': 'nccl', 'port': 1234}}
+    distributed.prepare(Config({'model': {}, 'env_cfg': settings}), 'slurm', [])
+    assert 'MASTER_PORT' not in os.environ
+
+
+@pytest.mark.parametrize(
+    ('count', 'message'), [(1, '--gpu-bind=none'), (2, 'there are 2; start as many')]
+)
+def test_processes_without_a_gpu(slurm, monkeypatch, count, message):
+    on_gpus(monkeypatch, count)
+    slurm(LOCALID='2')
+    with pytest.raises(UserError, match=message):
+        distributed.prepare(Config({'model': {}}), 'slurm', [])
+
+
+def test_a_wrapper_of_the_config_is_completed(slurm, monkeypatch):
+    """Options of DDP do not turn on what is off without them."""
+    on_gpus(monkeypatch, 1)
+    slurm()
+    cfg = Config({'model': {}, 'model_wrapper_cfg': {'static_graph': True}})
+    distributed.prepare(cfg, 'slurm', [])
+    assert cfg.model_wrapper_cfg == {
+        'type': 'MMDistributedDataParallel', 'static_graph': True,
+        'broadcast_buffers': False, 'find_unused_parameters': False,
+    }  # fmt: skip
+    cfg = Config({'model': {}})
+    distributed.prepare(cfg, 'slurm', [])
+    assert 'model_wrapper_cfg' not in cfg
+    other = {'type': 'MMFullyShardedDataParallel'}
+    cfg = Config({'model': {}, 'model_wrapper_cfg': dict(other)})
+    distributed.prepare(cfg, 'slurm', [])
+    assert cfg.model_wrapper_cfg == other
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the CPU path')
-def test_slurm_on_cpu(tmp_path, monkeypatch):
+def test_slurm_on_cpu(slurm, tmp_path, monkeypatch):
     port = int(free_port())
     script = tmp_path / 'scontrol'
     script.write_text('#!/bin/sh\n[ "$3" = "node[1-2]" ] && echo 127.0.0.1 && echo 10.0.0.2\n')
     script.chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
-    for name in ('MASTER_ADDR', 'MASTER_PORT', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        monkeypatch.setenv(name, '')
-        monkeypatch.delenv(name)
-    slurm = {'PROCID': '0', 'NTASKS': '1', 'LOCALID': '0', 'NODELIST': 'node[1-2]'}
-    for name, value in slurm.items():
-        monkeypatch.setenv(f'SLURM_{name}', value)
+    slurm(NODELIST='node[1-2]')
     norms = {'norm_cfg': {'type': 'SyncBN'}, 'heads': [{'norm_cfg': {'type': 'SyncBN'}}]}
     cfg = Config({'model': norms, 'env_cfg': {'dist_cfg': {'backend': 'nccl', 'port': port}}})
     notes = []

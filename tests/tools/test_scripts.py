@@ -1,10 +1,15 @@
 """The shell scripts: torchrun with two CPU processes, and Slurm's command lines."""
 
 import json
+import re
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 from ports import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='the CPU path')
@@ -85,6 +90,28 @@ def test_slurm_test(run_script, srun):
     assert lines[lines.index('/opt/python') + 1] == '-u'
     assert lines[-4:] == ['c.py', 'w.pth', '--launcher=slurm', '--tta']
     assert lines[-5].endswith('tools/test.py')
+
+
+@pytest.mark.parametrize(('code', 'requeued'), [(0, False), (1, False), (137, False), (143, True)])
+def test_the_guide_s_batch_script(tmp_path, code, requeued):
+    """It goes back into the queue after SIGTERM alone, and keeps srun's exit code."""
+    guide = (ROOT / 'docs' / 'user_guides' / 'distributed.md').read_text()
+    (tmp_path / 'job.sh').write_text(re.search(r'```sh\n(#!/bin/bash\n.*?)```', guide, re.S)[1])
+    for name, line in (('srun', f'exit {code}'), ('scontrol', ':')):
+        file = tmp_path / name
+        file.write_text(f'#!/bin/sh\necho {name} "$@" >> calls\n{line}\n')
+        file.chmod(0o755)
+    env = {
+        'PATH': f'{tmp_path}:/usr/bin:/bin',
+        'SLURM_CPUS_PER_TASK': '10',
+        'SLURM_JOB_ID': '4711',
+    }
+    done = subprocess.run(['bash', 'job.sh'], cwd=tmp_path, env=env, check=False)
+    assert done.returncode == code
+    srun, *others = (tmp_path / 'calls').read_text().splitlines()
+    assert '--cpus-per-task=10 --kill-on-bad-exit=1' in srun
+    assert srun.endswith('tools/train.py CONFIG --launcher slurm --resume')
+    assert others == ['scontrol requeue 4711'] * requeued
 
 
 @pytest.mark.parametrize(
