@@ -344,6 +344,11 @@ _REMEDIES = (
         'preprocessor pads them',
     ),
     (
+        r'(Connection (?:closed|reset) by peer|Broken pipe|remote process exited or .*error)',
+        'the connection to another process of the run is lost ({}): the reason is in the output of '
+        'that process, on its machine; --resume continues the run',
+    ),
+    (
         r'(.* out of memory.*)',
         'the device is out of memory ({}); lower train_dataloader.batch_size, or try --amp or '
         'with_cp=True in the backbone',

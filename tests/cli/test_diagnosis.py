@@ -108,6 +108,24 @@ def test_what_may_be_a_bug_keeps_its_traceback_and_names_the_key(capsys):
         assert shown.startswith(f'this happened with {place} of the config')
 
 
+@pytest.mark.parametrize(
+    'text',
+    [
+        '[../gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:12450. This is',
+        '[../gloo/transport/tcp/pair.cc:534] Read error [10.0.0.2]:3: Connection reset by peer',
+        'NCCL error in: NCCLUtils.cpp:94, remote process exited or there was a network error, NCCL '
+        'version 2.29.3\nncclRemoteError: A call failed possibly due to a network error',
+    ],
+)
+def test_processes_that_survive_another_point_to_it(text):
+    try:
+        raise RuntimeError(text)
+    except RuntimeError as error:
+        message = explain(error)
+    assert message.startswith('the connection to another process of the run is lost (')
+    assert 'in the output of that process' in message
+
+
 def test_runner_s_parts_are_named():
     loader = {'batch_size': 0, 'dataset': [0], 'sampler': {'type': 'DefaultSampler'}}
     with pytest.raises(ValueError, match='batch_size') as info:
