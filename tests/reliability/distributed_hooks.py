@@ -2,9 +2,10 @@
 
 import os
 import time
+from pathlib import Path
 
 import torch
-from mmengine.dist import get_rank, is_distributed
+from mmengine.dist import get_rank, get_world_size, is_distributed
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
@@ -46,8 +47,8 @@ class Die(Hook):
     """Let one process die in the middle of training.
 
     Args:
-        rank: Which one.
-        how: ``'kill'`` (no cleaning up) or ``'raise'``.
+        rank: Which one; -1 is the last.
+        how: ``'kill'`` (no cleaning up), ``'raise'`` or ``'exit'`` (with code 3).
         at: Iteration.
     """
 
@@ -55,11 +56,14 @@ class Die(Hook):
         self.rank, self.how, self.at = rank, how, at
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if is_distributed() and get_rank() == self.rank and runner.iter == self.at:
+        rank = self.rank % get_world_size()
+        if is_distributed() and get_rank() == rank and runner.iter == self.at:
             with open('died', 'w') as file:
                 file.write(str(time.time()))
             if self.how == 'kill':
                 os.kill(os.getpid(), 9)
+            if self.how == 'exit':
+                os._exit(3)
             raise RuntimeError('this process was told to fail')
 
 
@@ -75,3 +79,15 @@ class Pause(Hook):
             with open('iterations', 'a') as file:
                 file.write(f'{runner.iter}\n')
         time.sleep(self.seconds)
+
+
+@HOOKS.register_module(force=True)
+class SlowSave(Hook):
+    """Take time to save, and write into ``seen_RANK`` which checkpoint is there at the end."""
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        time.sleep(2)
+
+    def after_run(self, runner):
+        names = sorted(path.name for path in Path(runner.work_dir).glob('*.pth'))
+        Path(f'seen_{get_rank()}').write_text(' '.join(names))

@@ -5,7 +5,7 @@ import threading
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, get_comm_device, is_distributed
+from mmengine.dist import all_reduce, barrier, get_comm_device, is_distributed
 from mmengine.hooks import EMAHook, Hook
 
 from mmvim.engine import random_state
@@ -105,7 +105,7 @@ class TerminationHook(Hook):
         if done % self._interval == 0 and self._any_received():
             wrapper = runner.optim_wrapper
             if not hasattr(wrapper, 'should_update') or wrapper.should_update():
-                self._stop(runner, done)
+                self._stop(runner, done, together=True)
 
     def before_val_epoch(self, runner) -> None:
         """Remember the random state, which a repeated validation will need."""
@@ -132,12 +132,15 @@ class TerminationHook(Hook):
                 hook._swap_ema_parameters()
         self._stop(runner, runner.iter, self._states)
 
-    def _stop(self, runner, done: int, states: dict | None = None) -> None:
+    def _stop(self, runner, done: int, states: dict | None = None, together: bool = False) -> None:
         saver, path = self._saver(runner), None
         if saver is None:
             runner.logger.warning('There is no CheckpointHook: nothing is saved.')
         else:
             path = saver.save_now(runner, done, states)
+        if together:
+            # Slurm and torchrun end all processes when the first has ended: not while one writes.
+            barrier()
         self.close()
         raise Terminated(self.received, path)
 
