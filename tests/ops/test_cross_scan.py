@@ -287,6 +287,9 @@ def test_the_fused_op_checks_its_arguments(device, changes, message):
     ids=str,
 )  # fmt: skip
 def test_the_fused_op_checks_what_its_cuda_kernels_cover(shape, changes, message):
+    most = torch.cuda.get_device_properties('cuda').shared_memory_per_block_optin
+    if 'shared memory' in message and most > 150_000:
+        pytest.skip('the largest round fits into the shared memory of this GPU')
     b, h, w, d, n, rank = shape
     tensors = cross_scan_inputs(b, h, w, d, n, 1, min(rank, d), dtype=torch.float32, device='cuda')
     tensors['delta'] = torch.randn(b, h, w, 1, rank, device='cuda')
