@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from script_runner import run_script
 
-SCRIPT = Path(__file__).parents[2] / 'tools' / 'benchmark' / 'models.py'
+REPO = Path(__file__).parents[2]
+SCRIPT = REPO / 'tools' / 'benchmark' / 'models.py'
 SMALL = ('--device', 'cpu', '--batch', 2, '--sizes', 32, '--repeats', 2, '--dtype', 'float32')
 
 
@@ -101,6 +103,8 @@ def test_a_missing_peer_is_a_row_with_the_reason_and_an_error():
         (('--profile', 'x.svg'), '--profile needs a CUDA device, got --device cpu'),
         (('--read', 'x.csv'), '--read needs --plot or --profile'),
         (('--runs', 'graph'), '--runs graph needs a CUDA device, got --device cpu'),
+        (('--models', 'vim-t-1024', '--runs', 'launcher'), 'vim-t-1024 has no run of --runs'),
+        (('--models', 'upernet-vim-t', '--peers', 'timm'), 'upernet-vim-t has no run of --runs'),
     ],
 )
 def test_bad_options(option, message):
@@ -203,4 +207,20 @@ def test_what_runs_there_are(models):
     assert ('vim-t', 'launcher', 'inference') not in launched
     assert ('vim-t-1024', 'launcher', 'training') not in launched
     assert {mode for name, _, mode in launched if name == 'mask-rcnn-r50'} == {'training'}
+    for family in ('vim', 'mambavision', 'vmamba'):
+        for name in (f'{family}-t', f'mask-rcnn-{family}-t', f'upernet-{family}-t'):
+            assert (name, 'launcher', 'training') in launched
     assert not models.runs(models.MODELS['vim-t'], 'timm', 'launcher', 'training')
+
+
+def test_the_configs_are_those_of_the_models(models):
+    for name, case in models.MODELS.items():
+        if not case.config or '::' in case.config:
+            continue
+        backbone = Config.fromfile(REPO / 'configs' / f'{case.config}.py').model.backbone
+        if case.build is None:  # a detector or segmentor: the config alone
+            continue
+        with torch.device('meta'):
+            own = case.build(case.shape[-1]).backbone
+        assert backbone.type == f'mmvim.{type(own).__name__}'
+        assert own._parse_arch(backbone.arch) == own.arch, name

@@ -235,7 +235,9 @@ MODELS = {
         _mambavision('base', 1024), 128, IMAGE, True, 'mambavision/mambavision-base_32xb128_in1k'
     ),
     **{
-        f'vmamba-{name}': Case(_vmamba(arch, features), 128, IMAGE)
+        f'vmamba-{name}': Case(
+            _vmamba(arch, features), 128, IMAGE, config=f'vmamba/vmamba-{arch}_8xb128_in1k'
+        )
         for name, (arch, features) in VMAMBA.items()
     },
     'vmamba-t-1024': Case(_vmamba('tiny', 768), 2, (3, 1024, 1024)),
@@ -244,6 +246,9 @@ MODELS = {
     ),
     'mask-rcnn-mambavision-t': Case(
         None, 2, (3, 1024, 1024), config='mambavision/mask-rcnn_mambavision-tiny_fpn_1x_coco'
+    ),
+    'mask-rcnn-vmamba-t': Case(
+        None, 2, (3, 1024, 1024), config='vmamba/mask-rcnn_vmamba-tiny_fpn_1x_coco'
     ),
     'mask-rcnn-r50': Case(
         None, 2, (3, 1024, 1024), config='mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
@@ -256,6 +261,9 @@ MODELS = {
         2,
         (3, 512, 512),
         config='mambavision/mambavision-tiny_upernet_8xb2-160k_ade20k-512x512',
+    ),
+    'upernet-vmamba-t': Case(
+        None, 2, (3, 512, 512), config='vmamba/vmamba-tiny_upernet_8xb2-160k_ade20k-512x512'
     ),
 }
 PEERS = {
@@ -336,7 +344,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS), metavar='M',
+    parser.add_argument('--models', nargs='+', choices=MODELS, metavar='M',
                         help=f'default: all of {", ".join(MODELS)}')  # fmt: skip
     parser.add_argument('--modes', nargs='+', choices=MODES, default=MODES)
     parser.add_argument('--runs', nargs='+', choices=RUNS, default=['eager'])
@@ -362,6 +370,16 @@ def parse_args() -> argparse.Namespace:
         return args
     if args.profile and not args.device.startswith('cuda'):
         parser.error(f'--profile needs a CUDA device, got --device {args.device}')
+    for name in args.models or ():
+        packages = ('mmvim', *(peer for peer in args.peers if name in PEERS[peer]))
+        wanted = itertools.product(packages, args.runs, args.modes)
+        if not args.profile and not any(runs(MODELS[name], *each) for each in wanted):
+            parser.error(
+                f'{name} has no run of --runs {" ".join(args.runs)} in --modes '
+                f'{" ".join(args.modes)}: the launcher trains models with a config, and detectors '
+                'and segmentors run through it alone'
+            )
+    args.models = args.models or list(MODELS)
     return args
 
 
