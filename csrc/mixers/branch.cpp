@@ -1,6 +1,7 @@
 // The residual branch of a block as one function each way: x + keep * gamma * body(layer_norm(x)),
 // where the body is attention, an MLP or a mixer. Kept for backward are the norm's result and
 // statistics and what the body needs; a GELU is made again.
+#include <ATen/ops/_addmm_activation.h>
 #include <ATen/ops/_fused_sdp_choice.h>
 #include <ATen/ops/_scaled_dot_product_attention_math.h>
 #include <ATen/ops/_scaled_dot_product_cudnn_attention.h>
@@ -57,8 +58,9 @@ struct Options {
   // Of a mixer.
   double bias_scale;
   std::string_view discretization;
-  bool recompute;
-  int64_t interval;  // 0: there will be no backward pass
+  bool recompute;  // of a mixer its convolution and parameters, of an MLP all between the layers
+  bool gelu_in_product;  // where there will be no backward pass, by the tanh formula
+  int64_t interval;      // 0: there will be no backward pass
 
   bool is_mixer() const { return kind == "mixer"; }
   bool is_attention() const { return kind == "attention"; }
@@ -302,13 +304,21 @@ Tensor forward(const Tensor& x, const OptTensor& keep, const Parameters& paramet
     // Those of MLPs are most of a model: backward converts them again.
     const Tensor made = b.prepare();
     if (options.is_attention()) kept.made = made;
-    kept.hidden = linear(normed, b.linears[0], b.linears[1], true);
     Tensor inner;
     if (options.is_attention()) {
+      kept.hidden = linear(normed, b.linears[0], b.linears[1], true);
       kept.attended = attend(kept.hidden, options.heads, gradient);
       inner = kept.attended.out.transpose(1, 2).reshape(normed.sizes());
+    } else if (!gradient && options.gelu_in_product && x.is_cuda() && b.wide != options.type &&
+               x.numel() > 0) {
+      inner = at::_addmm_activation(b.linears[1], rows(normed), transposed(b.linears[0]), 1, 1,
+                                    /*use_gelu=*/true);
+      inner = view(inner, 0, {normed.size(0), normed.size(1), inner.size(1)});
     } else {
-      inner = gradient ? at::gelu(kept.hidden) : at::gelu_(kept.hidden);
+      Tensor hidden = linear(normed, b.linears[0], b.linears[1], true);
+      const bool is_kept = gradient && !options.recompute;
+      inner = is_kept ? at::gelu(hidden) : at::gelu_(hidden);
+      if (is_kept) kept.hidden = hidden;
     }
     out = linear(inner, b.linears[2], b.linears[3], true);
   }
@@ -403,8 +413,12 @@ std::vector<Tensor> backward(const Tensor& grad_in, const Tensor& x, const OptTe
       }
     } else {
       const bool needed_again = needs(kFirst + kBody + 2);
-      add_parameters(1, dout, needed_again ? at::gelu(kept.hidden) : Tensor());
-      if (first) dhidden = at::gelu_backward(input_gradient(1, dout), kept.hidden);
+      Tensor hidden = kept.hidden;
+      if (!hidden.defined() && (needed_again || first)) {
+        hidden = linear(normed, b.linears[0], b.linears[1], true);
+      }
+      add_parameters(1, dout, needed_again ? at::gelu(hidden) : Tensor());
+      if (first) dhidden = at::gelu_backward(input_gradient(1, dout), hidden);
     }
     if (first) add_parameters(0, dhidden, normed);
     if (further) dnormed = input_gradient(0, dhidden);
@@ -476,6 +490,7 @@ class Function : public torch::autograd::Function<Function> {
                           numbers[1],
                           strings[1].toStringView(),
                           integers[3] != 0,
+                          false,
                           integers[4]};
     const auto saved = ctx->get_saved_variables();
     const int64_t present = integers[0], count = integers[1];
@@ -530,16 +545,18 @@ class Function : public torch::autograd::Function<Function> {
 
 Tensor run(const Tensor& x, const OptTensor& keep, const Parameters& parameters,
            std::string_view kind, at::ScalarType type, int64_t heads, double eps, double bias_scale,
-           std::string_view discretization, bool recompute, int64_t /*checkpoint_interval*/) {
+           std::string_view discretization, bool recompute, bool gelu_in_product,
+           int64_t /*checkpoint_interval*/) {
   Kept kept;
-  const Options options{kind, type, heads, eps, bias_scale, discretization, recompute, 0};
+  const Options options{kind,           type,      heads,           eps, bias_scale,
+                        discretization, recompute, gelu_in_product, 0};
   return branch::forward(x, keep, parameters, options, kept);
 }
 
 Tensor differentiable(const Tensor& x, const OptTensor& keep, const Parameters& parameters,
                       std::string_view kind, at::ScalarType type, int64_t heads, double eps,
                       double bias_scale, std::string_view discretization, bool recompute,
-                      int64_t checkpoint_interval) {
+                      bool gelu_in_product, int64_t checkpoint_interval) {
   std::vector<Tensor> all{x};
   bool wanted = x.requires_grad();
   int64_t present = int64_t{1} << kX;
@@ -554,8 +571,15 @@ Tensor differentiable(const Tensor& x, const OptTensor& keep, const Parameters& 
     add(kFirst + static_cast<int>(i), parameters.get(i));
   }
   const bool gradient = wanted && at::GradMode::is_enabled();
-  const Options options{kind,       type,           heads,     eps,
-                        bias_scale, discretization, recompute, gradient ? checkpoint_interval : 0};
+  const Options options{kind,
+                        type,
+                        heads,
+                        eps,
+                        bias_scale,
+                        discretization,
+                        recompute,
+                        gelu_in_product,
+                        gradient ? checkpoint_interval : 0};
   if (!gradient) {
     Kept kept;
     return branch::forward(x, keep, parameters, options, kept);

@@ -26,7 +26,9 @@ class Body(NamedTuple):
         heads: Of attention.
         bias_scale: Of a mixer, as the following ones.
         discretization: As for the mixer.
-        recompute: As for the mixer.
+        recompute: As for the mixer; of an MLP whether what lies between its layers is not kept.
+        gelu_in_product: Of an MLP, whether the matrix product makes the GELU, by the tanh formula;
+            on GPUs, of 16 bits, and without gradients.
     """
 
     kind: str
@@ -35,6 +37,7 @@ class Body(NamedTuple):
     bias_scale: float = 1.0
     discretization: str = 'zoh'
     recompute: bool | None = None
+    gelu_in_product: bool = False
 
 
 def branch(
@@ -65,7 +68,7 @@ def branch(
     Returns:
         Like x, in the dtype to which x, the branch and gamma are promoted.
     """
-    kind, parameters, heads, bias_scale, discretization, recompute = body
+    kind, parameters, heads, bias_scale, discretization, recompute, gelu_in_product = body
     return torch.ops.mmvim.branch.default(
         x,
         keep,
@@ -77,6 +80,7 @@ def branch(
         bias_scale,
         discretization,
         x.is_cuda if recompute is None else recompute,
+        gelu_in_product,
         default_checkpoint_interval(x),
     )
 
@@ -90,7 +94,7 @@ def _fake(x, keep, parameters, kind, dtype, *_):
 
 define_compiled(
     'branch(Tensor x, Tensor? keep, Tensor?[] parameters, str kind, ScalarType dtype, int heads, '
-    'float eps, float bias_scale, str discretization, bool recompute, int checkpoint_interval) '
-    '-> Tensor',
+    'float eps, float bias_scale, str discretization, bool recompute, '
+    'bool gelu_in_product, int checkpoint_interval) -> Tensor',
     _fake,
 )

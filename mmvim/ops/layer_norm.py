@@ -20,7 +20,7 @@ _MOST_COLUMNS = 1024
 def layer_norm(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     keep_float32: bool = False,
     with_input: bool = False,
@@ -50,9 +50,10 @@ def layer_norm(
     return (out, x) if with_input else out
 
 
-def _is_covered(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> bool:
+def _is_covered(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> bool:
     return (
         x.is_cuda
+        and bias is not None
         and dtype in (torch.bfloat16, torch.float16)
         and x.dtype in (torch.float32, dtype)
         and weight.dtype == bias.dtype == torch.float32

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mmvim.layers import BiMamba, Mamba, MambaBlock, MambaStack, MambaVisionMixer, Mlp
+from mmvim.layers import SS2D, BiMamba, Mamba, MambaBlock, MambaStack, MambaVisionMixer, Mlp
 from mmvim.layers.fusion import Fusable
 from mmvim.layers.patch_embed import _matrix_product
+from mmvim.models.backbones.vmamba import VSSBlock
 from mmvim.ops import DISCRETIZATIONS, backend_info, intercept_ops, use_backend
 
 
@@ -588,9 +589,10 @@ def test_a_graph_sees_new_parameters():
         torch.testing.assert_close(y, mixer(x), rtol=0, atol=0)
 
 
-def test_mlp():
+@pytest.mark.parametrize('recompute', [True, False])
+def test_mlp(recompute):
     torch.manual_seed(0)
-    mlp, x = Mlp(6, 20).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    mlp, x = Mlp(6, 20, recompute).double(), torch.randn(2, 3, 6, dtype=torch.float64)
     y, dx, grads = run(mlp, x)
     with step_by_step(mlp):
         expected_y, expected_dx, expected = run(mlp, x)
@@ -599,7 +601,34 @@ def test_mlp():
     for name in expected:
         torch.testing.assert_close(grads[name], expected[name])
     # Its input and the input of the GELU.
-    assert kept_bytes(mlp, x.clone()) == 8 * 2 * 3 * (6 + 20)
+    assert kept_bytes(mlp, x.clone()) == 8 * 2 * 3 * (6 + (0 if recompute else 20))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('shape', [(2, 24, 64), (3, 64), (0, 5, 64)])
+@torch.no_grad()
+def test_gelu_in_the_product_on_cuda(shape, fused, dtype, monkeypatch):
+    """The steps that it replaces are not nearer to float64, of the module as of the branch."""
+    torch.manual_seed(0)
+    block = VSSBlock(64, SS2D(64, d_state=1), 4.0, 0.0).cuda()
+    monkeypatch.setattr('mmvim.layers.residual.DEVICES', ('cuda',) if fused else ())
+    nn.init.normal_(block.mlp.fc1.weight, std=0.2)
+    x = torch.randn(shape, device='cuda')
+
+    def out(wanted):
+        monkeypatch.setattr('mmvim.layers.mlp.GELU_IN_PRODUCT', wanted)
+        with torch.autocast('cuda', dtype):
+            return block._add_branch(x, 'norm2', 'mlp').double() - x.double()
+
+    exact = copy.deepcopy(block).double()
+    exact = exact.mlp(exact.norm2(x.double()))
+    assert out(True).shape == shape
+    error, steps = ((out(wanted) - exact).norm() for wanted in (True, False))
+    assert error <= 1.05 * steps
+    if x.numel() > 0:
+        assert not torch.equal(out(True), out(False))
 
 
 @pytest.mark.parametrize('dims', [2, 3])

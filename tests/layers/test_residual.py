@@ -270,7 +270,7 @@ def test_wrong_arguments(position, wrong, message):
     norm, body = block.norm1, block.mixer
     parameters = [norm.weight, norm.bias, None, *body.qkv.parameters(), *body.proj.parameters()]
     arguments = [torch.zeros(1, 2, DIM), None, parameters, 'attention', torch.float32, 2, 1e-5]
-    arguments += [1.0, 'zoh', False, 16]
+    arguments += [1.0, 'zoh', False, False, 16]
     torch.ops.mmvim.branch(*arguments)
     arguments[position] = wrong
     with torch.no_grad(), pytest.raises((ValueError, TypeError), match=message):
