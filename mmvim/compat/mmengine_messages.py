@@ -5,7 +5,9 @@ task libraries print messages of level DEBUG because ``print_log`` ignores the l
 no logger, mmdet says that "metrics will not be computed" where an optional, faster metric is
 not installed that nobody asked for, mmseg that its hook for pictures, which is off, is off, and
 that two classes might also have one output, and mmcv that it does not use what mmpretrain's colour
-transforms always pass.
+transforms always pass. In distributed runs every process repeats that mmengine has set the number
+of threads, that it gives DDP an argument by its old name, and that the gradient of a single token
+has other strides than its bucket, where they mean nothing.
 
 How: ``print_log`` takes such messages for DEBUG, and heeds the level without a logger; warnings of
 Python are filtered by their text.
@@ -34,6 +36,9 @@ _WARNINGS = (
     'For binary segmentation, we suggest using',
     "Only use 'alpha' for pillow backend",
     'The shape of value will convert from',
+    'Setting (MKL|OMP)_NUM_THREADS environment variable',
+    '`broadcast_buffers` is deprecated',
+    'Grad strides do not match bucket view strides',
 )
 
 
