@@ -297,9 +297,10 @@ def free_port() -> str:
 
 def line(row: Row) -> str:
     """A row of the table."""
+    factor = '' if math.isnan(row.factor) else f'{row.factor:.2f}x'
     text = (
         f'{row.processes:3} x {row.batch} {row.rate:10.1f}/s {row.milliseconds:9.2f} ms '
-        f'{row.factor:6.2f}x  {row.config} {row.options}'.rstrip()
+        f'{factor:>7}  {row.config} {row.options}'.rstrip()
     )
     if math.isnan(row.gib):
         return text
