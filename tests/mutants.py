@@ -127,8 +127,16 @@ MUTANTS = (
         'for i, item in enumerate(outputs)', 'tools/test_tasks.py',
     ),
     (
-        'mmvim/cli/distributed.py', "wrapper['device_ids'] = None\n    cfg.model_wrapper_cfg",
-        'cfg.model_wrapper_cfg', 'cli/test_config_tools.py tools/test_scripts.py',
+        'mmvim/cli/distributed.py', "cfg.model_wrapper_cfg['device_ids'] = None", 'pass',
+        'cli/test_config_tools.py tools/test_scripts.py',
+    ),
+    (
+        'mmvim/cli/distributed.py', 'str(15000 + number % 17000)', "'29500'",
+        'cli/test_config_tools.py',
+    ),
+    (
+        'tools/benchmark/data.py', 'if done <= workers:', 'if done <= 1:',
+        'tools/test_benchmark_data.py',
     ),
     (
         'mmvim/cli/flags.py', "cfg[key]['pin_memory'] = False", 'pass', 'tools/test_train.py',
