@@ -967,7 +967,48 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> differentiable(
   return {results[0], has_norm ? results[1] : fresh({0}, results[0]), std::vector<Tensor>()};
 }
 
+// Blocks one after the other. Each has a node of its own: what it keeps ends with its backward
+// pass.
+std::tuple<Tensor, Tensor> stack(const Tensor& x, const OptTensor& residual, const OptTensor& keep,
+                                 const Parameters& parameters, std::string_view kind, bool reverse,
+                                 double scale, double bias_scale, std::string_view discretization,
+                                 bool recompute, double eps, bool residual_in_fp32,
+                                 int64_t checkpoint_interval) {
+  const auto layers = static_cast<int64_t>(parameters.size() / kCount);
+  TORCH_CHECK_VALUE(layers > 0 && parameters.size() % kCount == 0, "there must be ",
+                    static_cast<int>(kCount), " parameters for each layer, got ",
+                    parameters.size());
+  TORCH_CHECK_VALUE(!keep.has_value() || (keep->dim() == 2 && keep->size(0) == layers - 1),
+                    "keep must have a row for each layer but the first of ", layers, ", got ",
+                    keep.has_value() ? c10::str(keep->sizes()) : "None");
+  Tensor hidden = x;
+  OptTensor stream = residual;
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    bool wanted = hidden.requires_grad() || (stream.has_value() && stream->requires_grad());
+    Parameters own;
+    own.reserve(kCount);
+    for (int64_t i = layer * kCount; i < (layer + 1) * kCount; ++i) {
+      own.push_back(parameters.get(i));
+      const OptTensor& t = own.get(own.size() - 1);
+      wanted = wanted || (t.has_value() && t->requires_grad());
+    }
+    TORCH_CHECK_VALUE(own.get(kNorm).has_value(), "layer ", layer, " lacks the norm");
+    const OptTensor factors =
+        layer > 0 && keep.has_value() ? OptTensor(keep->select(0, layer - 1)) : OptTensor();
+    const int64_t interval = wanted && at::GradMode::is_enabled() ? checkpoint_interval : 0;
+    auto [out, sum, unused] =
+        handle<Forward>("mmvim::mixer")
+            .call(hidden, stream, factors, own, kind, reverse, scale, bias_scale, discretization,
+                  recompute, eps, residual_in_fp32, interval);
+    hidden = out;
+    stream = sum;
+  }
+  return {hidden, *stream};
+}
+
 }  // namespace
+
+TORCH_LIBRARY_IMPL(mmvim, CompositeImplicitAutograd, m) { m.impl("mixer_stack", stack); }
 
 TORCH_LIBRARY_IMPL(mmvim, Autograd, m) {
   m.impl("mixer", differentiable);

@@ -1,9 +1,14 @@
 """Stochastic depth."""
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from mmvim._checks import check_number
+from mmvim.ops._autocast import autocast_dtype
+from mmvim.ops._library import compute_dtype
 
 from .fusion import calls_are_watched, is_hooked
 
@@ -71,6 +76,35 @@ def deferred(drop_path: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return drop_path(x), None
     factors = drop_path.factors(x)
     return (drop_path(x), None) if factors is None else (x, factors)
+
+
+def drawn_together(drop_paths: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """Draw for tensors of the kind of ``x`` (batch, ...) what each is to be multiplied by.
+
+    Returns:
+        Tensor | None: (len(drop_paths), batch), in the dtype of x or of autocast. None if there is
+        nothing to multiply by, or a call of one of the modules means more than that.
+    """
+    if torch.compiler.is_compiling() or not all(map(is_plain_drop_path, drop_paths)):
+        return None
+    keep = tuple(1 - m.drop_prob if m.training else 1.0 for m in drop_paths)
+    return factors_of(keep, x)
+
+
+def factors_of(keep: tuple[float, ...], x: Tensor) -> Tensor | None:
+    """Factors of the samples of ``x``, (len(keep), batch), from the probabilities not to drop."""
+    if min(keep, default=1.0) == 1:
+        return None
+    dtype = autocast_dtype(x) or x.dtype
+    kept = _on_device(keep, x.device, compute_dtype(dtype))
+    return x.new_empty((len(keep), x.shape[0]), dtype=dtype).bernoulli_(kept).div_(kept)
+
+
+# Once, as the host waits for a copy to a GPU.
+@functools.lru_cache(maxsize=64)
+def _on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype).unsqueeze(1)
 
 
 def add_dropped(drop_path: nn.Module, x: Tensor, branch: Tensor) -> Tensor:

@@ -1,16 +1,23 @@
 """Pre-norm blocks and stacks of Mamba mixers."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
 from mmvim._checks import check_choice, check_number, check_positive
-from mmvim.ops.mixer import AddNorm, serves
+from mmvim.ops.backend import is_exporting, is_intercepted
+from mmvim.ops.mixer import AddNorm, mixer_stack, serves
 
 from .bimamba import BiMamba
-from .drop import DropPath, deferred
-from .fusion import Fusable, Parts, parts
+from .drop import DropPath, deferred, drawn_together, factors_of, is_plain_drop_path
+from .fusion import Fusable, Parts, Snapshot, calls_are_watched, is_hooked, parts
 from .mamba import Mamba, MambaState, packed
 from .norm import RMSNorm, build_norm
+from .recomputation import recomputed
+
+# Devices on which blocks may be run in one call.
+STACK_DEVICES = ('cpu', 'cuda')
 
 
 def drop_path_rates(drop_path_rate: float, depth: int) -> list[float]:
@@ -131,6 +138,147 @@ class MambaBlock(Fusable):
             and serves(norm.ops_backend, x)
             and mixer._may_fuse(x)
         )
+
+
+_FORWARD = MambaBlock.forward
+
+
+class _Call:
+    """Blocks that are one call of an op as long as they stay what they are."""
+
+    def __init__(self, blocks: list[MambaBlock], options: tuple) -> None:
+        self.blocks = blocks
+        self.options = options
+        self.backends = {blocks[0].norm.ops_backend, blocks[0].mixer.ops_backend}
+        self.dim = blocks[0].norm.dim
+        self.keep = tuple(
+            1 - b.drop_path.drop_prob if b.drop_path.training else 1.0 for b in blocks[1:]
+        )
+        self.parameters = tuple(
+            p for b in blocks for p in (*b.mixer._arguments()[0], b.norm._parameters['weight'])
+        )
+        self.snapshot = Snapshot(m for b in blocks for m in b.modules())
+
+    @classmethod
+    def of(cls, blocks: list[nn.Module], x: Tensor) -> '_Call | None':
+        """The call for ``x`` and tensors like it, or None if the blocks have to be called."""
+        if not all(_is_one_op(block, x) for block in blocks):
+            return None
+        options = {_options(block) for block in blocks}
+        return cls(blocks, options.pop()) if len(options) == 1 else None
+
+    def serves(self, x: Tensor) -> bool:
+        return (
+            x.dim() == 3
+            and x.shape[-1] == self.dim
+            and not (is_intercepted() or torch.jit.is_tracing() or is_exporting())
+            and not calls_are_watched()
+            and all(serves(backend, x) for backend in self.backends)
+        )
+
+    def run(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        kind, *options = self.options[0]
+        keep = factors_of(self.keep, x)
+        return mixer_stack(x, self.parameters, residual, keep, kind, *options)
+
+
+# By the list that the blocks are in, and by the first and last of them.
+_calls: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, int], _Call]]
+_calls = weakref.WeakKeyDictionary()
+
+
+def _is_one_op(block: nn.Module, x: Tensor) -> bool:
+    """Whether the block, called for ``x``, would be one call of the op and nothing besides."""
+    return (
+        type(block) is MambaBlock
+        and MambaBlock.forward is _FORWARD
+        and 'forward' not in vars(block)
+        and not is_hooked(block)
+        and block._may_fuse(x)
+        and is_plain_drop_path(block.drop_path)
+        and block.mixer.gamma is None
+    )
+
+
+def _options(block: MambaBlock) -> tuple:
+    """What blocks must have in common to be one call; the op's arguments come first."""
+    norm, mixer = block.norm, block.mixer
+    _, kind, reverse, scale = mixer._arguments()
+    arguments = (
+        kind,
+        reverse,
+        scale,
+        mixer._bias_scale,
+        mixer.discretization,
+        mixer.recompute,
+        norm.eps,
+        norm.residual_in_fp32,
+    )
+    return arguments, norm.dim, norm.ops_backend, mixer.ops_backend
+
+
+def run_blocks(
+    layers: nn.ModuleList,
+    first: int,
+    last: int,
+    hidden: Tensor,
+    residual: Tensor | None,
+    seq_idx: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Run the blocks from ``first`` to ``last``, with stochastic depth between them.
+
+    They are one call of an op where each of them would be one, with the same options.
+
+    Args:
+        layers (nn.ModuleList): Blocks, or modules that stand for them.
+        first (int): Index of the first block.
+        last (int): Index of the last one.
+        hidden (Tensor): (batch, length, d_model), what is added to the stream first.
+        residual (Tensor, optional): (batch, length, d_model), the stream; None for none yet.
+        seq_idx (Tensor, optional): As for :class:`MambaBlock`.
+        recompute (bool): Whether to rerun each block in the backward pass instead of keeping its
+            intermediates. Defaults to False.
+
+    Returns:
+        tuple: The output of the last block, not dropped, and the stream, both
+        (batch, length, d_model).
+    """
+    blocks = list(layers._modules.values())[first : last + 1]
+    if seq_idx is None and not recompute and not torch.compiler.is_compiling():
+        call = _call_of(layers, first, last, blocks, hidden)
+        if call is not None:
+            return call.run(hidden, residual)
+    factors = drawn_together([block.drop_path for block in blocks[1:]], hidden)
+    for i, block in enumerate(blocks):
+        keep = None
+        if i and factors is not None:
+            keep = factors[i - 1].view(-1, 1, 1)
+        elif i:
+            hidden, keep = deferred(block.drop_path, hidden)
+        if keep is not None and not isinstance(block, MambaBlock):
+            hidden, keep = hidden * keep, None
+        given = (hidden, residual)
+        if seq_idx is not None or keep is not None:
+            given = (*given, seq_idx, keep)
+        hidden, residual = recomputed(block, *given) if recompute else block(*given)
+    return hidden, residual
+
+
+def _call_of(
+    layers: nn.ModuleList, first: int, last: int, blocks: list[nn.Module], x: Tensor
+) -> _Call | None:
+    if x.device.type not in STACK_DEVICES:
+        return None
+    calls = _calls.setdefault(layers, {})
+    call = calls.get((first, last))
+    if call is None or call.blocks != blocks or not call.snapshot.holds():
+        calls.pop((first, last), None)
+        call = _Call.of(blocks, x)
+        if call is None:
+            return None
+        calls[first, last] = call
+    return call if call.serves(x) else None
 
 
 class MambaStack(nn.Module):
@@ -258,12 +406,12 @@ class MambaStack(nn.Module):
             if state is not None and len(state) != len(self.layers):
                 raise ValueError(f'{len(state)} states were given to {len(self.layers)} layers')
         hidden, residual, new_state = x, None, []
-        for i, layer in enumerate(self.layers):
-            if not streaming:
-                hidden, keep = deferred(layer.drop_path, hidden)
-                factors = {} if keep is None else {'keep': keep}
-                hidden, residual = layer(hidden, residual, **packed(seq_idx), **factors)
-                continue
+        if not streaming:
+            hidden = self.layers[0].drop_path(x)
+            hidden, residual = run_blocks(
+                self.layers, 0, len(self.layers) - 1, hidden, None, seq_idx
+            )
+        for i, layer in enumerate(self.layers if streaming else ()):
             hidden = layer.drop_path(hidden)
             hidden, residual = layer.norm(hidden, residual, return_residual=True)
             hidden, layer_state = layer.mixer(

@@ -143,9 +143,14 @@ def define(
         library.impl(name, _differentiable(op, setup_context, formula), 'Autograd')
 
 
-def define_compiled(schema: str, fake: Callable) -> None:
-    """Define an op that is compiled code or nothing: kernels, and autograd, are in csrc."""
+def define_compiled(schema: str, fake: Callable | None) -> None:
+    """Define an op that is compiled code or nothing: kernels, and autograd, are in csrc.
+
+    Without ``fake`` it is made of other ops, for tracers, too.
+    """
     _LIBRARIES['mmvim'].define(schema)
+    if fake is None:
+        return
     name = f'mmvim::{schema.partition("(")[0]}'
     torch.library.register_fake(name, fake, lib=_LIBRARIES['mmvim'])
 

@@ -111,6 +111,48 @@ def mixer(
     return out if norm is None else (out, stream)
 
 
+def mixer_stack(
+    x: Tensor,
+    parameters: Parameters,
+    residual: Tensor | None,
+    keep: Tensor | None,
+    kind: str,
+    reverse: bool,
+    scale: float,
+    bias_scale: float,
+    discretization: str,
+    recompute: bool | None,
+    eps: float,
+    residual_in_fp32: bool,
+) -> tuple[Tensor, Tensor]:
+    """Run pre-norm blocks of equal mixers, each of which reads what the one before it has made.
+
+    Arguments and results are those of :func:`mixer` with a norm, but:
+
+    Args:
+        parameters: Of all blocks, 19 of each: those of its mixer and the weight of its norm.
+        keep: (blocks - 1, batch), factors of the samples of the inputs of all blocks but the first.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    return torch.ops.mmvim.mixer_stack.default(
+        x,
+        residual,
+        keep,
+        parameters,
+        kind,
+        reverse,
+        scale,
+        bias_scale,
+        discretization,
+        x.is_cuda if recompute is None else recompute,
+        eps,
+        residual_in_fp32,
+        default_checkpoint_interval(x) if torch.is_grad_enabled() else 0,
+    )
+
+
 _NO_NORM = (None, None, None, 0.0, False)
 
 
@@ -225,6 +267,11 @@ define_compiled(
     f'mixer(Tensor x, Tensor? residual, Tensor? keep, Tensor?[] parameters, {_OPTIONS}) '
     '-> (Tensor out, Tensor stream, Tensor[] kept)',
     _fake,
+)
+define_compiled(
+    f'mixer_stack(Tensor x, Tensor? residual, Tensor? keep, Tensor?[] parameters, {_OPTIONS}) '
+    '-> (Tensor out, Tensor stream)',
+    None,
 )
 # `needed` has a bit for x, one for each parameter, and one for the residual, whose gradient is
 # empty where it would equal that of x.

@@ -11,10 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.layers import SS2D, BiMamba, Mamba, MambaBlock, MambaStack, MambaVisionMixer, Mlp
+from mmvim.layers.drop import drawn_together
 from mmvim.layers.fusion import Fusable
 from mmvim.layers.patch_embed import _matrix_product
 from mmvim.models.backbones.vmamba import VSSBlock
 from mmvim.ops import DISCRETIZATIONS, backend_info, intercept_ops, use_backend
+from mmvim.ops.mixer import mixer_stack
 
 
 class Block(MambaBlock):
@@ -527,23 +529,124 @@ def test_a_block_calls_what_is_hooked():
     assert calls == ['norm', 'mixer']
 
 
-def test_drop_path_is_the_same_within_a_block():
-    """The same random numbers, applied in the op or by the module."""
-    stack = MambaStack(12, 3, d_state=3, dt_rank=2, bidirectional='v2', drop_path_rate=0.5)
-    stack, x = stack.double().train(), torch.randn(6, 5, 12, dtype=torch.float64)
+STACKS = [
+    {'bidirectional': 'v2'},
+    {'bidirectional': 'v2', 'drop_path_rate': 0.5},
+    {'bidirectional': 'v1', 'residual_in_fp32': False, 'recompute': True, 'bias': True},
+    {'drop_path_rate': 0.2, 'norm_eps': 0.1, 'discretization': 'bilinear', 'reverse': True},
+    {'norm': 'LayerNorm', 'drop_path_rate': 0.5},
+    {'layer_scale': 0.3, 'drop_path_rate': 0.5},
+]
 
-    def output():
-        torch.manual_seed(1)
-        return stack(x)
 
-    found = output()
+def make_stack(**options):
+    torch.manual_seed(0)
+    return moved(MambaStack(12, 3, d_state=3, dt_rank=2, **options))
+
+
+@contextlib.contextmanager
+def block_by_block():
+    with mock.patch('mmvim.layers.stack.STACK_DEVICES', ()):
+        yield
+
+
+def run_seeded(*args):
+    torch.manual_seed(1)
+    return run(*args)
+
+
+@pytest.mark.parametrize('options', STACKS)
+def test_a_stack_equals_its_steps(options):
+    """With the same random numbers, in one call, in a call for each block, and in none."""
+    stack, x = make_stack(**options).double(), torch.randn(6, 5, 12, dtype=torch.float64)
+    for _ in range(2):
+        found = run_seeded(stack, x)
     with step_by_step(stack):
-        torch.testing.assert_close(output(), found)
+        torch.testing.assert_close(found, run_seeded(stack, x), rtol=1e-10, atol=1e-12)
+    with block_by_block():
+        torch.testing.assert_close(found, run_seeded(stack, x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('autocast', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('options', STACKS)
+def test_a_stack_under_autocast(options, autocast):
+    stack, x = make_stack(**options), torch.randn(6, 5, 12)
+    found = run_seeded(stack, x, autocast)
+    with block_by_block():
+        torch.testing.assert_close(found, run_seeded(stack, x, autocast), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures('compiled')
+def test_a_stack_is_one_call():
+    stack, x = make_stack(bidirectional='v2'), torch.randn(2, 5, 12)
+
+    def calls():
+        with mock.patch('mmvim.layers.stack.mixer_stack', side_effect=mixer_stack) as called:
+            stack(x)
+        return called.call_count
+
+    assert calls() == 1
+    stack.eval()
+    assert calls() == 1
+    stack.layers[1].mixer.discretization = 'bilinear'
+    assert calls() == 0
+    stack.layers[1].mixer.discretization = 'zoh'
+    assert calls() == 1
+    with use_backend('torch'):
+        assert calls() == 0
+    with intercept_ops():
+        assert calls() == 0
+    assert copy.deepcopy(stack)(x).equal(stack(x))
+
+
+@pytest.mark.usefixtures('compiled')
+def test_a_stack_keeps_what_its_blocks_keep():
+    stack, x = make_stack(bidirectional='v2'), torch.randn(2, 40, 12)
+    stack.layers[0].requires_grad_(False)
+    in_one = kept_bytes(stack, x.clone())
+    with block_by_block():
+        assert kept_bytes(stack, x.clone()) == in_one
+    with torch.no_grad():
+        assert not stack(x).requires_grad
+
+
+@pytest.mark.usefixtures('compiled')
+@pytest.mark.parametrize(
+    ('keep', 'count', 'message'),
+    [
+        (None, 0, 'there must be 19 parameters for each layer, got 0'),
+        (None, 20, 'there must be 19 parameters for each layer, got 20'),
+        (torch.ones(2, 2), 38, 'keep must have a row for each layer but the first of 2'),
+        (torch.ones(2), 38, 'keep must have a row for each layer but the first of 2'),
+        (torch.ones(1, 2), 38, 'layer 0 lacks the norm'),
+    ],
+)
+def test_wrong_arguments_of_a_stack(keep, count, message):
+    x, residual, _, _, *rest = op_arguments(make(torch.float32, Block), torch.zeros(1, 2, 12))
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        torch.ops.mmvim.mixer_stack(x, residual, keep, [None] * count, *rest)
+
+
+def test_hooked_drop_path_is_called():
+    stack, x = make_stack(drop_path_rate=0.5).train(), torch.randn(6, 5, 12)
+    stack(x)
     calls = []
     for layer in stack.layers:
         layer.drop_path.register_forward_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(output(), found)
+    stack(x)
     assert len(calls) == len(stack.layers)
+
+
+def test_stochastic_depth_drops_at_its_rates():
+    stack = MambaStack(4, 5, d_state=1, drop_path_rate=0.6)
+    paths = [layer.drop_path for layer in stack.layers]
+    factors = drawn_together(paths, torch.empty(4000, 1, 4))
+    for path, row in zip(paths, factors, strict=True):
+        kept = torch.tensor(1 / (1 - path.drop_prob))
+        assert ((row == 0) | row.isclose(kept)).all()
+        assert (row == 0).float().mean() == pytest.approx(path.drop_prob, abs=0.03)
+    assert drawn_together(paths[:1], torch.empty(2, 1, 4)) is None
+    assert drawn_together([path.eval() for path in paths], torch.empty(2, 1, 4)) is None
 
 
 @pytest.mark.gpu
@@ -573,6 +676,24 @@ def test_on_cuda(options, size, recompute):
         for found, other, right in zip(fused, steps, exact, strict=True):
             error, allowed = ((t - right).norm() / right.norm() for t in (found, other))
             assert error <= 2 * allowed + tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('autocast', [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('options', STACKS)
+def test_a_stack_on_cuda(options, autocast):
+    stack, x = make_stack(**options).cuda(), torch.randn(6, 50, 12, device='cuda')
+    # Sums of the scans' gradients are made in any order.
+    tolerance = 1e-5 if autocast is None else 2e-2
+    found = run_seeded(stack, x, autocast)
+    with block_by_block():
+        expected = run_seeded(stack, x, autocast)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    stack.eval()
+    with torch.inference_mode():
+        found = stack(x)
+        with block_by_block():
+            torch.testing.assert_close(found, stack(x), rtol=0, atol=0)
 
 
 @pytest.mark.gpu

@@ -63,10 +63,12 @@ def with_weights(model):
 
 
 def copies(backbone, device, names):
-    """A fresh model, its input, the name of a submodule and the submodule."""
+    """A fresh model that has run, its input, the name of a submodule and the submodule."""
     model, x = build(backbone, device)
     for name in names(model):
         fresh = copy.deepcopy(model)
+        with torch.no_grad():
+            fresh(x)
         yield fresh, x, name, fresh.get_submodule(name)
 
 
@@ -153,6 +155,7 @@ def test_seen_in_backward(backbone, device, sort):
 @pytest.mark.parametrize('sort', GLOBAL)
 def test_global_hooks_see_every_module(backbone, device, sort):
     model, x = build(backbone, device)
+    model(x)
     seen = set()
     handle = GLOBAL[sort](lambda module, *_: seen.add(module))
     try:
@@ -164,6 +167,7 @@ def test_global_hooks_see_every_module(backbone, device, sort):
 
 def test_a_patched_class_acts(backbone, device, monkeypatch):
     model, x = build(backbone, device)
+    model(x)
     for kind in {type(m) for m in model.modules()} - {nn.ModuleList, type(model)}:
         seen = set()
 
@@ -251,6 +255,24 @@ def test_parametrizations_act(backbone, device, gradient):
         with torch.set_grad_enabled(gradient):
             for given, wanted in zip(model(x), expected(x), strict=True):
                 torch.testing.assert_close(given, wanted, msg=name)
+
+
+def test_replaced_parts_are_read(backbone, device):
+    """Parameters, submodules and options that are other ones than in the pass before."""
+
+    def renew(module):
+        module._parameters['weight'] = nn.Parameter(module.weight.detach() + 1)
+
+    def change_eps(module):
+        module.eps = 0.5
+
+    for model, x, name, module in copies(backbone, device, with_weights):
+        for change in (renew, *([change_eps] if hasattr(module, 'eps') else [])):
+            before = total(model(x)).item()
+            change(module)
+            found = total(model(x)).item()
+            assert found != pytest.approx(before, rel=1e-11), name
+            assert found == pytest.approx(total(copy.deepcopy(model)(x)).item(), rel=1e-13), name
 
 
 def test_pruned_weights_train(backbone, device):

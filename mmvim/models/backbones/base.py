@@ -45,10 +45,10 @@ from mmvim.layers import (
     token_positions,
     window_reverse,
 )
-from mmvim.layers.drop import deferred
 from mmvim.layers.patch_embed import to_2tuple
 from mmvim.layers.position import RESIZE_MODES
 from mmvim.layers.recomputation import recomputed
+from mmvim.layers.stack import run_blocks
 
 
 @dataclass(frozen=True)
@@ -707,12 +707,13 @@ class PlainBackbone(Backbone):
         """
         hidden, grid = self._embed(x)
         hidden = self.layers[0].drop_path(hidden)
-        residual, keep, outputs = None, None, []
-        for i in range(self.out_indices[-1] + 1):
-            hidden, residual = self._run_layer(i, hidden, residual, keep)
-            hidden, keep = self._dropped(i, hidden)
-            if i in self.out_indices:
-                outputs.append(self._output(self._stream(i, hidden, residual), grid))
+        residual, outputs, first = None, [], 0
+        for last in self.out_indices:
+            hidden, residual = self._run_layers(first, last, hidden, residual)
+            # Drawn once, for the output and for the next layer.
+            hidden = self._drop_path_after(last)(hidden)
+            outputs.append(self._output(self._stream(last, hidden, residual), grid))
+            first = last + 1
         return tuple(outputs)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -730,22 +731,11 @@ class PlainBackbone(Backbone):
             self.pos_embed, self.grid, grid, self.cls_token_place, self.interpolate_mode
         )
 
-    def _run_layer(
-        self, index: int, hidden: Tensor, residual: Tensor | None, keep: Tensor | None = None
+    def _run_layers(
+        self, first: int, last: int, hidden: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        layer = self.layers[index]
-        given = (hidden, residual) if keep is None else (hidden, residual, None, keep)
-        return recomputed(layer, *given) if self.with_cp and self.training else layer(*given)
-
-    def _dropped(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Drop path for the output of a layer, and factors that the next layer is to apply.
-
-        It is drawn once, for an output of the model and for the next layer.
-        """
-        drop_path = self._drop_path_after(index)
-        if index in self.out_indices or not isinstance(self.layers[index + 1], MambaBlock):
-            return drop_path(hidden), None
-        return deferred(drop_path, hidden)
+        recompute = self.with_cp and self.training
+        return run_blocks(self.layers, first, last, hidden, residual, recompute=recompute)
 
     def _drop_path_after(self, index: int) -> DropPath:
         is_last = index == self.num_layers - 1

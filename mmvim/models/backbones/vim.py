@@ -235,17 +235,18 @@ class Vim(PlainBackbone):
         Raises:
             ValueError: If the shape is wrong or the image is smaller than a patch.
         """
+        if not (self.rope or self.if_bidirectional):
+            return super().forward(x)
         hidden, grid = self._embed(x)
-        residual, table = None, None
+        residual, table, outputs = None, None, []
         if self.rope:
             positions = token_positions(self.cls_token_place, math.prod(grid))
             table = rotary_table_2d(
                 self.embed_dims, grid, self.rope_pt_size, positions, device=x.device
             )
-        outputs, keep = [], None
-        if not self.if_bidirectional:
-            hidden = self.layers[0].drop_path(hidden)
         step = 2 if self.if_bidirectional else 1
+        if step == 1:
+            hidden = self.layers[0].drop_path(hidden)
         for last in range(step - 1, self.out_indices[-1] + 1, step):
             if table is not None:
                 hidden = apply_rotary(hidden, *table)
@@ -254,8 +255,8 @@ class Vim(PlainBackbone):
             if self.if_bidirectional:
                 hidden, residual = self._run_pair(last, hidden, residual)
             else:
-                hidden, residual = self._run_layer(last, hidden, residual, keep)
-                hidden, keep = self._dropped(last, hidden)
+                hidden, residual = self._run_layers(last, last, hidden, residual)
+                hidden = self._drop_path_after(last)(hidden)
             if last in self.out_indices:
                 # The layers of a pair draw drop path for their inputs themselves, separately.
                 out = self._drop_path_after(last)(hidden) if self.if_bidirectional else hidden
@@ -267,7 +268,7 @@ class Vim(PlainBackbone):
     ) -> tuple[Tensor, Tensor]:
         """Run the layer before ``second`` and ``second`` itself, from the end, and merge both."""
         (hidden, residual), (hidden_b, residual_b) = (
-            self._run_layer(i, self.layers[i].drop_path(hidden), residual)
+            self._run_layers(i, i, self.layers[i].drop_path(hidden), residual)
             for i in (second - 1, second)
         )
         hidden, residual = hidden + hidden_b, residual + residual_b
