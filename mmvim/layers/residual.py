@@ -12,8 +12,8 @@ from .drop import add_dropped, is_plain_drop_path
 from .fusion import PLAIN_TENSORS, Fusable
 from .norm import AutocastLayerNorm
 
-# On a GPU the op has not passed its tests (`pytest -m gpu tests/layers/test_residual.py`) yet.
-DEVICES = ('cpu',)
+# Devices on which branches may be one op.
+DEVICES = ('cpu', 'cuda')
 
 
 class ResidualBlock(Fusable):
