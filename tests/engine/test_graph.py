@@ -14,7 +14,7 @@ from mmvim._cuda_graphs import without_garbage_collection
 from mmvim.engine import GraphHook
 from mmvim.engine.hooks import graph
 from mmvim.errors import UserError
-from mmvim.models import MambaVision, Vim
+from mmvim.models import MambaVision, Vim, VMamba
 
 
 class Log:
@@ -279,9 +279,11 @@ VISION = {
     'depths': (1, 1, 2, 1), 'embed_dims': 16, 'stem_dims': 16, 'num_heads': (2, 4),
     'window_sizes': (2, 1), 'd_state': 4,
 }  # fmt: skip
+SCANS_2D = {'depths': (1, 1, 2, 1), 'embed_dims': 16}
 BACKBONES = {
     'vim': lambda **kw: Vim(arch=ARCH, img_size=32, patch_size=8, out_indices=(0, 2), **kw),
     'mambavision': lambda **kw: MambaVision(arch=VISION | kw),
+    'vmamba': lambda **kw: VMamba(arch=SCANS_2D | kw),
 }
 
 

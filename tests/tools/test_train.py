@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
+from toy import ToyBackbone
 
 from mmvim.checkpoints.training import candidates
 from mmvim.cli import flags
 from mmvim.cli.launcher import main_train
 from mmvim.engine import CheckpointHook, DataCheckHook
+from mmvim.layers import DropPath
 
 WORK_DIR = Path('work_dirs/config')
 
@@ -446,6 +449,7 @@ def test_compile_leaves_the_results_as_they_are(toy, backend, flags):
         "custom_hooks=[dict(type='EMAHook',momentum=0.1)]",
         'optim_wrapper.accumulative_counts=2',
         'randomness.seed=0',
+        'train_cfg.max_epochs=3',
     )
     plain = main_train(['config.py', *flags, *option(*changes)])
     changes = (*changes, f"compile=dict(backend='{backend}')")
@@ -500,6 +504,46 @@ def test_graph_runs_without_where_there_is_no_gpu(toy, caplog):
             for name, value in runner.model.state_dict().items():
                 assert torch.equal(value, plain.model.state_dict()[name])
         shutil.rmtree('graph')
+
+
+@MODELS.register_module(force=True)
+class RandomBackbone(ToyBackbone):
+    """Drops samples at random in training."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.drop_path = DropPath(0.5)
+
+    def forward(self, x):
+        return self.drop_path(super().forward(x))
+
+
+@pytest.mark.gpu
+def test_graph_with_averages_accumulation_and_resuming(toy):
+    changes = (
+        'model.backbone.type=RandomBackbone',
+        "custom_hooks=[dict(type='EMAHook',momentum=0.1)]",
+        'optim_wrapper.accumulative_counts=2',
+        'randomness.seed=0',
+        'train_cfg.max_epochs=3',
+    )
+    plain = main_train(['config.py', *option(*changes)])
+    changes = option(*changes, 'graph=True')
+    whole = main_train(['config.py', '--work-dir', 'whole', *changes])
+    first = ('--resume', 'whole/epoch_1.pth')
+    resumed = main_train(['config.py', '--work-dir', 'resumed', *first, *changes])
+    for path in (*Path('whole').glob('*/*.log'), *Path('resumed').glob('*/*.log')):
+        log = path.read_text()
+        assert 'backbone is recorded for' in log
+        assert 'runs without CUDA graphs' not in log
+    for runner in (whole, resumed):
+        for given, expected in (
+            (runner.model, plain.model),
+            (hook(runner, 'EMAHook').ema_model, hook(plain, 'EMAHook').ema_model),
+        ):
+            expected = expected.state_dict()
+            for name, value in given.state_dict().items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
