@@ -187,9 +187,12 @@ def export_model(
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or ['']
+        hint = ''
+        if 'CppCompileError' in lines[0] and not custom_ops:
+            hint = '; with custom_ops (--custom-ops) less code is generated, which compiles'
         raise ExportError(
             f'the model cannot be exported as {format} with dynamic={dynamic!r}: '
-            f'{type(error).__name__}: {lines[0]}'
+            f'{type(error).__name__}: {lines[0]}{hint}'
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mmvim import ops
+from mmvim.export import formats
 from mmvim.export.formats import (
     METADATA,
     ExportError,
@@ -442,3 +444,15 @@ def test_bad_requests_leave_nothing_behind(tmp_path):
     assert out.read_text() == 'mine'
     with pytest.raises(ValueError, match='must end with one of'):
         open_exported(tmp_path / 'm.bin')
+
+
+@pytest.mark.parametrize('custom_ops', [False, True])
+def test_generated_code_that_does_not_compile(custom_ops, tmp_path, monkeypatch):
+    def write(*args, **options):
+        raise RuntimeError('CppCompileError: C++ compile error\n\nCommand: g++')
+
+    monkeypatch.setitem(formats._WRITERS, 'aoti', write)
+    options = dict(dynamic='none', custom_ops=custom_ops)
+    with pytest.raises(ExportError, match='CppCompileError: C') as found:
+        export_model(nn.Identity(), tmp_path / 'm.aoti.pt2', 'aoti', (1, 3, 8, 8), **options)
+    assert ('--custom-ops' in str(found.value)) is not custom_ops
