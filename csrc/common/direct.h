@@ -93,7 +93,8 @@ struct Functions {
                                            bool keep_statistics) = nullptr;
   std::tuple<Tensor, Tensor, Tensor> (*layer_norm_backward)(const Tensor& grad, const Tensor& x,
                                                             const Tensor& weight,
-                                                            const Tensor& statistics) = nullptr;
+                                                            const Tensor& statistics,
+                                                            const OptTensor& grad_input) = nullptr;
 
   void (*convert)(const Segments& segments, bool is_double) = nullptr;
 };

@@ -96,10 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
 
 const bool known = [] {
   direct::cuda.layer_norm = forward;
-  direct::cuda.layer_norm_backward = [](const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                        const Tensor& statistics) {
-    return backward(grad, x, weight, statistics, {});
-  };
+  direct::cuda.layer_norm_backward = backward;
   return true;
 }();
 

@@ -1,5 +1,5 @@
 // The residual branch of a block as one function each way: x + keep * gamma * body(layer_norm(x)),
-// where the body is attention, an MLP or a mixer. Kept for backward are the norm's result and
+// where the body is attention, an MLP, a mixer or SS2D. Kept for backward are the norm's result and
 // statistics and what the body needs; a GELU is made again.
 #include <ATen/ops/_addmm_activation.h>
 #include <ATen/ops/_fused_sdp_choice.h>
@@ -20,8 +20,6 @@
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/native_layer_norm.h>
-#include <ATen/ops/native_layer_norm_backward.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
@@ -36,22 +34,23 @@
 
 #include "../common/direct.h"
 #include "../common/glue.h"
-#include "../layer_norm/cuda.h"
 #include "conversions.h"
 #include "mixer.h"
+#include "norm.h"
 #include "plain.h"
 #include "products.h"
+#include "ss2d.h"
 
 namespace mmvim {
 namespace mixers {
 namespace branch {
 namespace {
 
-// Order of the parameters. A mixer has its own ones instead of the two linear layers.
+// Order of the parameters. Mixers have their own ones instead of the two linear layers.
 enum Index : int { kNormWeight, kNormBias, kGamma, kBody, kLinears = 4 };
 
 struct Options {
-  std::string_view kind;  // "attention", "mlp" or "mixer"
+  std::string_view kind;  // "attention", "mlp", "mixer" or "ss2d"
   at::ScalarType type;    // of the branch
   int64_t heads;
   double eps;
@@ -60,13 +59,19 @@ struct Options {
   std::string_view discretization;
   bool recompute;  // of a mixer its convolution and parameters, of an MLP all between the layers
   bool gelu_in_product;  // where there will be no backward pass, by the tanh formula
-  int64_t interval;      // 0: there will be no backward pass
+  // Of SS2D: the routes, as cross_scan_fused knows them, and its steps of a round.
+  IntArrayRef routes;
+  int64_t round_steps;
+  double inner_eps;  // of the norm behind the scans
+  int64_t interval;  // 0: there will be no backward pass
 
   bool is_mixer() const { return kind == "mixer"; }
+  bool is_ss2d() const { return kind == "ss2d"; }
+  ss2d::Options of_ss2d() const {
+    return {type, routes, discretization, round_steps, inner_eps, interval > 0};
+  }
   bool is_attention() const { return kind == "attention"; }
 };
-
-Tensor as(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
 
 // Kernels of scaled dot-product attention by torch's numbers (sdp::SDPBackend).
 enum Attention : int64_t { kMath = 0, kFlash = 1, kEfficient = 2, kCudnn = 3 };
@@ -152,11 +157,6 @@ Tensor attend_backward(const Tensor& grad, const Tensor& qkv, int64_t heads, con
   return as(grads, qkv.scalar_type()).reshape(qkv.sizes());
 }
 
-// The norm, and what its backward pass needs.
-struct Norm {
-  Tensor out, first, second;  // mean and 1 / deviation, or both in the first
-};
-
 // What a branch reads, in either pass.
 class Branch {
  public:
@@ -179,12 +179,15 @@ class Branch {
     const int64_t channels = whole.size(-1);
     x = view(whole, 0,
              {whole.size(0), c10::multiply_integers(whole.sizes().slice(1)) / channels, channels});
-    TORCH_CHECK_VALUE(options.kind == "attention" || options.kind == "mlp" || options.is_mixer(),
-                      "kind must be 'attention', 'mlp' or 'mixer', got '", options.kind, "'");
-    TORCH_CHECK_VALUE(
-        options.is_mixer() ? parameters.size() >= kBody : parameters.size() == kBody + kLinears,
-        "there must be ", static_cast<int>(kBody + kLinears), " parameters, got ",
-        parameters.size());
+    const bool own = options.is_mixer() || options.is_ss2d();
+    TORCH_CHECK_VALUE(options.kind == "attention" || options.kind == "mlp" || own,
+                      "kind must be 'attention', 'mlp', 'mixer' or 'ss2d', got '", options.kind,
+                      "'");
+    TORCH_CHECK_VALUE(!options.is_ss2d() || x_in.dim() == 4,
+                      "x must be (batch, height, width, channels), got ", x_in.sizes());
+    TORCH_CHECK_VALUE(own ? parameters.size() >= kBody : parameters.size() == kBody + kLinears,
+                      "there must be ", static_cast<int>(kBody + kLinears), " parameters, got ",
+                      parameters.size());
     const auto take = [&](int i, IntArrayRef sizes) {
       const OptTensor t = parameters.get(i);
       TORCH_CHECK_VALUE(t.has_value(), "parameter ", i, " is missing");
@@ -195,7 +198,7 @@ class Branch {
     norm_weight = as(take(kNormWeight, {channels}), wide);
     norm_bias = as(take(kNormBias, {channels}), wide);
     if (parameters.get(kGamma).has_value()) gamma = take(kGamma, {channels});
-    if (options.is_mixer()) {
+    if (own) {
       for (size_t i = kBody; i < parameters.size(); ++i) body.push_back(parameters.get(i));
       return;
     }
@@ -238,37 +241,10 @@ class Branch {
     return t.scalar_type() != options.type && t.scalar_type() != at::kDouble && wide != at::kDouble;
   }
 
-  Norm norm(bool gradient) const {
-    if (has_norm_kernel()) {
-      auto [out, statistics] =
-          direct::cuda.layer_norm(x, norm_weight, norm_bias, options.eps, options.type, gradient);
-      return {out, statistics, {}};
-    }
-    auto [out, mean, deviation] =
-        at::native_layer_norm(norm_input(), {x.size(2)}, norm_weight, norm_bias, options.eps);
-    return {as(out, options.type), mean, deviation};
-  }
-
-  // Gradients of x, the weight and the bias.
-  std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Norm& n) const {
-    if (has_norm_kernel()) {
-      return direct::cuda.layer_norm_backward(grad, x, norm_weight, n.first);
-    }
-    const Tensor input = norm_input();
-    return at::native_layer_norm_backward(as(grad, input.scalar_type()), input, {x.size(2)},
-                                          n.first, n.second, norm_weight, norm_bias,
-                                          {true, true, true});
-  }
+  LayerNorm norm() const { return {x, norm_weight, norm_bias, options.eps, options.type}; }
 
  private:
   static int64_t padded(int64_t count) { return (count + 7) / 8 * 8; }
-  bool has_norm_kernel() const {
-    return x.is_cuda() && direct::cuda.layer_norm != nullptr && wide != options.type &&
-           (x.scalar_type() == wide || x.scalar_type() == options.type) && x.size(2) % 4 == 0 &&
-           x.size(2) <= layer_norm::kMostColumns;
-  }
-  // Torch's kernels for GPUs want the dtype of the weight.
-  Tensor norm_input() const { return x.is_cuda() ? as(x, wide) : x; }
 };
 
 // What backward needs besides the inputs.
@@ -291,7 +267,7 @@ Tensor forward(const Tensor& x, const OptTensor& keep, const Parameters& paramet
   const Plain plain(x);
   Branch b(x, parameters, options);
   const bool gradient = options.interval > 0;
-  kept.norm = b.norm(gradient);
+  kept.norm = b.norm().forward(gradient);
   const Tensor& normed = kept.norm.out;
   Tensor out;
   if (options.is_mixer()) {
@@ -300,6 +276,8 @@ Tensor forward(const Tensor& x, const OptTensor& keep, const Parameters& paramet
                         options.discretization, options.recompute, 0.0, false, options.interval);
     out = mixed;
     kept.of_mixer = std::move(of_mixer);
+  } else if (options.is_ss2d()) {
+    out = ss2d::forward(normed, x.size(1), x.size(2), b.body, options.of_ss2d(), kept.of_mixer);
   } else {
     // Those of MLPs are most of a model: backward converts them again.
     const Tensor made = b.prepare();
@@ -365,11 +343,15 @@ std::vector<Tensor> backward(const Tensor& grad_in, const Tensor& x, const OptTe
   const bool further = needs(kX) || needs(kFirst + kNormWeight) || needs(kFirst + kNormBias);
   const Tensor& normed = kept.norm.out;
   Tensor dnormed;
-  if (options.is_mixer()) {
+  if (options.is_mixer() || options.is_ss2d()) {
     const int64_t of_mixer = (needed >> (kFirst + kBody)) << 1 | int64_t{further};
-    std::vector<Tensor> found = mixers::backward(
-        dout, {}, normed, {}, {}, b.body, kept.of_mixer, "half", false, 1.0, options.bias_scale,
-        options.discretization, options.recompute, 0.0, false, options.interval, {}, of_mixer);
+    std::vector<Tensor> found =
+        options.is_ss2d()
+            ? ss2d::backward(dout, normed, x.size(1), x.size(2), b.body, options.of_ss2d(),
+                             kept.of_mixer, of_mixer)
+            : mixers::backward(dout, {}, normed, {}, {}, b.body, kept.of_mixer, "half", false, 1.0,
+                               options.bias_scale, options.discretization, options.recompute, 0.0,
+                               false, options.interval, {}, of_mixer);
     dnormed = found[0];
     for (size_t i = 0; i < b.body.size(); ++i) {
       if (needs(kFirst + kBody + i)) grads[kFirst + kBody + i] = found[1 + i];
@@ -426,18 +408,14 @@ std::vector<Tensor> backward(const Tensor& grad_in, const Tensor& x, const OptTe
   }
   if (!further) return grads;
 
-  auto [dx, dweight, dbias] = b.norm_backward(dnormed, kept.norm);
+  auto [dx, dweight, dbias] = b.norm().backward(dnormed, kept.norm, needs(kX) ? grad : Tensor());
   if (needs(kFirst + kNormWeight)) {
     grads[kFirst + kNormWeight] = as(dweight, parameters.get(kNormWeight)->scalar_type());
   }
   if (needs(kFirst + kNormBias)) {
     grads[kFirst + kNormBias] = as(dbias, parameters.get(kNormBias)->scalar_type());
   }
-  if (needs(kX)) {
-    const auto type = x.scalar_type();
-    const Tensor sum = dx.scalar_type() == grad.scalar_type() ? dx.add_(grad) : at::add(grad, dx);
-    grads[kX] = view(as(sum, type), 0, x.sizes());
-  }
+  if (needs(kX)) grads[kX] = view(as(dx, x.scalar_type()), 0, x.sizes());
   return grads;
 }
 
@@ -466,14 +444,16 @@ class Function : public torch::autograd::Function<Function> {
     ctx->save_for_backward(std::move(saved));
     auto& data = ctx->saved_data;
     data["strings"] = std::vector<std::string>{std::string(o.kind), std::string(o.discretization)};
-    data["numbers"] = std::vector<double>{o.eps, o.bias_scale};
+    data["numbers"] = std::vector<double>{o.eps, o.bias_scale, o.inner_eps};
+    data["routes"] = o.routes.vec();
     data["integers"] = std::vector<int64_t>{call.present,
                                             static_cast<int64_t>(call.parameters.size()),
                                             o.heads,
                                             int64_t{o.recompute},
                                             o.interval,
                                             static_cast<int64_t>(o.type),
-                                            kept.attended.backend};
+                                            kept.attended.backend,
+                                            o.round_steps};
     return out;
   }
 
@@ -482,7 +462,7 @@ class Function : public torch::autograd::Function<Function> {
     auto& data = ctx->saved_data;
     const auto strings = data["strings"].toListRef();
     const auto numbers = data["numbers"].toDoubleVector();
-    const auto integers = data["integers"].toIntVector();
+    const auto integers = data["integers"].toIntVector(), routes = data["routes"].toIntVector();
     const Options options{strings[0].toStringView(),
                           static_cast<at::ScalarType>(integers[5]),
                           integers[2],
@@ -491,6 +471,9 @@ class Function : public torch::autograd::Function<Function> {
                           strings[1].toStringView(),
                           integers[3] != 0,
                           false,
+                          routes,
+                          integers[7],
+                          numbers[2],
                           integers[4]};
     const auto saved = ctx->get_saved_variables();
     const int64_t present = integers[0], count = integers[1];
@@ -546,17 +529,20 @@ class Function : public torch::autograd::Function<Function> {
 Tensor run(const Tensor& x, const OptTensor& keep, const Parameters& parameters,
            std::string_view kind, at::ScalarType type, int64_t heads, double eps, double bias_scale,
            std::string_view discretization, bool recompute, bool gelu_in_product,
+           IntArrayRef routes, int64_t round_steps, double inner_eps,
            int64_t /*checkpoint_interval*/) {
   Kept kept;
-  const Options options{kind,           type,      heads,           eps, bias_scale,
-                        discretization, recompute, gelu_in_product, 0};
+  const Options options{kind,       type,           heads,     eps,
+                        bias_scale, discretization, recompute, gelu_in_product,
+                        routes,     round_steps,    inner_eps, 0};
   return branch::forward(x, keep, parameters, options, kept);
 }
 
 Tensor differentiable(const Tensor& x, const OptTensor& keep, const Parameters& parameters,
                       std::string_view kind, at::ScalarType type, int64_t heads, double eps,
                       double bias_scale, std::string_view discretization, bool recompute,
-                      bool gelu_in_product, int64_t checkpoint_interval) {
+                      bool gelu_in_product, IntArrayRef routes, int64_t round_steps,
+                      double inner_eps, int64_t checkpoint_interval) {
   std::vector<Tensor> all{x};
   bool wanted = x.requires_grad();
   int64_t present = int64_t{1} << kX;
@@ -571,15 +557,9 @@ Tensor differentiable(const Tensor& x, const OptTensor& keep, const Parameters& 
     add(kFirst + static_cast<int>(i), parameters.get(i));
   }
   const bool gradient = wanted && at::GradMode::is_enabled();
-  const Options options{kind,
-                        type,
-                        heads,
-                        eps,
-                        bias_scale,
-                        discretization,
-                        recompute,
-                        gelu_in_product,
-                        gradient ? checkpoint_interval : 0};
+  const Options options{kind,       type,           heads,     eps,
+                        bias_scale, discretization, recompute, gelu_in_product,
+                        routes,     round_steps,    inner_eps, gradient ? checkpoint_interval : 0};
   if (!gradient) {
     Kept kept;
     return branch::forward(x, keep, parameters, options, kept);

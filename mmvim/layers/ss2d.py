@@ -12,16 +12,23 @@ from torch import Tensor, nn
 
 from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
+from mmvim.ops._autocast import autocast_dtype
 from mmvim.ops._library import as_compute_dtype
 from mmvim.ops.backend import BACKENDS
+from mmvim.ops.branch import Body
+from mmvim.ops.cross_scan import ROUTES, round_steps
+from mmvim.ops.mixer import serves
 
+from .fusion import Fusable, parts
 from .mamba import DeltaProjection
 from .norm import AutocastLayerNorm
 
 FORWARD_TYPES = ('v05_noz', 'v0')
+# Devices on which a block's SS2D, its norm and the residual connection may be one op.
+FUSED_DEVICES = ('cpu', 'cuda')
 
 
-class SS2D(nn.Module):
+class SS2D(Fusable):
     """Two-dimensional selective scan over (batch, height, width, channels) maps.
 
     ``x = in_proj(h); x = silu(conv2d(x)); Δ, B, C = x_proj(x)`` for each route;
@@ -119,6 +126,10 @@ class SS2D(nn.Module):
         self.out_norm = AutocastLayerNorm(inner, **factory)
         self.out_proj = nn.Linear(inner, d_model, bias=bias, **factory)
 
+    _fused_parts = parts(
+        in_proj=nn.Linear, conv2d=nn.Conv2d, out_norm=AutocastLayerNorm, out_proj=nn.Linear
+    )
+
     @property
     def gated(self) -> bool:
         """Whether the output is multiplied by silu(z)."""
@@ -167,6 +178,58 @@ class SS2D(nn.Module):
             discretization=self.discretization,
             backend=self.ops_backend,
             check_values=False,
+        )
+
+    def _body(self, x: Tensor) -> Body | None:
+        if (
+            x.device.type not in FUSED_DEVICES
+            or x.dim() != 4
+            or x.numel() == 0
+            or self.gated
+            or self._modules['conv2d'] is None
+            or not self._may_fuse(x)
+            or not serves(self.ops_backend, x)
+        ):
+            return None
+        dtype = autocast_dtype(x) or x.dtype
+        steps = round_steps(
+            x,
+            dtype,
+            self.d_inner,
+            self.dt_rank,
+            self.d_state,
+            len(self.routes),
+            True,
+            self.discretization,
+        )
+        if not steps:
+            return None
+        modules = self._modules
+        one, conv, norm, two = (
+            modules[name]._parameters for name in ('in_proj', 'conv2d', 'out_norm', 'out_proj')
+        )
+        parameters = (
+            one['weight'],
+            one['bias'],
+            conv['weight'],
+            conv['bias'],
+            self.x_proj_weight,
+            self.dt_projs_weight,
+            self.dt_projs_bias,
+            self.A_logs,
+            self.Ds,
+            norm['weight'],
+            norm['bias'],
+            two['weight'],
+            two['bias'],
+        )
+        return Body(
+            'ss2d',
+            parameters,
+            discretization=self.discretization,
+            routes=[ROUTES.index(route) for route in self.routes],
+            round_steps=steps,
+            inner_eps=modules['out_norm'].eps,
         )
 
     def extra_repr(self) -> str:

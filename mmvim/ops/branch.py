@@ -1,10 +1,11 @@
 """The residual branch of a block as one op for each pass: ``x + keep * gamma * body(norm(x))``.
 
-The norm is a layer norm and the body attention, an MLP or MambaVision's mixer. Like
+The norm is a layer norm and the body attention, an MLP, MambaVision's mixer or SS2D. Like
 :func:`mmvim.ops.mixer.mixer` the op exists only as compiled code (csrc/mixers) and computes the
 same as the modules do step by step.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,16 +20,21 @@ class Body(NamedTuple):
     """What a branch computes after its norm.
 
     Attributes:
-        kind: 'attention', 'mlp' or 'mixer'.
+        kind: 'attention', 'mlp', 'mixer' or 'ss2d'.
         parameters: Weight and bias of the two linear layers: of attention those that make queries,
             keys and values, and the output. Those of a mixer are described in
-            :func:`mmvim.ops.mixer.mixer` (its kind is 'half').
+            :func:`mmvim.ops.mixer.mixer` (its kind is 'half'). Those of SS2D: weights and biases of
+            the first layer, the convolution, the projection (no bias) and the step sizes, A_log, D,
+            weights and biases of the norm behind the scans and the last layer.
         heads: Of attention.
         bias_scale: Of a mixer, as the following ones.
         discretization: As for the mixer.
         recompute: As for the mixer; of an MLP whether what lies between its layers is not kept.
         gelu_in_product: Of an MLP, whether the matrix product makes the GELU, by the tanh formula;
             on GPUs, of 16 bits, and without gradients.
+        routes: Of SS2D, as numbers, as :func:`mmvim.ops.cross_scan` names them.
+        round_steps: Of SS2D, those of the kernels of all routes.
+        inner_eps: Of the norm behind the scans of SS2D.
     """
 
     kind: str
@@ -38,6 +44,9 @@ class Body(NamedTuple):
     discretization: str = 'zoh'
     recompute: bool | None = None
     gelu_in_product: bool = False
+    routes: Sequence[int] = ()
+    round_steps: int = 0
+    inner_eps: float = 0.0
 
 
 def branch(
@@ -55,7 +64,7 @@ def branch(
     Parameters may have any floating dtype.
 
     Args:
-        x: (batch, ..., c); the axes between are one sequence.
+        x: (batch, ..., c); the axes between are one sequence. For SS2D (batch, height, width, c).
         norm_weight: (c,), of the layer norm.
         norm_bias: (c,), of the layer norm.
         eps: Of the layer norm.
@@ -68,7 +77,7 @@ def branch(
     Returns:
         Like x, in the dtype to which x, the branch and gamma are promoted.
     """
-    kind, parameters, heads, bias_scale, discretization, recompute, gelu_in_product = body
+    kind, parameters, heads, bias_scale, discretization, recompute, *options = body
     return torch.ops.mmvim.branch.default(
         x,
         keep,
@@ -80,7 +89,7 @@ def branch(
         bias_scale,
         discretization,
         x.is_cuda if recompute is None else recompute,
-        gelu_in_product,
+        *options,
         default_checkpoint_interval(x),
     )
 
@@ -95,6 +104,7 @@ def _fake(x, keep, parameters, kind, dtype, *_):
 define_compiled(
     'branch(Tensor x, Tensor? keep, Tensor?[] parameters, str kind, ScalarType dtype, int heads, '
     'float eps, float bias_scale, str discretization, bool recompute, '
-    'bool gelu_in_product, int checkpoint_interval) -> Tensor',
+    'bool gelu_in_product, int[] routes, int round_steps, float inner_eps, '
+    'int checkpoint_interval) -> Tensor',
     _fake,
 )

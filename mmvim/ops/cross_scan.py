@@ -163,27 +163,45 @@ _has_kernels._dynamo_marked_constant = True
 
 
 def _round_steps(ops, x, delta_weight, A, routes, delta_softplus, discretization) -> int:
+    rank = None if delta_weight is None else delta_weight.shape[2]
+    return (
+        0
+        if ops is not torch.ops.mmvim
+        else round_steps(
+            x, x.dtype, x.shape[3], rank, A.shape[2], len(routes), delta_softplus, discretization
+        )
+    )
+
+
+def round_steps(
+    x: Tensor,
+    dtype: torch.dtype,
+    d: int,
+    rank: int | None,
+    n: int,
+    k: int,
+    delta_softplus: bool,
+    discretization: str,
+) -> int:
     """Steps between checkpoints of the kernels that take all routes at once; 0 where they do not.
 
     Those read the map where it lies and sum in float32 on the way. On CUDA they do not cover the
     two-tap methods, more states, routes and ranks than these, float64, and GPUs before compute
     capability 8.0: there, and without compiled kernels, each route is a selective scan of a copy.
     """
-    rank = 0 if delta_weight is None else delta_weight.shape[2]
-    if ops is not torch.ops.mmvim or not _has_kernels(x.device.type, x.dtype):
-        return 0
-    if delta_weight is not None and rank == 0:
+    if not _has_kernels(x.device.type, dtype) or rank == 0:
         return 0
     if x.device.type == 'cpu':
         return default_checkpoint_interval(x)
-    if discretization in TWO_TAP or A.shape[2] > 4 or len(routes) > 16 or rank > 128:
+    rank = rank or 0
+    if discretization in TWO_TAP or n > 4 or k > 16 or rank > 128:
         return 0
     # What the kernels of one state cover; the others keep the columns of Δ, B and C of each warp of
     # 32 steps in shared memory.
-    one = discretization == 'zoh' and A.shape[2] == 1 and delta_softplus and rank > 0
-    if one and x.shape[3] % 4 == 0 and (rank % 2 == 0 or x.dtype == torch.float32):
+    one = discretization == 'zoh' and n == 1 and delta_softplus and rank > 0
+    if one and d % 4 == 0 and (rank % 2 == 0 or dtype == torch.float32):
         return 512
-    return 32 * max(1, min(8, 448 // (rank + 2 * A.shape[2])))
+    return 32 * max(1, min(8, 448 // (rank + 2 * n)))
 
 
 def _sequence(x: Tensor, route: int) -> Tensor:

@@ -29,8 +29,8 @@ def mixer_block(layer_scale=None, drop_path=0.0, **options):
     return TokenBlock(DIM, mixer, 2, drop_path, layer_scale)
 
 
-def scan_block(layer_scale=None, drop_path=0.0):
-    return VSSBlock(DIM, SS2D(DIM, d_state=1), 2, drop_path)
+def scan_block(layer_scale=None, drop_path=0.0, **options):
+    return VSSBlock(DIM, SS2D(DIM, **{'d_state': 1, **options}), 2, drop_path)
 
 
 KINDS = {
@@ -40,15 +40,27 @@ KINDS = {
     'scaled mixer': functools.partial(mixer_block, layer_scale=0.3, recompute=True),
     'single bias': functools.partial(mixer_block, double_dt_bias=False, discretization='tustin'),
     'scan': scan_block,
+    'two routes': functools.partial(
+        scan_block,
+        d_state=3,
+        ssm_ratio=1.5,
+        dt_rank=3,
+        d_conv=5,
+        conv_bias=False,
+        bias=True,
+        routes=('rows', 'columns_reversed'),
+        discretization='bilinear',
+    ),
 }
+SCANS = 'scan', 'two routes'
 # Ops that a step makes with each branch fused.
-BRANCHES = {kind: 1 if kind == 'scan' else 2 for kind in KINDS}
+BRANCHES = dict.fromkeys(KINDS, 2)
 
 
 def make(kind, dtype=torch.float64, **options):
     torch.manual_seed(0)
     block = KINDS[kind](**options).to(dtype)
-    shape = (3, 5, 4, DIM) if kind == 'scan' else (3, 7, DIM)
+    shape = (3, 5, 4, DIM) if kind in SCANS else (3, 7, DIM)
     return moved(block), torch.randn(shape, dtype=dtype)
 
 
@@ -225,8 +237,7 @@ def test_second_derivatives_are_refused(kind):
 def test_whatever_is_changed_is_called(kind):
     """Each branch falls back by itself."""
     block, x = make(kind)
-    body = 'mlp' if kind == 'scan' else 'mixer'
-    norm = 'norm2' if kind == 'scan' else 'norm1'
+    norm, body = ('norm', 'op') if kind in SCANS else ('norm1', 'mixer')
 
     def other_norm(block):
         setattr(block, norm, nn.GroupNorm(1, DIM).double())
@@ -259,7 +270,7 @@ def test_whatever_is_changed_is_called(kind):
         (1, torch.ones(2, 1, 1), 'keep must have shape'),
         (2, [torch.zeros(DIM)] * 3, 'there must be 7 parameters'),
         (2, [None] * 7, 'parameter 0 is missing'),
-        (3, 'lstm', "kind must be 'attention', 'mlp' or 'mixer', got 'lstm'"),
+        (3, 'lstm', "kind must be 'attention', 'mlp', 'mixer' or 'ss2d', got 'lstm'"),
         (5, 3, 'heads must divide the 16 channels, got 3'),
     ],
 )
@@ -270,7 +281,7 @@ def test_wrong_arguments(position, wrong, message):
     norm, body = block.norm1, block.mixer
     parameters = [norm.weight, norm.bias, None, *body.qkv.parameters(), *body.proj.parameters()]
     arguments = [torch.zeros(1, 2, DIM), None, parameters, 'attention', torch.float32, 2, 1e-5]
-    arguments += [1.0, 'zoh', False, False, 16]
+    arguments += [1.0, 'zoh', False, False, [], 0, 1e-5, 16]
     torch.ops.mmvim.branch(*arguments)
     arguments[position] = wrong
     with torch.no_grad(), pytest.raises((ValueError, TypeError), match=message):

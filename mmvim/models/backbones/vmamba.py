@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from mmvim._checks import check_choice, check_number
 from mmvim.checkpoints.keys import keys_under, rename_keys
 from mmvim.layers import SS2D, DropPath, Mlp
-from mmvim.layers.drop import add_dropped
 from mmvim.layers.fusion import parts
 from mmvim.layers.norm import AutocastLayerNorm, StreamLayerNorm
 from mmvim.layers.residual import ResidualBlock
@@ -108,7 +107,7 @@ def _downsample(version: str, dim: int) -> nn.Module:
 class VSSBlock(ResidualBlock):
     """Pre-norm residual block of SS2D and, unless ``mlp_ratio`` is 0, an MLP."""
 
-    _fused_parts = parts(norm=AutocastLayerNorm, norm2=AutocastLayerNorm, mlp=Mlp)
+    _fused_parts = parts(norm=AutocastLayerNorm, op=SS2D, norm2=AutocastLayerNorm, mlp=Mlp)
 
     def __init__(self, dim: int, op: SS2D, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
@@ -123,8 +122,7 @@ class VSSBlock(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (batch, height, width, dim)."""
-        normed, x = self._normed(x, 'norm')
-        x = add_dropped(self.drop_path, x, self.op(normed))
+        x = self._add_branch(x, 'norm', 'op')
         if self.mlp is None:
             return x
         return self._add_branch(x, 'norm2', 'mlp')
