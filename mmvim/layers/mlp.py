@@ -26,15 +26,17 @@ class Mlp(Fusable):
     Args:
         dim (int): Channels of input and output.
         hidden (int): Channels between the layers.
-        recompute (bool): Whether the first layer is recomputed, too. Defaults to False.
+        recompute (bool, optional): Whether the first layer is recomputed, too. None means on GPUs.
+            Defaults to False.
     """
 
     _fused_parts = parts(fc1=nn.Linear, act=nn.GELU, fc2=nn.Linear)
 
-    def __init__(self, dim: int, hidden: int, recompute: bool = False) -> None:
+    def __init__(self, dim: int, hidden: int, recompute: bool | None = False) -> None:
         super().__init__()
         check_positive(dim=dim, hidden=hidden)
-        check_flags(recompute=recompute)
+        if recompute is not None:
+            check_flags(recompute=recompute)
         self.recompute = recompute
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
@@ -45,7 +47,8 @@ class Mlp(Fusable):
         if self._may_fuse(x):
             tensors = x, *(p for m in (self.fc1, self.fc2) for p in (m.weight, m.bias))
             if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-                return _Mlp.apply(*tensors, self.recompute)
+                again = x.is_cuda if self.recompute is None else self.recompute
+                return _Mlp.apply(*tensors, again)
             dtype = autocast_dtype(x) or x.dtype
             if GELU_IN_PRODUCT and x.is_cuda and dtype in _SHORT and x.numel() > 0:
                 return self.fc2(_first_layer(*(t.to(dtype) for t in tensors[:3])))

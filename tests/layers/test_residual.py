@@ -30,7 +30,10 @@ def mixer_block(layer_scale=None, drop_path=0.0, **options):
 
 
 def scan_block(layer_scale=None, drop_path=0.0, **options):
-    return VSSBlock(DIM, SS2D(DIM, **{'d_state': 1, **options}), 2, drop_path)
+    # The GPU kernels of one state want pairs of ranks.
+    block = VSSBlock(DIM, SS2D(DIM, **{'d_state': 1, 'dt_rank': 2, **options}), 2, drop_path)
+    block.mlp.recompute = 'routes' in options
+    return block
 
 
 KINDS = {

@@ -519,6 +519,9 @@ class HierarchicalBackbone(Backbone):
             raise ValueError(
                 f'images must be (batch, {self.in_channels}, height, width), got {tuple(x.shape)}'
             )
+        if self.channels_last and x.is_cuda:
+            # cuDNN's result then lies as the norm behind the convolution reads it.
+            x = x.contiguous(memory_format=torch.channels_last)
         x = self.patch_embed(x)
         stages, outputs = getattr(self, self._stages), []
         for i in range(self.out_indices[-1] + 1):

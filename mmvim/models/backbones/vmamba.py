@@ -116,8 +116,8 @@ class VSSBlock(ResidualBlock):
         self.norm2, self.mlp = None, None
         if mlp_ratio > 0:
             self.norm2 = AutocastLayerNorm(dim)
-            # A sixteenth of the time of a training step for a fifth of its memory.
-            self.mlp = Mlp(dim, int(mlp_ratio * dim), recompute=True)
+            # A fiftieth of the time of a training step for a fifth of its memory.
+            self.mlp = Mlp(dim, int(mlp_ratio * dim), recompute=None)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
