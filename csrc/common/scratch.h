@@ -1,5 +1,6 @@
-// Memory for what lives no longer than one call of a mixer: one allocation, cut into tensors. An
-// allocation takes the host of a GPU as long as half a launch, and a mixer makes dozens.
+// Memory for what lives no longer than one call of a mixer, and for what it leaves together: one
+// allocation each, cut into tensors. An allocation takes the host of a GPU as long as half a
+// launch, and a mixer makes dozens.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +8,47 @@
 #include <ATen/ops/zeros.h>
 
 namespace mmvim {
+
+// Where parts of one allocation start.
+inline int64_t padded_bytes(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// A contiguous tensor from byte `begin` of `memory` on.
+inline at::Tensor part_of(const at::Tensor& memory, int64_t begin, at::IntArrayRef sizes,
+                          caffe2::TypeMeta type) {
+  auto impl = c10::make_intrusive<c10::TensorImpl>(
+      c10::TensorImpl::VIEW, c10::Storage(memory.storage()), memory.key_set(), type);
+  impl->set_storage_offset(begin / static_cast<int64_t>(type.itemsize()));
+  impl->set_sizes_contiguous(sizes);
+  return at::Tensor(std::move(impl));
+}
+
+// Tensors that lie side by side, and live as long as the last of them.
+class Neighbours {
+ public:
+  explicit Neighbours(const at::Tensor& device_of)
+      : options_(device_of.options().dtype(at::kByte)) {}
+
+  // Before the first tensor is taken.
+  void expect(at::IntArrayRef sizes, at::ScalarType type) {
+    bytes_ +=
+        padded_bytes(c10::multiply_integers(sizes) * static_cast<int64_t>(c10::elementSize(type)));
+  }
+  // A tensor of its own where no room is left.
+  at::Tensor take(at::IntArrayRef sizes, at::ScalarType type) {
+    const auto meta = c10::scalarTypeToTypeMeta(type);
+    const int64_t begin = used_, bytes = padded_bytes(c10::multiply_integers(sizes) *
+                                                      static_cast<int64_t>(meta.itemsize()));
+    if (begin + bytes > bytes_) return at::empty(sizes, options_.dtype(type));
+    if (!memory_.defined()) memory_ = at::empty({bytes_}, options_);
+    used_ += bytes;
+    return part_of(memory_, begin, sizes, meta);
+  }
+
+ private:
+  at::TensorOptions options_;
+  at::Tensor memory_;
+  int64_t bytes_ = 0, used_ = 0;
+};
 
 class Scratch {
  public:
@@ -26,8 +68,8 @@ class Scratch {
       const int64_t bytes = bytes_of(sizes, options);
       if (s->used_ + bytes <= s->memory_.numel()) {
         const int64_t begin = s->used_;
-        s->used_ += (bytes + 255) / 256 * 256;
-        return s->part(begin, sizes, options);
+        s->used_ += padded_bytes(bytes);
+        return part_of(s->memory_, begin, sizes, options.dtype());
       }
     }
     return at::empty(sizes, options);
@@ -38,7 +80,7 @@ class Scratch {
     Scratch* s = current();
     if (s == nullptr || bytes_of(sizes, options) > s->zero_bytes_) return at::zeros(sizes, options);
     s->zero_bytes_ = 0;
-    return s->part(s->zeros_, sizes, options);
+    return part_of(s->memory_, s->zeros_, sizes, options.dtype());
   }
   // A block that the caller clears before zeros() is called; undefined if there is no room.
   at::Tensor zeros_to_make(int64_t floats) {
@@ -63,13 +105,6 @@ class Scratch {
 
   static int64_t bytes_of(at::IntArrayRef sizes, const at::TensorOptions& options) {
     return c10::multiply_integers(sizes) * static_cast<int64_t>(options.dtype().itemsize());
-  }
-  at::Tensor part(int64_t begin, at::IntArrayRef sizes, const at::TensorOptions& options) const {
-    auto impl = c10::make_intrusive<c10::TensorImpl>(
-        c10::TensorImpl::VIEW, c10::Storage(memory_.storage()), memory_.key_set(), options.dtype());
-    impl->set_storage_offset(begin / static_cast<int64_t>(options.dtype().itemsize()));
-    impl->set_sizes_contiguous(sizes);
-    return at::Tensor(std::move(impl));
   }
 
   static Scratch*& current() {

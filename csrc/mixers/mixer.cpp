@@ -486,10 +486,19 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> forward(
 namespace {
 
 // Gradients of x, of the parameters and of the residual, each in the dtype of what it belongs to.
+// Those of the parameters are one allocation.
 class Gradients {
  public:
   Gradients(const Mixer& m, int64_t needed)
-      : m_(m), needed_(needed), conversions_(compute_type(m.x.scalar_type())), all_(2 + kCount) {}
+      : m_(m),
+        needed_(needed),
+        conversions_(compute_type(m.x.scalar_type())),
+        memory_(m.x),
+        all_(2 + kCount) {
+    for (int i = 0; i < kCount; ++i) {
+      if (m_.p.has(i) && needs(i)) memory_.expect(m_.p.sizes(i), type_of(i));
+    }
+  }
 
   bool needs(int i) const { return (needed_ >> (1 + i) & 1) != 0; }
   bool needs_x() const { return (needed_ & 1) != 0; }
@@ -523,9 +532,10 @@ class Gradients {
   }
 
   // Where a product makes the gradient of a parameter: itself, or what is converted.
-  Tensor product_for(int i) const {
+  Tensor product_for(int i) {
+    const auto type = m_.x.scalar_type();
     const IntArrayRef sizes = m_.p.sizes(i);
-    return m_.p.types[i] == m_.x.scalar_type() ? fresh(sizes, m_.x) : empty(sizes, m_.x);
+    return m_.p.types[i] == type ? memory_.take(sizes, type) : empty(sizes, m_.x);
   }
 
   std::vector<Tensor> finish() {
@@ -547,13 +557,15 @@ class Gradients {
   const Mixer& m_;
   int64_t needed_;
   Conversions conversions_;
+  Neighbours memory_;
   std::vector<Tensor> all_;
 
-  Tensor make(int i) {
+  // As kernels make it.
+  at::ScalarType type_of(int i) const {
     const auto type = m_.p.types[i], wide = compute_type(m_.x.scalar_type());
-    const bool fits = (wide == at::kDouble) == (type == at::kDouble);
-    return all_[1 + i] = fresh(m_.p.sizes(i), fits ? type : wide, m_.x);
+    return (wide == at::kDouble) == (type == at::kDouble) ? type : wide;
   }
+  Tensor make(int i) { return all_[1 + i] = memory_.take(m_.p.sizes(i), type_of(i)); }
 };
 
 }  // namespace
