@@ -100,8 +100,8 @@ def factors_of(keep: tuple[float, ...], x: Tensor) -> Tensor | None:
     return x.new_empty((len(keep), x.shape[0]), dtype=dtype).bernoulli_(kept).div_(kept)
 
 
-# Once, as the host waits for a copy to a GPU.
-@functools.lru_cache(maxsize=64)
+# Once, as the host waits for a copy to a GPU, and for ever, as captured graphs read it.
+@functools.cache
 def _on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, device=device, dtype=dtype).unsqueeze(1)

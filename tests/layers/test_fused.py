@@ -698,6 +698,23 @@ def test_a_stack_on_cuda(options, autocast):
 
 
 @pytest.mark.gpu
+def test_a_graph_draws_new_numbers():
+    stack = make_stack(bidirectional='v2', drop_path_rate=0.5).cuda().train()
+    stack.drop_path.drop_prob = 0.0
+    x, graph = torch.randn(64, 5, 12, device='cuda'), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        stack(x)
+        with torch.cuda.graph(graph):
+            y = stack(x)
+        found = []
+        for _ in range(2):
+            graph.replay()
+            found.append(y.clone())
+    dropped = [(out - stack.eval()(x)).abs().amax((1, 2)) > 1e-3 for out in found]
+    assert not dropped[0].equal(dropped[1])
+
+
+@pytest.mark.gpu
 def test_a_graph_sees_new_parameters():
     mixer, x = BiMamba(64).cuda().eval(), torch.randn(2, 197, 64, device='cuda')
     graph = torch.cuda.CUDAGraph()
