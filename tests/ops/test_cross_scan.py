@@ -1,6 +1,7 @@
 """All routes in one call against the definition, which gathers and scatters."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -79,6 +80,51 @@ def test_methods_in_low_precision(backend, device, method, n, dtype):
     compare(tensors, delta_softplus=True, discretization=method, routes=ROUTES[1::2])
 
 
+@pytest.fixture(params=['tiles', 'strips', 'products', 'teams'])
+def kernels(request, monkeypatch):
+    """Kernels of one state; `teams`: two on a multiprocessor that has room for one block."""
+    name = request.param
+    monkeypatch.setenv('MMVIM_CROSS_SCAN', 'strips' if name == 'teams' else name)
+    if name == 'teams':
+        monkeypatch.setattr(sys.modules[cross_scan.__module__], '_ROUND_STEPS', 224)
+
+
+def assert_close_to_torch(tensors, **options):
+    """Against the PyTorch path in float64, on the GPU, in the Euclidean norm."""
+    dtype = tensors['x'].dtype
+    assert extension.supports('cross_scan_fused', 'cuda', dtype)
+    options['delta_softplus'] = True
+    got, again = (run(tensors, **options, backend='compiled') for _ in range(2))
+    exact = run({k: v.double() for k, v in tensors.items()}, **options, backend='torch')
+    limit = {torch.float32: 4e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+    for name, one, two, truth in zip(('out', *tensors), got, again, exact, strict=True):
+        assert torch.equal(one, two), f'{name} differs from run to run'
+        error = (one.double() - truth).norm() / truth.norm().clamp(min=1e-9)
+        assert error < limit, f'{name}: {error:.1e}'
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ('shape', 'rank', 'routes'),
+    [((64, 1, 1, 8), 2, ROUTES), ((4, 1, 45, 8), 14, ROUTES[2:3]), ((4, 45, 1, 20), 8, ROUTES[::3]),
+     ((2, 7, 9, 36), 6, REPEATED), ((1, 33, 17, 96), 12, ROUTES[::-1]),
+     ((2, 14, 14, 40), 24, ROUTES), ((1, 40, 41, 16), 4, ROUTES[1:]), ((1, 130, 60, 16), 6, ROUTES),
+     ((2, 130, 60, 4), 12, ROUTES[:2]), ((1, 60, 130, 20), 16, ROUTES[1:3]),
+     ((70, 28, 28, 24), 10, ROUTES), ((2, 56, 56, 20), 12, (*ROUTES[::-1], *ROUTES[:3:2])),
+     ((40, 48, 56, 16), 24, ROUTES[1::2])],
+    ids=str,
+)  # fmt: skip
+def test_one_state_of_low_rank(kernels, shape, rank, routes, dtype):
+    tensors = cross_scan_inputs(*shape, 1, len(routes), rank, dtype=dtype, device='cuda')
+    assert_close_to_torch(tensors, routes=routes)
+    if shape[1] in (7, 130):
+        tensors['delta_weight'] = tensors['delta_weight'].float()
+        for name in ('D', 'delta_bias'):
+            del tensors[name]
+        assert_close_to_torch(tensors, routes=routes)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ('shape', 'n', 'rank'),
@@ -87,20 +133,8 @@ def test_methods_in_low_precision(backend, device, method, n, dtype):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_maps_of_models(shape, n, rank, dtype):
-    """Against the PyTorch path in float64, on the GPU, in the Euclidean norm."""
-    assert extension.supports('cross_scan_fused', 'cuda', dtype)
-    tensors = cross_scan_inputs(*shape, n, 4, rank, dtype=dtype, device='cuda')
-    results = [
-        run({k: v.to(t) for k, v in tensors.items()}, delta_softplus=True, backend=b)
-        if b == 'torch'
-        else run(tensors, delta_softplus=True, backend=b)
-        for b, t in (('compiled', dtype), ('torch', torch.float64))
-    ]
-    limit = 4e-6 if dtype == torch.float32 else 5e-3
-    for name, one, two in zip(('out', *tensors), *results, strict=True):
-        error = (one.double() - two).norm() / two.norm()
-        assert error < limit, f'{name}: {error:.1e}'
+def test_maps_of_models(kernels, shape, n, rank, dtype):
+    assert_close_to_torch(cross_scan_inputs(*shape, n, 4, rank, dtype=dtype, device='cuda'))
 
 
 @pytest.mark.parametrize('routes', [*SUBSETS, ROUTES[::-1], REPEATED], ids='-'.join)
