@@ -50,20 +50,22 @@ FIELDS = (
 ORDER = ('x', 'delta', 'A', 'B', 'C', 'D', 'delta_bias', 'delta_weight')
 
 
-def inputs_of(shape: tuple, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+def inputs_of(
+    shape: tuple, dtype: torch.dtype = torch.bfloat16, device: str = 'cuda'
+) -> dict[str, Tensor]:
     """Tensors of one call; step sizes, B and C lie in one buffer, as SS2D makes them."""
     b, h, w, d, n, r = shape
-    g = torch.Generator('cuda').manual_seed(0)
+    g = torch.Generator(device).manual_seed(0)
 
     def randn(*sizes):
-        return torch.randn(*sizes, generator=g, device='cuda')
+        return torch.randn(*sizes, generator=g, device=device)
 
     joined = randn(b, h, w, 4, r + 2 * n).to(dtype)
     low, B, C = joined.split((r, n, n), -1)
     return {
         'x': randn(b, h, w, d).to(dtype),
         'delta': low,
-        'A': -torch.arange(1, n + 1.0, device='cuda').repeat(4, d, 1),
+        'A': -torch.arange(1, n + 1.0, device=device).repeat(4, d, 1),
         'B': B,
         'C': C,
         'D': randn(4, d),
@@ -198,7 +200,7 @@ def peer_calls(x: dict[str, Tensor]) -> dict[str, tuple]:
     states = module.fwd(u, delta, *rest, None, bias, True)[1]
     grad = torch.randn_like(u)
     image = x['x'].permute(0, 3, 1, 2).contiguous().requires_grad_()
-    projection = torch.randn(4, rank + 2 * n, d, device='cuda').requires_grad_()
+    projection = torch.randn(4, rank + 2 * n, d, device=image.device).requires_grad_()
     leaves = [image, projection, *(x[k].detach().clone().requires_grad_()
               for k in ('delta_weight', 'A', 'D', 'delta_bias'))]  # fmt: skip
 
