@@ -506,6 +506,21 @@ def test_graph_runs_without_where_there_is_no_gpu(toy, caplog):
         shutil.rmtree('graph')
 
 
+def test_a_resumed_run_says_which_schedules_of_its_config_do_not_count(toy):
+    main_train(['config.py', *option('train_cfg.max_epochs=1')])
+    for count, changes, expected in (
+        (1, ('train_cfg.max_epochs=1',), None),
+        (2, ('train_cfg.max_epochs=2',), 'MultiStepLR.end=2 (there 1)'),
+        (3, ('train_cfg.max_epochs=3', 'param_scheduler.gamma=0.1'), 'gamma=0.1 (there 0.5)'),
+        (4, ('train_cfg.max_epochs=4', 'param_scheduler=None'), None),
+    ):
+        main_train(['config.py', '--resume', *option(*changes)])
+        newest = max(WORK_DIR.glob('*/*.log'), key=lambda path: path.stat().st_mtime_ns)
+        said = [line for line in newest.read_text().splitlines() if 'Schedules continue' in line]
+        assert len(said) == (expected is not None), count
+        assert not said or expected in said[0]
+
+
 @MODELS.register_module(force=True)
 class RandomBackbone(ToyBackbone):
     """Drops samples at random in training."""

@@ -19,6 +19,11 @@ RANDOM_STATES = 'mmvim_random_states'
 _INTERRUPTED = 'mmvim_interrupted_ckpt'
 # Key of the checkpoint: names of those to remove once it is written.
 _SUPERSEDED = 'mmvim_superseded'
+# Settings of parameter schedulers, whose state has them, too.
+_SCHEDULE = (
+    'by_epoch', 'begin', 'end', 'milestones', 'gamma', 'step_size', 'factor', 'start_factor',
+    'end_factor', 'total_iters', 'T_max', 'eta_min', 'eta_min_ratio', 'power', 'total_steps',
+)  # fmt: skip
 
 
 class _RemoveLater:
@@ -44,6 +49,23 @@ def _has(metrics: dict, prefix: str) -> bool:
 
 
 @HOOKS.register_module()
+def _other_schedules(own: Any, saved: Any) -> list[str]:
+    """What the schedulers of a config set otherwise than the states that replace theirs."""
+    if isinstance(own, dict) and isinstance(saved, dict):
+        return [text for name in own for text in _other_schedules(own[name], saved.get(name))]
+    if not isinstance(own, list) or not isinstance(saved, list):
+        return []
+    changed = [
+        f'{type(scheduler).__name__}.{key}={getattr(scheduler, key)} (there {state[key]})'
+        for scheduler, state in zip(own, saved, strict=False)
+        for key in _SCHEDULE
+        if key in state and hasattr(scheduler, key) and getattr(scheduler, key) != state[key]
+    ]
+    if len(own) != len(saved):
+        changed.append(f'{len(own)} schedulers (there {len(saved)})')
+    return changed
+
+
 class CheckpointHook(MMEngineCheckpointHook):
     """mmengine's ``CheckpointHook``, safe against a crash or a full disk during a save.
 
@@ -79,6 +101,12 @@ class CheckpointHook(MMEngineCheckpointHook):
         if runner._resume:
             self._resumed_states = checkpoint.get(RANDOM_STATES)
             self._superseded = checkpoint.get(_SUPERSEDED, [])
+            changed = _other_schedules(runner.param_schedulers, checkpoint.get('param_schedulers'))
+            if changed:
+                runner.logger.warning(
+                    f'Schedules continue as in the checkpoint, not as in the config: '
+                    f'{", ".join(changed)}. With load_from instead of --resume they begin anew'
+                )
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         """Add the random states, and the position of the checkpoint in the training.
