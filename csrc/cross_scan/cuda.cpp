@@ -160,7 +160,8 @@ struct Inputs {
       }
       const std::string_view kernels = kernels_of_one();
       p.strips = kernels != "tiles";
-      p.tiles = p.strips && p.element == 2 && rank <= 14 ? static_cast<int>((rank + 9) / 8) : 0;
+      const bool few = rank <= 14 && h * w * k <= INT32_MAX / 64;
+      p.tiles = p.strips && p.element == 2 && few ? static_cast<int>((rank + 9) / 8) : 0;
       set_division(h, p.magic_height, p.shift_height);
       set_division(w, p.magic_width, p.shift_width);
       p.slots = static_cast<int>((p.length + (h - 1) / 4 + 2) / 2 * 2);
@@ -401,6 +402,7 @@ Gradients backward(const Tensor& grad_out, const Tensor& x, const Tensor& delta,
   f.low = p.low;
   f.tiles = q.tiles;
   f.rank = q.rank;
+  f.length = q.length;
   f.ddelta = ddelta.mutable_data_ptr();
   f.dweight = dweight.mutable_data_ptr();
   f.weight_is_float = q.weight_is_float;

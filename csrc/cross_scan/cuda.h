@@ -87,7 +87,7 @@ struct Backward {
   void* ddelta = nullptr;  // (b, position, k, d)
   // Partial sums: (groups of channels, b, position, k, 2, n); of the blocks (b, chunks) k d (n + 1)
   // values of dA, then of ddelta_bias, and d of dD. Where `low` is given, it stands for ddelta and
-  // dBC: (groups, b, position, k, columns) of gradients of the low rank, B and C; then k d rank
+  // dBC: (groups, b, k, position, columns) of gradients of the low rank, B and C; then k d rank
   // values of the weights follow those of dD.
   float* dBC = nullptr;
   float* parameters = nullptr;
@@ -107,7 +107,8 @@ struct Finish {
   float* dD = nullptr;  // (k, d)
   float* ddelta_bias = nullptr;
   // Where step sizes have their gradients from the kernels: tiles of eight columns of `low`.
-  int tiles = 0, rank = 0;
+  int tiles = 0, rank = 0, length = 0;
+  int blocks_of_map = 0;  // of the kernel that adds them
   const void* low = nullptr;
   void* ddelta = nullptr;   // (rows, rank)
   void* dweight = nullptr;  // (k, d, rank)

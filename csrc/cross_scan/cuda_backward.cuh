@@ -383,10 +383,13 @@ int launch_finish_of(const Finish& p, CUstream_st* stream) {
       p.dA == nullptr ? 0 : (finish_parameters(p) + kFinishColumns - 1) / kFinishColumns;
   if constexpr (sizeof(T) == 2) {
     if (p.tiles > 0) {
-      const int64_t words = p.rows * 4 * p.tiles;
-      const int error = gpu::launch(strips::finish_columns_kernel<T>,
-                                    {(words + kFinishThreads - 1) / kFinishThreads}, kFinishThreads,
-                                    0, stream, p);
+      Finish columns = p;
+      const int64_t of_map = int64_t{4} * p.length * p.routes * p.tiles;
+      columns.blocks_of_map = static_cast<int>((of_map + kFinishThreads - 1) / kFinishThreads);
+      const int64_t maps = p.rows / p.length / p.routes;
+      const int error =
+          gpu::launch(strips::finish_columns_kernel<T>, {maps * columns.blocks_of_map},
+                      kFinishThreads, 0, stream, columns);
       if (error != 0) return error;
     }
   }

@@ -522,7 +522,6 @@ MMVIM_KERNEL void MMVIM_REGISTERS(kTiles > 0 ? 144 : 96)
   using Own = Block<T, kWhole, kTiles>;
   const Problem& q = p.problem;
   const Own block(q, kForwardPlanes);
-  float* const shared = block.shared;
   const int warp = block.warp, pair = block.pair, part = block.part;
   const int64_t map = block.b * q.length;
   T* const out = static_cast<T*>(p.out) + map * q.channels;
@@ -673,7 +672,7 @@ struct ColumnGradients {
                         const float (&dC)[kStrip], const uint32_t (&words)[kTiles][4]) {
 #if MMVIM_MATRIX_ADDER
     const int own = step + 4 * (block.lane / 4);
-    const int stride = block.q.routes * 8 * kTiles * static_cast<int>(sizeof(T));
+    constexpr int kStride = 8 * kTiles * static_cast<int>(sizeof(T));
     MMVIM_UNROLL
     for (int j = 0; j < 4; j += 2) {
       // Channels 2g, then 2g + 1, of the columns j and j + 1 of the products above.
@@ -702,7 +701,7 @@ struct ColumnGradients {
         MMVIM_UNROLL
         for (int i = 0; i < 2; ++i) {
           if (own + j + i >= block.q.length) continue;
-          T* const to = gpu::advanced(low + 8 * t, position[j + i], stride);
+          T* const to = gpu::advanced(low + 8 * t, position[j + i], kStride);
           *reinterpret_cast<uint32_t*>(to) = packed<T>(sums[2 * i], sums[2 * i + 1]);
         }
       }
@@ -746,7 +745,7 @@ MMVIM_KERNEL void MMVIM_REGISTERS(144) backward_kernel(const MMVIM_GRID_CONSTANT
     ColumnGradients<T, kTiles> gradients(block, k);
     T* const low = gpu::kept(
         static_cast<T*>(p.low) +
-        ((group * q.batch + block.b) * q.length * q.routes + k) * (8 * kTiles) + 2 * part);
+        (((group * q.batch + block.b) * q.routes + k) * q.length) * (8 * kTiles) + 2 * part);
     // Of the round before `block.begin`, as if it had one.
     const float* const entries = gpu::kept(
         p.checkpoints + ((k * q.batch + block.b) * (q.rounds - 1) + block.begin - 1) * q.channels +
@@ -1064,22 +1063,27 @@ MMVIM_KERNEL void MMVIM_REGISTERS(128) local_backward_kernel(const MMVIM_GRID_CO
 }
 
 // Adds the gradients of the columns of all groups of channels: a thread, two columns of a step.
+// Grid: `blocks_of_map` for each map.
 template <class T>
 MMVIM_KERNEL void finish_columns_kernel(const MMVIM_GRID_CONSTANT Finish p) {
-  const int words = 4 * p.tiles;
+  const int b = gpu::block_x() / p.blocks_of_map;
   const int64_t i =
-      static_cast<int64_t>(gpu::block_x()) * gpu::thread_count() + gpu::thread_index();
-  const int64_t row = i / words;
-  const int column = static_cast<int>(i - row * words) * 2;
-  if (row >= p.rows || column > p.rank) return;
+      int64_t{gpu::block_x() - b * p.blocks_of_map} * gpu::thread_count() + gpu::thread_index();
+  const int shift = p.tiles == 1 ? 2 : 3, word = static_cast<int>(i & ((1 << shift) - 1));
+  const auto step = static_cast<uint32_t>(i >> shift), position = step / p.routes;
+  const int k = static_cast<int>(step - position * p.routes), column = 2 * word;
+  if (position >= static_cast<uint32_t>(p.length) || column > p.rank) return;
+  const int64_t from =
+      (((static_cast<int64_t>(b) * p.routes + k) * p.length + position) << shift) + word;
   float x = 0.f, y = 0.f;
   MMVIM_UNROLL_BY(4)
   for (int64_t part = 0; part < p.parts; ++part) {
-    const auto v =
-        Packed<T, 2>::load(static_cast<const T*>(p.low) + 2 * (part * p.rows * words + i));
-    x += v.get(0);
-    y += v.get(1);
+    const Two v = two(
+        Packed<T, 2>::load(static_cast<const T*>(p.low) + 2 * (((part * p.rows) << shift) + from)));
+    x += v.v[0];
+    y += v.v[1];
   }
+  const int64_t row = static_cast<int64_t>(b) * p.length * p.routes + step;
   if (column < p.rank) {
     *reinterpret_cast<uint32_t*>(static_cast<T*>(p.ddelta) + row * p.rank + column) =
         packed<T>(x, y);
