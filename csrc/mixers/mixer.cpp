@@ -520,8 +520,17 @@ class Gradients {
   void set_multiplied(int i, const Tensor& gradient, const Tensor& factor) {
     if (needs(i)) conversions_.add(gradient, make(i), Conversion::kMultiply, 1, factor);
   }
-  // Of the weights of the projections: grad' x for each of a stack (and see add_products()).
+  // Of the weights of the projections: grad' x for each of a stack.
   void set_stack(Index i, const Tensor& grad, const Tensor& x) {
+    const int other = Prepared::of(i, 1);
+    if (are_batched(x) && needs(i) && needs(other)) {
+      const IntArrayRef sizes = m_.p.sizes(i);
+      const Tensor both = empty({2, sizes[0], sizes[1]}, m_.x);
+      products(both, transposed(grad), x);
+      set_copy(i, at_index(both, 0));
+      set_copy(other, at_index(both, 1));
+      return;
+    }
     for (int k = 0; k < m_.options.projections(); ++k) {
       const int index = Prepared::of(i, k);
       if (!needs(index)) continue;

@@ -85,8 +85,16 @@ void products(const Tensor& out, const Tensor& a, const Tensor& b) {
   }
 }
 
-// One after the other: cuBLAS has much slower kernels for batches of these shapes.
+bool are_batched(const Tensor& stack) {
+  constexpr int64_t kFewRows = 2048;
+  return stack.is_cuda() && stack.size(0) > 1 && stack.size(1) <= kFewRows;
+}
+
 void add_products(const Tensor& sum, const Tensor& a, const Tensor& b) {
+  if (are_batched(sum)) {
+    sum.baddbmm_(a, b);
+    return;
+  }
   for (int64_t i = 0; i < sum.size(0); ++i) at_index(sum, i).addmm_(at_index(a, i), at_index(b, i));
 }
 

@@ -44,6 +44,9 @@ Tensor linear(const Tensor& x, const Tensor& w, const Tensor& bias, bool is_kept
 void product(const Tensor& out, const Tensor& a, const Tensor& b);
 // Of each of a stack; one launch on GPUs.
 void products(const Tensor& out, const Tensor& a, const Tensor& b);
+// Whether products of all rows, or over all rows, of a stack (count, rows, columns) are one launch:
+// on GPUs, if they are few. cuBLAS has much slower kernels for batches of many.
+bool are_batched(const Tensor& stack);
 // sum += a b, of each of a stack.
 void add_products(const Tensor& sum, const Tensor& a, const Tensor& b);
 

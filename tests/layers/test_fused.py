@@ -652,7 +652,9 @@ def test_stochastic_depth_drops_at_its_rates():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('recompute', [True, False])
-@pytest.mark.parametrize('size', [(12, 3, 2, 37), (64, 16, 4, 197), (26, 5, 3, 50)])
+@pytest.mark.parametrize(
+    'size', [(12, 3, 2, 37), (64, 16, 4, 197), (26, 5, 3, 50), (16, 4, 2, 1100)]
+)
 @pytest.mark.parametrize('options', OPTIONS)
 def test_on_cuda(options, size, recompute):
     """At most twice the error of the steps, against float64."""
