@@ -91,6 +91,10 @@ struct Functions {
   std::tuple<Tensor, Tensor> (*layer_norm)(const Tensor& x, const Tensor& weight,
                                            const Tensor& bias, double eps, at::ScalarType type,
                                            bool keep_statistics) = nullptr;
+  // The norm of x + added and this sum; x is float, the others are not.
+  std::tuple<Tensor, Tensor> (*add_layer_norm)(const Tensor& x, const Tensor& added,
+                                               const Tensor& weight, const Tensor& bias,
+                                               double eps) = nullptr;
   std::tuple<Tensor, Tensor, Tensor> (*layer_norm_backward)(const Tensor& grad, const Tensor& x,
                                                             const Tensor& weight,
                                                             const Tensor& statistics,

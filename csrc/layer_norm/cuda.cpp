@@ -62,6 +62,28 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight_in,
   return {out, statistics};
 }
 
+// The norm of x + added, and this sum.
+std::tuple<Tensor, Tensor> add_forward(const Tensor& x_in, const Tensor& added_in,
+                                       const Tensor& weight_in, const Tensor& bias_in, double eps) {
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const Tensor x = aligned(x_in), added = aligned(added_in), weight = aligned(weight_in),
+               bias = aligned(bias_in);
+  const auto type = added.scalar_type();
+  check(x, "x", added.sizes(), at::kFloat, added.device());
+  TORCH_CHECK_TYPE(type == at::kBFloat16 || type == at::kHalf,
+                   "added must be bfloat16 or float16, got ", type);
+  Norm p = norm_of(x, weight, bias, type);
+  Tensor out = at::empty(x.sizes(), added.options()), sum = at::empty(x.sizes(), x.options());
+  if (p.rows == 0) return {out, sum};
+  p.eps = static_cast<float>(eps);
+  p.out = out.mutable_data_ptr();
+  p.added = added.const_data_ptr();
+  p.sum = sum.mutable_data_ptr();
+  const auto run = [&](auto t) { return launch_forward<t.value>(p, current_stream()); };
+  check_launch(by_dtype(dtype_of(type, "added"), run), "add_layer_norm");
+  return {out, sum};
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor& x_in,
                                             const Tensor& weight_in, const Tensor& statistics_in,
                                             const OptTensor& grad_input_in) {
@@ -96,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_in, const Tensor&
 
 const bool known = [] {
   direct::cuda.layer_norm = forward;
+  direct::cuda.add_layer_norm = add_forward;
   direct::cuda.layer_norm_backward = backward;
   return true;
 }();

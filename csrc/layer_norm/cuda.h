@@ -22,6 +22,10 @@ struct Norm {
   float eps = 0.f;
   float* statistics = nullptr;  // (rows, 2): mean, 1 / deviation
   void* out = nullptr;
+  // Absent, or of the dtype of the result, which is not that of x, float: added to x, which gives
+  // `sum`, float.
+  const void* added = nullptr;
+  void* sum = nullptr;
   // Backward.
   const void* grad = nullptr;
   const void* grad_input = nullptr;  // added to dx, dtype of x; or absent

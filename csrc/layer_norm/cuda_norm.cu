@@ -65,7 +65,7 @@ struct Row {
   }
 };
 
-template <class X, class T, int kLanes, int kSteps>
+template <class X, class T, int kLanes, int kSteps, bool kAdd>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Norm p) {
   constexpr int kRows = kThreads / kLanes;
   Row<kLanes, kSteps> weight, bias, row;
@@ -75,6 +75,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Norm p) {
   for (int64_t r = blockIdx.x * static_cast<int64_t>(kRows) + threadIdx.y; r < p.rows;
        r += gridDim.x * static_cast<int64_t>(kRows)) {
     row.load(static_cast<const X*>(p.x) + r * p.columns, p.columns);
+    if constexpr (kAdd) {
+      Row<kLanes, kSteps> added;
+      added.load(static_cast<const T*>(p.added) + r * p.columns, p.columns);
+      row.each(p.columns, [&](float& x, int s, int i, bool) { x += added.v[s][i]; });
+      row.store(static_cast<X*>(p.sum) + r * p.columns, p.columns);
+    }
     float sum = 0.f, squares = 0.f;
     row.each(p.columns, [&](float x, int, int, bool) { sum += x; });
     const float mean = row_sum<kLanes>(sum) * scale;
@@ -180,7 +186,14 @@ int forward(const Norm& p, cudaStream_t stream) {
     constexpr int kLanes = decltype(lanes)::value, kRows = kThreads / kLanes;
     const int64_t blocks = (p.rows + kRows - 1) / kRows;
     const auto grid = static_cast<unsigned>(blocks < 16384 ? blocks : 16384);
-    forward_kernel<decltype(x), T, kLanes, decltype(steps)::value>
+    if constexpr (std::is_same_v<decltype(x), float> && !std::is_same_v<T, float>) {
+      if (p.added != nullptr) {
+        forward_kernel<float, T, kLanes, decltype(steps)::value, true>
+            <<<grid, dim3(kLanes, kRows), 0, stream>>>(p);
+        return;
+      }
+    }
+    forward_kernel<decltype(x), T, kLanes, decltype(steps)::value, false>
         <<<grid, dim3(kLanes, kRows), 0, stream>>>(p);
   });
 }

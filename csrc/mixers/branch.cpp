@@ -23,6 +23,7 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/sum.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/library.h>
@@ -262,13 +263,10 @@ Tensor factors_of(const Tensor& keep, const Tensor& x) {
   return view(keep, 0, {x.size(0), 1, 1});
 }
 
-Tensor forward(const Tensor& x, const OptTensor& keep, const Parameters& parameters,
-               const Options& options, Kept& kept) {
-  const Plain plain(x);
-  Branch b(x, parameters, options);
+// What comes after the norm of an x of these sizes.
+Tensor body_of(Branch& b, IntArrayRef sizes, const Tensor& normed, Kept& kept) {
+  const Options& options = b.options;
   const bool gradient = options.interval > 0;
-  kept.norm = b.norm().forward(gradient);
-  const Tensor& normed = kept.norm.out;
   Tensor out;
   if (options.is_mixer()) {
     auto [mixed, unused, of_mixer] =
@@ -277,7 +275,7 @@ Tensor forward(const Tensor& x, const OptTensor& keep, const Parameters& paramet
     out = mixed;
     kept.of_mixer = std::move(of_mixer);
   } else if (options.is_ss2d()) {
-    out = ss2d::forward(normed, x.size(1), x.size(2), b.body, options.of_ss2d(), kept.of_mixer);
+    out = ss2d::forward(normed, sizes[1], sizes[2], b.body, options.of_ss2d(), kept.of_mixer);
   } else {
     // Those of MLPs are most of a model: backward converts them again.
     const Tensor made = b.prepare();
@@ -287,8 +285,8 @@ Tensor forward(const Tensor& x, const OptTensor& keep, const Parameters& paramet
       kept.hidden = linear(normed, b.linears[0], b.linears[1], true);
       kept.attended = attend(kept.hidden, options.heads, gradient);
       inner = kept.attended.out.transpose(1, 2).reshape(normed.sizes());
-    } else if (!gradient && options.gelu_in_product && x.is_cuda() && b.wide != options.type &&
-               x.numel() > 0) {
+    } else if (!gradient && options.gelu_in_product && normed.is_cuda() && b.wide != options.type &&
+               normed.numel() > 0) {
       inner = at::_addmm_activation(b.linears[1], rows(normed), transposed(b.linears[0]), 1, 1,
                                     /*use_gelu=*/true);
       inner = view(inner, 0, {normed.size(0), normed.size(1), inner.size(1)});
@@ -300,6 +298,15 @@ Tensor forward(const Tensor& x, const OptTensor& keep, const Parameters& paramet
     }
     out = linear(inner, b.linears[2], b.linears[3], true);
   }
+  return out;
+}
+
+Tensor forward(const Tensor& x, const OptTensor& keep, const Parameters& parameters,
+               const Options& options, Kept& kept) {
+  const Plain plain(x);
+  Branch b(x, parameters, options);
+  kept.norm = b.norm().forward(options.interval > 0);
+  Tensor out = body_of(b, x.sizes(), kept.norm.out, kept);
   if (b.gamma.has_value()) {
     kept.scaled = out;
     out = at::mul(out, *b.gamma);
@@ -312,6 +319,42 @@ Tensor forward(const Tensor& x, const OptTensor& keep, const Parameters& paramet
     out = same ? at::addcmul(b.x, out, factors) : at::add(b.x, at::mul(out, factors));
   }
   return x.dim() == 3 ? out : view(out, 0, x.sizes());
+}
+
+// Blocks of SS2D and, with `mlp`, an MLP, without gradients: each sum is made by the norm behind
+// it.
+Tensor run_blocks(const Tensor& x, const Parameters& parameters, bool mlp, at::ScalarType type,
+                  double eps, std::string_view discretization, bool gelu_in_product,
+                  IntArrayRef routes, int64_t round_steps, double inner_eps) {
+  const Plain plain(x);
+  const size_t step = kBody - 1 + ss2d::kCount + (mlp ? kBody - 1 + kLinears : 0);
+  TORCH_CHECK_VALUE(parameters.size() > 0 && parameters.size() % step == 0, "there must be ", step,
+                    " parameters of each block, got ", parameters.size());
+  Tensor stream = x, added;
+  for (size_t next = 0; next < parameters.size();) {
+    const bool first = next % step == 0;
+    const Options options{
+        first ? "ss2d" : "mlp", type,   0,           eps,       1.0, discretization, false,
+        gelu_in_product,        routes, round_steps, inner_eps, 0};
+    Parameters own;
+    for (int i = 0; i < kGamma; ++i) own.push_back(parameters.get(next++));
+    own.push_back(std::nullopt);
+    for (int64_t i = 0; i < (first ? ss2d::kCount : kLinears); ++i) {
+      own.push_back(parameters.get(next++));
+    }
+    Branch b(stream, own, options);
+    Tensor normed;
+    if (added.defined()) {
+      Tensor sum;
+      std::tie(normed, sum) = b.norm().forward(added);
+      stream = view(sum, 0, x.sizes());
+    } else {
+      normed = b.norm().forward(false).out;
+    }
+    Kept unused;
+    added = body_of(b, x.sizes(), normed, unused);
+  }
+  return at::add(stream, view(added, 0, x.sizes()));
 }
 
 // Bits of `needed` and of what there is: x, the factors, the parameters.
@@ -570,9 +613,18 @@ Tensor differentiable(const Tensor& x, const OptTensor& keep, const Parameters& 
 }  // namespace
 }  // namespace branch
 
-TORCH_LIBRARY_IMPL(mmvim, CPU, m) { m.impl("branch", branch::run); }
-TORCH_LIBRARY_IMPL(mmvim, CUDA, m) { m.impl("branch", branch::run); }
-TORCH_LIBRARY_IMPL(mmvim, Autograd, m) { m.impl("branch", branch::differentiable); }
+TORCH_LIBRARY_IMPL(mmvim, CPU, m) {
+  m.impl("branch", branch::run);
+  m.impl("ss2d_blocks", branch::run_blocks);
+}
+TORCH_LIBRARY_IMPL(mmvim, CUDA, m) {
+  m.impl("branch", branch::run);
+  m.impl("ss2d_blocks", branch::run_blocks);
+}
+TORCH_LIBRARY_IMPL(mmvim, Autograd, m) {
+  m.impl("branch", branch::differentiable);
+  m.impl("ss2d_blocks", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace mixers
 }  // namespace mmvim

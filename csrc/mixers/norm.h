@@ -45,6 +45,15 @@ class LayerNorm {
     return {as(out, type_), mean, deviation};
   }
 
+  // Of x + added, without a backward pass, and this sum.
+  std::tuple<Tensor, Tensor> forward(const Tensor& added) const {
+    if (has_kernel_ && x_.scalar_type() != type_ && added.scalar_type() == type_) {
+      return direct::cuda.add_layer_norm(x_, added, weight_, bias_, eps_);
+    }
+    const Tensor sum = at::add(x_, added);
+    return {LayerNorm(sum, weight_, bias_, eps_, type_).forward(false).out, sum};
+  }
+
   // Gradients of x, the weight and the bias. That of x is added to `other`, if there is one.
   std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Norm& n,
                                               const Tensor& other = {}) const {

@@ -39,8 +39,8 @@ enum Index : int {
   kNormBias,
   kOutWeight,
   kOutBias,
-  kCount,
 };
+static_assert(kOutBias + 1 == kCount);
 
 using Scan = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptTensor&,
                                         const Tensor&, const Tensor&, const Tensor&,

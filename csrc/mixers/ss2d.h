@@ -10,6 +10,8 @@ namespace mmvim {
 namespace mixers {
 namespace ss2d {
 
+constexpr int64_t kCount = 13;  // of parameters
+
 struct Options {
   at::ScalarType type;  // of the matrix products and maps
   at::IntArrayRef routes;

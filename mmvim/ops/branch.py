@@ -94,6 +94,40 @@ def branch(
     )
 
 
+def ss2d_blocks(
+    x: Tensor, parameters: Parameters, eps: float, dtype: torch.dtype, scan: Body, mlp: Body | None
+) -> Tensor:
+    """Add the branches of blocks of SS2D and, if there is one, an MLP, without gradients.
+
+    The same as calls of :func:`branch` one after the other, but each sum is made by the norm behind
+    it.
+
+    Args:
+        x: (batch, height, width, c).
+        parameters: Of each block weight and bias of the first norm, the parameters of SS2D, weight
+            and bias of the second norm, the parameters of the MLP.
+        eps: Of the norms.
+        dtype: Of the branches.
+        scan: The options of SS2D.
+        mlp: Those of the MLP.
+
+    Returns:
+        Like x, in the dtype to which x and the branches are promoted.
+    """
+    return torch.ops.mmvim.ss2d_blocks.default(
+        x,
+        parameters,
+        mlp is not None,
+        dtype,
+        eps,
+        scan.discretization,
+        mlp is not None and mlp.gelu_in_product,
+        scan.routes,
+        scan.round_steps,
+        scan.inner_eps,
+    )
+
+
 def _fake(x, keep, parameters, kind, dtype, *_):
     gamma = parameters[2]
     if gamma is not None:
@@ -107,4 +141,12 @@ define_compiled(
     'bool gelu_in_product, int[] routes, int round_steps, float inner_eps, '
     'int checkpoint_interval) -> Tensor',
     _fake,
+)
+define_compiled(
+    'ss2d_blocks(Tensor x, Tensor?[] parameters, bool mlp, ScalarType dtype, float eps, '
+    'str discretization, bool gelu_in_product, int[] routes, int round_steps, float inner_eps) '
+    '-> Tensor',
+    lambda x, _, mlp, dtype, *options: x.new_empty(
+        x.shape, dtype=torch.promote_types(x.dtype, dtype)
+    ),
 )

@@ -18,9 +18,12 @@ from torch.nn import functional as F
 from mmvim._checks import check_choice, check_number
 from mmvim.checkpoints.keys import keys_under, rename_keys
 from mmvim.layers import SS2D, DropPath, Mlp
-from mmvim.layers.fusion import parts
+from mmvim.layers.drop import is_plain_drop_path
+from mmvim.layers.fusion import is_hooked, parts
 from mmvim.layers.norm import AutocastLayerNorm, StreamLayerNorm
 from mmvim.layers.residual import ResidualBlock
+from mmvim.ops._autocast import autocast_dtype
+from mmvim.ops.branch import Body, ss2d_blocks
 
 from .base import HierarchicalBackbone, Stage, TokenLayout
 
@@ -126,6 +129,65 @@ class VSSBlock(ResidualBlock):
         if self.mlp is None:
             return x
         return self._add_branch(x, 'norm2', 'mlp')
+
+    def _branches(self, x: Tensor) -> list[tuple[tuple, float, Body]] | None:
+        """Parameters of the norm, its eps and the body of each branch that adds to ``x``.
+
+        None unless they are all that a call of the block means.
+        """
+        if (
+            type(self) is not VSSBlock
+            or VSSBlock.forward is not _FORWARD
+            or 'forward' in self.__dict__
+            or is_hooked(self)
+            or self.training
+            or not is_plain_drop_path(self.drop_path)
+        ):
+            return None
+        names = [('norm', 'op')] if self.mlp is None else [('norm', 'op'), ('norm2', 'mlp')]
+        found = []
+        for norm, body in names:
+            of_body = self._fused_body(x, norm, body, None)
+            if of_body is None:
+                return None
+            module = self._modules[norm]
+            found.append(((module.weight, module.bias), module.eps, of_body))
+        return found
+
+
+_FORWARD = VSSBlock.forward
+
+
+# Devices on which the blocks of a stage may be one op where no gradient is wanted.
+STAGE_DEVICES = ('cpu', 'cuda')
+
+
+class ScanStage(Stage):
+    """Blocks of one resolution, one op where no gradient is wanted and each of them may be one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks, without the downsampling."""
+        out = None
+        if not self.training and x.device.type in STAGE_DEVICES and not torch.is_grad_enabled():
+            out = self._run_at_once(x)
+        return super().forward(x) if out is None else out
+
+    def _run_at_once(self, x: Tensor) -> Tensor | None:
+        parameters, options = [], []
+        for block in self.blocks:
+            branches = block._branches(x)
+            if branches is None:
+                return None
+            options.append([(eps, body._replace(parameters=())) for _, eps, body in branches])
+            for norm, _, body in branches:
+                parameters += [*norm, *body.parameters]
+        if any(others != options[0] for others in options):
+            return None
+        (eps, scan), *rest = options[0]
+        if any(other != eps for other, _ in rest):
+            return None
+        dtype = autocast_dtype(x) or x.dtype
+        return ss2d_blocks(x, parameters, eps, dtype, scan, rest[0][1] if rest else None)
 
 
 _VANILLA = {
@@ -263,7 +325,7 @@ class VMamba(HierarchicalBackbone):
             downsample = None
             if i + 1 < self.num_stages:
                 downsample = _downsample(self.arch['downsample_version'], dim)
-            self.layers.append(Stage(blocks, downsample, with_cp))
+            self.layers.append(ScanStage(blocks, downsample, with_cp))
         self._finish(StreamLayerNorm, StreamLayerNorm)
 
     def _parse_arch(self, arch: str | dict) -> dict:
