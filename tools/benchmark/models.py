@@ -124,7 +124,7 @@ def _vmamba(arch: str, features: int) -> Builder:
 
 
 def _vmamba_on_mamba_ssm(arch: str, features: int) -> Builder:
-    """The same model, whose SS2D layers copy the map, in channels-first layout."""
+    """The same model in the steps and on the norms of its authors: SS2D layers copy the map."""
 
     def build(_: int) -> nn.Module:
         from cross_scan import MambaSsmScan, OnMambaSsm
@@ -134,6 +134,9 @@ def _vmamba_on_mamba_ssm(arch: str, features: int) -> Builder:
         for layer in model.modules():
             if isinstance(layer, mmvim.layers.SS2D):
                 layer.__class__ = OnMambaSsm
+            elif isinstance(layer, nn.LayerNorm):
+                layer.__class__ = nn.LayerNorm
+            layer.fused = False  # of ours
         return model
 
     return build
