@@ -28,6 +28,18 @@ FORWARD_TYPES = ('v05_noz', 'v0')
 FUSED_DEVICES = ('cpu', 'cuda')
 
 
+def _is_plain_depthwise(conv: nn.Conv2d, channels: int) -> bool:
+    """Whether a convolution is one as SS2D builds it, of any odd width."""
+    width = conv.kernel_size[0]
+    return (
+        conv.kernel_size == (width, width)
+        and conv.padding == (width // 2, width // 2)
+        and conv.padding_mode == 'zeros'
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.groups == channels
+    )
+
+
 class SS2D(Fusable):
     """Two-dimensional selective scan over (batch, height, width, channels) maps.
 
@@ -105,7 +117,7 @@ class SS2D(Fusable):
         factory = {'device': device, 'dtype': dtype}
         count = len(self.routes)
         self.in_proj = nn.Linear(d_model, (1 + self.gated) * inner, bias=bias, **factory)
-        self.conv2d = None
+        self.register_module('conv2d', None)
         if d_conv > 1:
             self.conv2d = nn.Conv2d(
                 inner, inner, d_conv, padding=d_conv // 2, groups=inner, bias=conv_bias, **factory
@@ -188,6 +200,7 @@ class SS2D(Fusable):
             or self.gated
             or self._modules['conv2d'] is None
             or not self._may_fuse(x)
+            or not _is_plain_depthwise(self._modules['conv2d'], self.d_inner)
             or not serves(self.ops_backend, x)
         ):
             return None

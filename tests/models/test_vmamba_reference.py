@@ -4,7 +4,9 @@ import naive_vmamba
 import pytest
 import torch
 
+from mmvim.layers import SS2D
 from mmvim.models import VMamba
+from mmvim.models.backbones.vmamba import VSSBlock
 
 SMALL = {'depths': (1, 1, 2, 1), 'embed_dims': 16, 'ssm_ratio': 2.0}
 VANILLA = {**VMamba.arch_zoo['vanilla-tiny'], **SMALL, 'd_state': 4}
@@ -50,3 +52,41 @@ def test_small(arch, size):
 )  # fmt: skip
 def test_full_size(arch, size):
     compare(arch, size)
+
+
+def _circular(conv):
+    conv.padding_mode, conv._reversed_padding_repeated_twice = 'circular', [1] * 4
+
+
+def _dilated(conv):
+    conv.dilation = conv.padding = (2, 2)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        _circular,
+        _dilated,
+        lambda conv: torch.nn.Conv2d(16, 16, 3, padding=1),
+        lambda conv: torch.nn.Conv2d(16, 16, (3, 5), padding=(1, 2), groups=16),
+        lambda conv: None,
+    ],
+    ids=['circular', 'dilated', 'dense', 'oblong', 'none'],
+)
+def test_another_convolution_is_called(change):
+    """As a constructor of SS2D or a user makes it, and not as the one op of a block would."""
+    torch.manual_seed(0)
+    block = VSSBlock(8, SS2D(8, d_state=1), 2.0, 0.0)
+    made = change(block.op.conv2d)
+    if change not in (_circular, _dilated):
+        block.op.conv2d = made
+    x = torch.randn(1, 5, 4, 8)
+    given = block(x)
+    block.op.fused = False
+    torch.testing.assert_close(given, block(x))
+
+
+def test_without_a_convolution():
+    x = torch.randn(1, 5, 4, 8)
+    assert VSSBlock(8, SS2D(8, d_conv=1), 2.0, 0.0)(x).shape == x.shape
+    assert VMamba({**SMALL, 'd_conv': 1})(torch.randn(1, 3, 32, 32))[0].shape == (1, 128)
