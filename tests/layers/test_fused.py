@@ -3,7 +3,10 @@
 import contextlib
 import copy
 import functools
+import gc
 import itertools
+import pickle
+import weakref
 from unittest import mock
 
 import pytest
@@ -598,6 +601,17 @@ def test_a_stack_is_one_call():
     with intercept_ops():
         assert calls() == 0
     assert copy.deepcopy(stack)(x).equal(stack(x))
+
+
+@pytest.mark.usefixtures('compiled')
+def test_a_stack_that_has_run_can_be_freed_and_copied():
+    stack = make_stack(bidirectional='v2')
+    stack(torch.randn(2, 5, 12))
+    kept = weakref.ref(stack.layers[0].mixer.A_log)
+    assert len(pickle.dumps(stack)) == len(pickle.dumps(copy.deepcopy(stack)))
+    del stack
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.usefixtures('compiled')
