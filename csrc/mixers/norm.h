@@ -69,6 +69,7 @@ class LayerNorm {
         at::native_layer_norm_backward(as(grad, given.scalar_type()), given, {x_.size(-1)}, n.first,
                                        n.second, weight_, bias_, {true, true, true});
     Tensor& dx = std::get<0>(grads);
+    dx = as(dx, x_.scalar_type());
     if (other.defined()) {
       dx = dx.scalar_type() == other.scalar_type() ? dx.add_(other) : at::add(other, dx);
     }

@@ -54,8 +54,10 @@ KINDS = {
         routes=('rows', 'columns_reversed'),
         discretization='bilinear',
     ),
+    # More columns than the kernels of the norm behind the scans take.
+    'wide scan': functools.partial(scan_block, ssm_ratio=66.0),
 }
-SCANS = 'scan', 'two routes'
+SCANS = 'scan', 'two routes', 'wide scan'
 # Ops that a step makes with each branch fused.
 BRANCHES = dict.fromkeys(KINDS, 2)
 
