@@ -36,14 +36,6 @@ MMVIM_DEVICE int block_y() { return static_cast<int>(blockIdx.y); }
 MMVIM_DEVICE int block_z() { return static_cast<int>(blockIdx.z); }
 MMVIM_DEVICE void sync_block() { __syncthreads(); }
 MMVIM_DEVICE void sync_warp() { __syncwarp(); }
-// A barrier of the `threads` threads of one of two teams of a block.
-MMVIM_DEVICE void sync_team(int team, int threads) {
-  if (team == 0) {
-    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-  } else {
-    asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory");
-  }
-}
 
 MMVIM_DEVICE char* shared_memory() {
   extern __shared__ __align__(16) char memory[];
@@ -74,41 +66,12 @@ MMVIM_DEVICE float exchange_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
 
-// x, which is the same for all lanes of the warp, and may then be kept once for all of them.
-MMVIM_DEVICE int of_warp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-
-// x of the lane that is `lanes` before, or behind, among four neighbouring ones; the lane's own
-// where there is none.
-MMVIM_DEVICE float exchange_up_of_four(float x, int lanes) {
-  return __shfl_up_sync(0xffffffffu, x, lanes, 4);
-}
-MMVIM_DEVICE float exchange_down_of_four(float x, int lanes) {
-  return __shfl_down_sync(0xffffffffu, x, lanes, 4);
-}
-
 // The lanes of the warp for which x is true, as bits; the lowest and the highest set bit.
 MMVIM_DEVICE uint32_t ballot(bool x) { return __ballot_sync(0xffffffffu, x); }
 MMVIM_DEVICE int lowest_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
 MMVIM_DEVICE int highest_bit(uint32_t x) { return 31 - __clz(static_cast<int>(x)); }
 
 MMVIM_DEVICE void add_to_global(float* address, float x) { atomicAdd(address, x); }
-
-// base + index * stride, in bytes, of global memory, in one instruction.
-template <class T>
-MMVIM_DEVICE T* advanced(T* base, int index, int stride) {
-  size_t address;
-  asm("mad.wide.s32 %0, %1, %2, %3;"
-      : "=l"(address)
-      : "r"(index), "r"(stride), "l"(__cvta_generic_to_global(base)));
-  return static_cast<T*>(__cvta_global_to_generic(address));
-}
-
-// x, which stays in a register: the compiler does not make it anew where it is used.
-template <class T>
-MMVIM_DEVICE T* kept(T* x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
 
 // Brings 32 bytes closer that will be read soon.
 MMVIM_DEVICE void prefetch(const void* global) {
@@ -174,55 +137,23 @@ MMVIM_DEVICE void multiply_16x8x8(float (&c)[4], uint32_t a0, uint32_t a1, uint3
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// r = a b + c, and c += a b, on 16 x 8 x 16 values of 16 bits: of a, lane 4g + q holds columns 2q
-// and 2q + 1 of rows g and g + 8, then columns 2q + 8 and 2q + 9; of b rows 2q and 2q + 1, then 2q
-// + 8 and 2q + 9, of column g; c as above.
-template <class T>
-MMVIM_DEVICE void multiply_16x8x16(float (&r)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                   const float (&c)[4]) {
-  if constexpr (std::is_same<T, __half>::value) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%10, %11, %12, %13};"
-        : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
-          "f"(c[2]), "f"(c[3]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%10, %11, %12, %13};"
-        : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
-          "f"(c[2]), "f"(c[3]));
-  }
-}
+// c += a b on 16 x 8 x 16 pairs of 16 bits: of a, lane 4g + q holds columns 2q and 2q + 1 of rows g
+// and g + 8, then columns 2q + 8 and 2q + 9; of b rows 2q and 2q + 1, then 2q + 8 and 2q + 9, of
+// column g; c as above.
 template <class T>
 MMVIM_DEVICE void multiply_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                    uint32_t b1) {
-  multiply_16x8x16<T>(c, a, b0, b1, c);
-}
-
-// r = a b + c on 16 x 8 x 8 values of 16 bits: the first halves of the above.
-template <class T>
-MMVIM_DEVICE void multiply_16x8x8(float (&r)[4], uint32_t a0, uint32_t a1, uint32_t b,
-                                  const float (&c)[4]) {
   if constexpr (std::is_same<T, __half>::value) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%7, %8, %9, %10};"
-        : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3])
-        : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
-        "{%7, %8, %9, %10};"
-        : "=f"(r[0]), "=f"(r[1]), "=f"(r[2]), "=f"(r[3])
-        : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-}
-
-// Of 8 x 8 values of 16 bits, of which lane 4g + q holds (g, 2q) and (g, 2q + 1): (2q, g) and (2q +
-// 1, g).
-MMVIM_DEVICE uint32_t transposed_8x8(uint32_t x) {
-  uint32_t y;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
 }
 #endif
 

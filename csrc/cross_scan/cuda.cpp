@@ -11,10 +11,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <string_view>
 #include <tuple>
-#include <vector>
 
 #include "../common/cuda_glue.h"
 #include "checks.h"
@@ -26,7 +24,6 @@ namespace {
 // What the kernels are made and tested for.
 constexpr int64_t kMaxStates = 4;
 constexpr int64_t kMaxRank = 128;
-constexpr char kKernelsOfOne[] = "tiles";
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -37,16 +34,6 @@ int64_t shared_limit() {
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return std::max(bytes, 48 * 1024);
-}
-
-// The kernels of one state that run: those of cuda_one.cuh (tiles), of cuda_strips.cuh (strips), or
-// these with all gradients of the low rank by matrix products (products).
-std::string_view kernels_of_one() {
-  const char* text = std::getenv("MMVIM_CROSS_SCAN");
-  const std::string_view name = text == nullptr ? kKernelsOfOne : text;
-  TORCH_CHECK_VALUE(name == "tiles" || name == "strips" || name == "products",
-                    "MMVIM_CROSS_SCAN must be tiles, strips or products, got ", name);
-  return name;
 }
 
 const float* floats(const OptTensor& t) {
@@ -61,8 +48,7 @@ Tensor with_fours(const Tensor& t) {
 
 // One step from position to position, and neighbours in the last dimension.
 Tensor with_positions(const Tensor& t) {
-  // Steps count in bytes, too, in 32 bits.
-  const bool small = std::abs(t.stride(2)) <= INT32_MAX / 4 && std::abs(t.stride(3)) <= INT32_MAX;
+  const bool small = std::abs(t.stride(2)) <= INT32_MAX && std::abs(t.stride(3)) <= INT32_MAX;
   const bool unit = t.size(4) <= 1 || t.stride(4) == 1;
   return has_positions(t) && small && unit ? t : t.contiguous();
 }
@@ -129,7 +115,6 @@ struct Inputs {
     p.routes = static_cast<int>(k);
     for (int64_t i = 0; i < k; ++i) {
       p.route[i] = static_cast<uint8_t>(routes[i]);
-      p.order[i] = static_cast<uint8_t>(i);
     }
     p.softplus = softplus;
     p.x = x.const_data_ptr();
@@ -152,16 +137,10 @@ struct Inputs {
     if (p.one && !empty()) {
       x = with_fours(x);
       p.x = x.const_data_ptr();
-      weight = with_fours(*weight);
-      p.weight = weight->const_data_ptr();
       if (!are_joined() || !starts_with_words(delta)) {
         delta = at::cat({delta, B, C}, -1);
         p.delta = columns(delta);
       }
-      const std::string_view kernels = kernels_of_one();
-      p.strips = kernels != "tiles";
-      const bool few = rank <= 14 && h * w * k <= INT32_MAX / 64;
-      p.tiles = p.strips && p.element == 2 && few ? static_cast<int>((rank + 9) / 8) : 0;
       set_division(h, p.magic_height, p.shift_height);
       set_division(w, p.magic_width, p.shift_width);
       p.slots = static_cast<int>((p.length + (h - 1) / 4 + 2) / 2 * 2);
@@ -225,11 +204,7 @@ struct Inputs {
     const int64_t wanted = 2 * multiprocessor_count();
     // A route for a launch pays only where a block for all of them would leave the GPU idle.
     const bool idle = p.rounds > 1 && blocks * 8 <= wanted;
-    if (shared_bytes(p, backward) <= limit && !idle) {
-      // Two teams keep a multiprocessor busy that has room for one block.
-      if (p.strips && 2 * shared_bytes(p, backward) > limit) pair_routes(backward);
-      return;
-    }
+    if (shared_bytes(p, backward) <= limit && !idle) return;
     p.whole = false;
     p.chunks = static_cast<int>(
         std::min<int64_t>(p.rounds, std::max<int64_t>(1, (wanted + blocks - 1) / blocks)));
@@ -238,29 +213,6 @@ struct Inputs {
     const int64_t needed = shared_bytes(p, backward);
     TORCH_CHECK_VALUE(needed <= limit, "round_steps: rounds of ", p.warps * kWarpSteps,
                       " steps take ", needed, " bytes of shared memory, this GPU has ", limit);
-  }
-
-  // Two teams, where every route has its reverse, and rounds meet in the middle.
-  void pair_routes(bool backward) {
-    Problem& p = problem;
-    if (2 * p.warps > kMaxWarps || p.rounds % 2 != 0 ||
-        p.rounds * p.warps * kWarpSteps != p.length) {
-      return;
-    }
-    Problem paired = p;
-    paired.teams = 2;
-    int count = 0;
-    std::vector<bool> taken(p.routes);
-    for (int i = 0; i < p.routes; ++i) {
-      if (taken[i]) continue;
-      int j = i + 1;
-      while (j < p.routes && (taken[j] || p.route[j] != (p.route[i] ^ 2))) ++j;
-      if (j == p.routes) return;
-      taken[j] = true;
-      paired.order[count++] = static_cast<uint8_t>(i);
-      paired.order[count++] = static_cast<uint8_t>(j);
-    }
-    if (shared_bytes(paired, backward) <= shared_limit()) p = paired;
   }
 
   // Workspace of a plan.
@@ -365,7 +317,6 @@ Gradients backward(const Tensor& grad_out, const Tensor& x, const Tensor& delta,
   check(checkpoints_in, "checkpoints", in.checkpoint_sizes(), at::kFloat, x.device());
   const Tensor checkpoints = checkpoints_in.contiguous();
   const Tensor grad = with_fours(grad_out.contiguous());
-  if (in.problem.strips && kernels_of_one() == "products") in.problem.tiles = 0;
   in.plan(true);
   const auto memory = in.memory();
   Backward p;
@@ -375,9 +326,7 @@ Gradients backward(const Tensor& grad_out, const Tensor& x, const Tensor& delta,
 
   Tensor dx = fresh(x), dA = fresh(A), dB = fresh(B), dC = fresh(C), dD = fresh(D),
          dbias = fresh(delta_bias), dweight = fresh(delta_weight), ddelta = fresh(delta);
-  // Gradients of the step sizes lead to those of their low rank in the kernels, or here.
-  const bool products = q.rank > 0 && q.tiles == 0;
-  Tensor steps = products ? at::empty({tokens, k * d}, x.options()) : ddelta;
+  Tensor steps = q.rank > 0 ? at::empty({tokens, k * d}, x.options()) : ddelta;
   p.grad_out = grad.const_data_ptr();
   p.checkpoints = checkpoints.const_data_ptr<float>();
   p.dx = dx.mutable_data_ptr();
@@ -395,17 +344,8 @@ Gradients backward(const Tensor& grad_out, const Tensor& x, const Tensor& delta,
   f.dA = dA.mutable_data_ptr<float>();
   if (D.has_value()) f.dD = dD.mutable_data_ptr<float>();
   if (delta_bias.has_value()) f.ddelta_bias = dbias.mutable_data_ptr<float>();
-  Tensor dBC = in.new_floats({f.parts, q.tiles > 0 ? 0 : f.rows * 2 * n});
-  Tensor low_parts = at::empty({f.parts, f.rows, 8 * q.tiles}, x.options());
-  Tensor parameters = in.new_floats({f.slots, k * d * (n + 1 + (q.tiles > 0 ? q.rank : 0)) + d});
-  p.low = low_parts.mutable_data_ptr();
-  f.low = p.low;
-  f.tiles = q.tiles;
-  f.rank = q.rank;
-  f.length = q.length;
-  f.ddelta = ddelta.mutable_data_ptr();
-  f.dweight = dweight.mutable_data_ptr();
-  f.weight_is_float = q.weight_is_float;
+  Tensor dBC = in.new_floats({f.parts, f.rows * 2 * n});
+  Tensor parameters = in.new_floats({f.slots, k * d * (n + 1) + d});
   p.dBC = dBC.mutable_data_ptr<float>();
   p.parameters = parameters.mutable_data_ptr<float>();
   f.dBC = p.dBC;
@@ -414,7 +354,7 @@ Gradients backward(const Tensor& grad_out, const Tensor& x, const Tensor& delta,
   const auto finish = [&](auto type) { return launch_finish<type.value>(f, current_stream()); };
   check_launch(by_dtype(in.dtype, finish), "cross_scan_backward");
 
-  if (products) {
+  if (q.rank > 0) {
     const int64_t r = q.rank;
     Tensor expanded = at::empty({k * d, k * r}, x.options());
     Expand e{q.weight, q.weight_is_float,          q.routes, q.channels,

@@ -22,7 +22,7 @@ constexpr int kGroup = 16;
 constexpr int kWarpSteps = 32;
 constexpr int kMaxRoutes = 16;
 // Of a block: of the kernels of one state, and of the others.
-constexpr int kMaxWarps = 14;
+constexpr int kMaxWarps = 16;
 constexpr int kMaxWarpsOfMany = 8;
 
 // (batch, position, route, columns), neighbouring columns side by side; strides in elements.
@@ -50,21 +50,13 @@ struct Problem {
   const float* D = nullptr;           // (k, d) or null
   const float* delta_bias = nullptr;  // (k, d) or null
 
-  int element = 0;      // bytes of a value of x
-  bool one = false;     // the kernels of one state run
-  bool strips = false;  // those of cuda_strips.cuh
-  // Of these, with values of 16 bits: tiles of eight columns, which are a route's low rank, B and
-  // C, if one or two; their weights stay in registers. 0: any number.
-  int tiles = 0;
+  int element = 0;   // bytes of a value of x
+  bool one = false;  // the kernels of one state run
   // t / height is t * magic >> shift, as t / width.
   uint32_t magic_height = 0, magic_width = 0;
   int shift_height = 0, shift_width = 0;
   int slots = 0;  // of sums in shared memory
 
-  // Of strips: teams of `warps` warps, two of which take a route and its reverse at a time, and
-  // meet in the middle. order: the routes of the teams in turn.
-  int teams = 1;
-  uint8_t order[kMaxRoutes] = {};
   int warps = 0, rounds = 0;            // a round is warps * kWarpSteps steps
   int chunks = 1, chunk_rounds = 0;     // of each route
   float* local = nullptr;               // chunks: (2, k, chunks, b, d, n): decay, and end from zero
@@ -86,12 +78,9 @@ struct Backward {
   void* dx = nullptr;      // (b, position, d)
   void* ddelta = nullptr;  // (b, position, k, d)
   // Partial sums: (groups of channels, b, position, k, 2, n); of the blocks (b, chunks) k d (n + 1)
-  // values of dA, then of ddelta_bias, and d of dD. Where `low` is given, it stands for ddelta and
-  // dBC: (groups, b, k, position, columns) of gradients of the low rank, B and C; then k d rank
-  // values of the weights follow those of dD.
+  // values of dA, then of ddelta_bias, and d of dD.
   float* dBC = nullptr;
   float* parameters = nullptr;
-  void* low = nullptr;
 };
 
 // Adds the partial sums in a fixed order.
@@ -106,13 +95,6 @@ struct Finish {
   float* dA = nullptr;  // (k, d, n)
   float* dD = nullptr;  // (k, d)
   float* ddelta_bias = nullptr;
-  // Where step sizes have their gradients from the kernels: tiles of eight columns of `low`.
-  int tiles = 0, rank = 0, length = 0;
-  int blocks_of_map = 0;  // of the kernel that adds them
-  const void* low = nullptr;
-  void* ddelta = nullptr;   // (rows, rank)
-  void* dweight = nullptr;  // (k, d, rank)
-  bool weight_is_float = false;
 };
 
 // The weights (k, d, rank) as one matrix (k d, k rank), zero outside its blocks.

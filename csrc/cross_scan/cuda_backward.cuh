@@ -280,10 +280,9 @@ MMVIM_KERNEL void MMVIM_REGISTERS(255) backward_kernel(const MMVIM_GRID_CONSTANT
 constexpr int kFinishThreads = 256;
 constexpr int kFinishColumns = 32;
 
-MMVIM_HD int64_t finish_values(const Finish& p) { return p.tiles > 0 ? 0 : p.rows * 2 * p.states; }
+MMVIM_HD int64_t finish_values(const Finish& p) { return p.rows * 2 * p.states; }
 MMVIM_HD int64_t finish_parameters(const Finish& p) {
-  const int ranks = p.tiles > 0 ? p.rank : 0;
-  return static_cast<int64_t>(p.channels) * (p.routes * (p.states + 1 + ranks) + 1);
+  return static_cast<int64_t>(p.channels) * (p.routes * (p.states + 1) + 1);
 }
 
 // Grid: blocks for dB and dC, a value for each thread; blocks for the parameters, kFinishColumns
@@ -324,13 +323,6 @@ MMVIM_KERNEL void finish_kernel(const MMVIM_GRID_CONSTANT Finish p) {
     p.dA[i] = total;
   } else if (i < of_routes * (p.states + 1)) {
     if (p.ddelta_bias != nullptr) p.ddelta_bias[i - of_routes * p.states] = total;
-  } else if (i >= of_routes * (p.states + 1) + p.channels) {
-    const int64_t to = i - of_routes * (p.states + 1) - p.channels;
-    if (p.weight_is_float) {
-      static_cast<float*>(p.dweight)[to] = total;
-    } else {
-      static_cast<T*>(p.dweight)[to] = from_float<T>(total);
-    }
   } else if (p.dD != nullptr) {
     const int64_t c = i - of_routes * (p.states + 1);
     for (int k = 0; k < p.routes; ++k) p.dD[k * p.channels + c] = total;
@@ -356,16 +348,8 @@ MMVIM_KERNEL void expand_kernel(const MMVIM_GRID_CONSTANT Expand p) {
 template <class T>
 int launch_backward_of(Discretization method, const Backward& p, CUstream_st* stream) {
   const Problem& q = p.problem;
-  const int threads = 32 * q.warps * q.teams;
+  const int threads = 32 * q.warps;
   const int64_t bytes = shared_bytes(q, true);
-  if (q.strips) {
-    return by_tiles<T>(q.tiles, [&](auto tiles) {
-      constexpr int kTiles = decltype(tiles)::value;
-      return gpu::launch(q.whole ? strips::backward_kernel<T, true, kTiles>
-                                 : strips::backward_kernel<T, false, kTiles>,
-                         grid_of(q), threads, bytes, stream, p);
-    });
-  }
   if (q.one) {
     return gpu::launch(q.whole ? one_backward_kernel<T, true> : one_backward_kernel<T, false>,
                        grid_of(q), threads, bytes, stream, p);
@@ -381,18 +365,6 @@ int launch_finish_of(const Finish& p, CUstream_st* stream) {
   const int64_t blocks = (finish_values(p) + kFinishThreads - 1) / kFinishThreads;
   const int64_t others =
       p.dA == nullptr ? 0 : (finish_parameters(p) + kFinishColumns - 1) / kFinishColumns;
-  if constexpr (sizeof(T) == 2) {
-    if (p.tiles > 0) {
-      Finish columns = p;
-      const int64_t of_map = int64_t{4} * p.length * p.routes * p.tiles;
-      columns.blocks_of_map = static_cast<int>((of_map + kFinishThreads - 1) / kFinishThreads);
-      const int64_t maps = p.rows / p.length / p.routes;
-      const int error =
-          gpu::launch(strips::finish_columns_kernel<T>, {maps * columns.blocks_of_map},
-                      kFinishThreads, 0, stream, columns);
-      if (error != 0) return error;
-    }
-  }
   return gpu::launch(finish_kernel<T>, {blocks + others}, kFinishThreads,
                      kFinishThreads * sizeof(float), stream, p);
 }

@@ -3,7 +3,6 @@
 
 #include "cuda_common.cuh"
 #include "cuda_one.cuh"
-#include "cuda_strips.cuh"
 
 namespace mmvim {
 namespace cross {
@@ -289,29 +288,11 @@ int by_method(Discretization method, F&& launch) {
   return error;
 }
 
-// Calls launch(tiles) with the tiles of a problem.
-template <class T, class F>
-int by_tiles(int tiles, F&& launch) {
-  if constexpr (strips::kOnMatrixUnit<T>) {
-    if (tiles == 1) return launch(std::integral_constant<int, 1>());
-    if (tiles == 2) return launch(std::integral_constant<int, 2>());
-  }
-  return launch(std::integral_constant<int, 0>());
-}
-
 template <class T>
 int launch_forward_of(Discretization method, const Forward& p, CUstream_st* stream) {
   const Problem& q = p.problem;
-  const int threads = 32 * q.warps * q.teams;
+  const int threads = 32 * q.warps;
   const int64_t bytes = shared_bytes(q, false);
-  if (q.strips) {
-    return by_tiles<T>(q.tiles, [&](auto tiles) {
-      constexpr int kTiles = decltype(tiles)::value;
-      return gpu::launch(q.whole ? strips::forward_kernel<T, true, kTiles>
-                                 : strips::forward_kernel<T, false, kTiles>,
-                         grid_of(q), threads, bytes, stream, p);
-    });
-  }
   if (q.one) {
     return gpu::launch(q.whole ? one_forward_kernel<T, true> : one_forward_kernel<T, false>,
                        grid_of(q), threads, bytes, stream, p);
@@ -326,12 +307,6 @@ template <class T>
 int launch_local_of(Discretization method, const Forward& p, CUstream_st* stream) {
   const Problem& q = p.problem;
   const gpu::Grid grid{grid_of(q).x, q.chunks, q.routes};
-  if (q.strips) {
-    return by_tiles<T>(q.tiles, [&](auto tiles) {
-      return gpu::launch(strips::local_kernel<T, decltype(tiles)::value>, grid, 32 * q.warps,
-                         shared_bytes(q, false), stream, p);
-    });
-  }
   if (q.one) {
     return gpu::launch(one_local_kernel<T>, grid, 32 * q.warps, shared_bytes(q, false), stream, p);
   }
@@ -345,12 +320,6 @@ template <class T>
 int launch_local_of(Discretization method, const Backward& p, CUstream_st* stream) {
   const Problem& q = p.problem;
   const gpu::Grid grid{grid_of(q).x, q.chunks, q.routes};
-  if (q.strips) {
-    return by_tiles<T>(q.tiles, [&](auto tiles) {
-      return gpu::launch(strips::local_backward_kernel<T, decltype(tiles)::value>, grid,
-                         32 * q.warps, shared_bytes(q, false), stream, p);
-    });
-  }
   if (q.one) {
     return gpu::launch(one_local_backward_kernel<T>, grid, 32 * q.warps, shared_bytes(q, false),
                        stream, p);

@@ -23,10 +23,6 @@ from .selective_scan_torch import checkpoint_shape
 ROUTES = ('rows', 'columns', 'rows_reversed', 'columns_reversed')
 
 
-# Of the CUDA kernels of one state: steps that a block takes at a time, a multiple of 32 up to 448.
-_ROUND_STEPS = 448
-
-
 def cross_scan(
     x: Tensor,
     delta: Tensor,
@@ -204,7 +200,7 @@ def round_steps(
     # 32 steps in shared memory.
     one = discretization == 'zoh' and n == 1 and delta_softplus and rank > 0
     if one and d % 4 == 0 and (rank % 2 == 0 or dtype == torch.float32):
-        return _ROUND_STEPS
+        return 512
     return 32 * max(1, min(8, 448 // (rank + 2 * n)))
 
 

@@ -1,7 +1,6 @@
 """All routes in one call against the definition, which gathers and scatters."""
 
 import itertools
-import sys
 
 import pytest
 import torch
@@ -80,15 +79,6 @@ def test_methods_in_low_precision(backend, device, method, n, dtype):
     compare(tensors, delta_softplus=True, discretization=method, routes=ROUTES[1::2])
 
 
-@pytest.fixture(params=['tiles', 'strips', 'products', 'teams'])
-def kernels(request, monkeypatch):
-    """Kernels of one state; `teams`: two on a multiprocessor that has room for one block."""
-    name = request.param
-    monkeypatch.setenv('MMVIM_CROSS_SCAN', 'strips' if name == 'teams' else name)
-    if name == 'teams':
-        monkeypatch.setattr(sys.modules[cross_scan.__module__], '_ROUND_STEPS', 224)
-
-
 def assert_close_to_torch(tensors, **options):
     """Against the PyTorch path in float64, on the GPU, in the Euclidean norm."""
     dtype = tensors['x'].dtype
@@ -115,7 +105,7 @@ def assert_close_to_torch(tensors, **options):
      ((40, 48, 56, 16), 24, ROUTES[1::2])],
     ids=str,
 )  # fmt: skip
-def test_one_state_of_low_rank(kernels, shape, rank, routes, dtype):
+def test_one_state_of_low_rank(shape, rank, routes, dtype):
     tensors = cross_scan_inputs(*shape, 1, len(routes), rank, dtype=dtype, device='cuda')
     assert_close_to_torch(tensors, routes=routes)
     if shape[1] in (7, 130):
@@ -133,7 +123,7 @@ def test_one_state_of_low_rank(kernels, shape, rank, routes, dtype):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
-def test_maps_of_models(kernels, shape, n, rank, dtype):
+def test_maps_of_models(shape, n, rank, dtype):
     assert_close_to_torch(cross_scan_inputs(*shape, n, 4, rank, dtype=dtype, device='cuda'))
 
 
