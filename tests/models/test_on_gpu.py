@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmvim.models import MambaVision, VideoMamba, Vim
+from mmvim.models import MambaVision, VideoMamba, Vim, VMamba
 
 pytestmark = pytest.mark.gpu
 
@@ -26,6 +26,7 @@ MODELS = {
     'vim-v1': (Vim, SMALL, {'img_size': 64, 'bimamba': 'v1'}, (2, 3, 64, 64)),
     'videomamba': (VideoMamba, SMALL, {'img_size': 64, 'num_frames': 4}, (2, 3, 4, 64, 64)),
     'mambavision': (MambaVision, HYBRID, {}, (2, 3, 96, 64)),
+    'vmamba': (VMamba, {'depths': (1, 1, 2, 1), 'embed_dims': 32}, {}, (2, 3, 96, 64)),
 }
 
 
@@ -118,3 +119,19 @@ def test_compiles_whole(name):
         expected = model(x)[-1]
         out = torch.compile(model, fullgraph=True)(x)[-1]
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['mambavision', 'vmamba'])
+def test_convolutions_work_channels_last(name):
+    model, x = build(name, 'compiled')
+    layouts = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(
+                lambda _, args: layouts.append(
+                    args[0].is_contiguous(memory_format=torch.channels_last)
+                )
+            )
+    model(x)
+    assert layouts
+    assert all(layouts)

@@ -519,8 +519,8 @@ class HierarchicalBackbone(Backbone):
             raise ValueError(
                 f'images must be (batch, {self.in_channels}, height, width), got {tuple(x.shape)}'
             )
-        if self.channels_last and x.is_cuda:
-            # cuDNN's result then lies as the norm behind the convolution reads it.
+        if x.is_cuda:
+            # All convolutions and norms behind them then work in the layout that is fast there.
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.patch_embed(x)
         stages, outputs = getattr(self, self._stages), []
