@@ -246,9 +246,10 @@ def test_drop_path_drops_whole_samples():
     for module in model.modules():
         if isinstance(module, DropPath):
             module.train()
-    images = torch.randn(1, 3, 32, 32, dtype=torch.float64).expand(32, -1, -1, -1)
+    images = torch.randn(1, 3, 32, 32, dtype=torch.float64).expand(128, -1, -1, -1)
     (out,) = model(images)
-    assert 1 < len(torch.unique(out, dim=0)) < 32
+    # Rounded, as the sums of one sample may be split among threads in another way.
+    assert 1 < len(torch.unique(out.mul(1e6).round(), dim=0)) < 128
 
 
 def test_channels_last_gives_the_same():

@@ -127,11 +127,8 @@ def test_convolutions_work_channels_last(name):
     layouts = []
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_pre_hook(
-                lambda _, args: layouts.append(
-                    args[0].is_contiguous(memory_format=torch.channels_last)
-                )
-            )
+            # A map without its padding is not contiguous.
+            module.register_forward_pre_hook(lambda _, args: layouts.append(args[0].stride(1) == 1))
     model(x)
     assert layouts
     assert all(layouts)
