@@ -161,6 +161,20 @@ def test_parts_of_a_step(models):
     assert models.part_of('void mmvim::norm::backward_kernel<float>') == 'norm'
     assert models.part_of('nvjet_sm90_tst_192x192_64x4') == 'matrix products'
     assert models.part_of('vectorized_elementwise_kernel') == 'elementwise'
+    lines = models.lines_of_rest(
+        {
+            'nvjet_sm90_tst_192x192_64x4': (1.0, 9.0),
+            'void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float> >': (
+                3,
+                0.5,
+            ),
+            'void (anonymous namespace)::roi_align_backward_kernel<float>': (8.0, 2.25),
+        }
+    )
+    assert lines == [
+        '       2.25 ms    8.0 x  roi_align_backward_kernel<float>',
+        '       0.50 ms    3.0 x  vectorized_elementwise_kernel<4, FillFunctor<float> >',
+    ]
     assert models.sized(models.MODELS['vim-t'], 448, None) == ((3, 448, 448), 32)
 
 

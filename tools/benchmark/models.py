@@ -16,12 +16,13 @@ model through `torch.compile`, `compile-graph` with `mode='reduce-overhead'`. `l
 tools/train.py with the model's config on batches that cost nothing (the mean over its iterations,
 optimizer, augmentation of batches, averages and logging included), `launcher-graph` the same with
 `graph=True`, `launcher-compile` with `compile=True`; it also says how many kernels an iteration
-has, and by part how long they take. Times are medians over single passes, measured with CUDA events
-(the clock on a CPU). The host's time is that until a call returns which finds the GPU idle; with
---batch 1 --sizes 64 the GPU has next to nothing to do, and never makes the host wait. `GiB` is the
-peak of what PyTorch had allocated after warm-up, weights and the memory of CUDA graphs included.
-With --sizes the batch shrinks as the image grows: the pixels of a batch stay the same. A table is
-written row by row: a run that is stopped leaves what it has measured, for --read to draw.
+has, by part how long they take, and which of the rest take longest. Times are medians over single
+passes, measured with CUDA events (the clock on a CPU). The host's time is that until a call returns
+which finds the GPU idle; with --batch 1 --sizes 64 the GPU has next to nothing to do, and never
+makes the host wait. `GiB` is the peak of what PyTorch had allocated after warm-up, weights and the
+memory of CUDA graphs included. With --sizes the batch shrinks as the image grows: the pixels of a
+batch stay the same. A table is written row by row: a run that is stopped leaves what it has
+measured, for --read to draw.
 
 Peers are other packages' models, measured in the same run when they can be imported:
 `mambavision` (the official package, which needs `mamba_ssm`; `--peer-path` adds folders to the
@@ -464,6 +465,7 @@ def launch(
         times[part_of(kernel)] += milliseconds
     if kernels:
         print(line_of_parts(f'{name}, {run}', times), flush=True)
+        print(*lines_of_rest(kernels), sep='\n', flush=True)
     count = round(sum(number for number, _ in kernels.values()))
     return result['seconds'] / args.repeats, result.get('gib', float('nan')), count
 
@@ -645,6 +647,8 @@ PARTS = {
     'matrix products': r'gemm|nvjet|cutlass|cublas|splitK',
 }
 REST = 'elementwise'
+# Kernels of the rest that the launcher's runs name.
+NAMED = 8
 # Few: a pass has thousands of events, and PyTorch needs 0.1 ms or more to read each of them.
 PROFILED = 5
 
@@ -702,6 +706,24 @@ def line_of_parts(name: str, times: dict[str, float]) -> str:
     """Milliseconds by part."""
     shares = ', '.join(f'{part} {time:.2f}' for part, time in times.items() if time > 0)
     return f'{name:32} {sum(times.values()):8.2f} ms of kernels: {shares}'
+
+
+def lines_of_rest(kernels: dict[str, tuple[float, float]]) -> list[str]:
+    """The kernels that take most of the time of no part: milliseconds, number and name of each."""
+    rest = ((name, *what) for name, what in kernels.items() if part_of(name) == REST)
+    largest = sorted(rest, key=lambda kernel: -kernel[2])[:NAMED]
+    return [
+        f'    {milliseconds:7.2f} ms {number:6.1f} x  {short_name(name)}'
+        for name, number, milliseconds in largest
+    ]
+
+
+def short_name(kernel: str) -> str:
+    """The name of a kernel without what all of them have."""
+    kernel = re.sub(
+        r'^void |\(anonymous namespace\)::|at::native::|(?<=\})::operator\(\)\(\) const', '', kernel
+    )
+    return kernel[:160]
 
 
 def draw_parts(path: Path, parts: dict[str, dict[str, float]], title: str) -> None:
