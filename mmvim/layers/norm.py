@@ -140,14 +140,25 @@ class StreamLayerNorm(nn.LayerNorm):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of (batch, channels, height, width) maps."""
+    """Layer norm over the channels of (batch, channels, height, width) maps.
+
+    The dtype of its result is that of :class:`torch.nn.LayerNorm`: under autocast on a GPU float32.
+    """
+
+    _keep_float32 = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each position of ``x`` (batch, channels, height, width) over its channels."""
-        x = F.layer_norm(
-            x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
+        x = layer_norm(
+            x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps, keep_float32=self._keep_float32
         )
         return x.permute(0, 3, 1, 2)
+
+
+class AutocastLayerNorm2d(LayerNorm2d):
+    """:class:`LayerNorm2d` whose result, under autocast, has autocast's dtype."""
+
+    _keep_float32 = False
 
 
 def build_norm(

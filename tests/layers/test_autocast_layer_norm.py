@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from mmvim.layers.norm import AutocastLayerNorm, StreamLayerNorm
+from mmvim.layers.norm import (
+    AutocastLayerNorm,
+    AutocastLayerNorm2d,
+    LayerNorm2d,
+    StreamLayerNorm,
+)
 from mmvim.ops import extension
 from mmvim.ops.layer_norm import layer_norm
 
@@ -53,6 +58,35 @@ def test_is_torchs_rounded_once(shape, given, autocast, kind, device):
             eps = torch.finfo(autocast).eps  # torch's own steps
         scale = two.abs().max().item() if two.numel() else 1
         torch.testing.assert_close(one.double(), two, rtol=4 * eps, atol=8 * eps * scale)
+
+
+@ON_BOTH
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    ('of_maps', 'of_rows'),
+    [(LayerNorm2d, StreamLayerNorm), (AutocastLayerNorm2d, AutocastLayerNorm)],
+)
+def test_of_maps_is_that_of_rows(of_maps, of_rows, layout, device):
+    torch.manual_seed(0)
+    maps, rows = of_maps(48).to(device), of_rows(48).to(device)
+    nn.init.normal_(maps.weight)
+    nn.init.normal_(maps.bias)
+    rows.load_state_dict(maps.state_dict())
+    x = torch.randn(2, 48, 5, 7, device=device).to(torch.bfloat16, memory_format=layout)
+    grad = torch.randn(2, 48, 5, 7, device=device)
+    out, *gradients = run(maps, x, grad, torch.bfloat16)
+    expected, dx, *expected_gradients = run(
+        rows, x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1), torch.bfloat16
+    )
+    kept = of_maps is LayerNorm2d and device == 'cuda'
+    assert out.dtype == (torch.float32 if kept else torch.bfloat16)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    for one, two in zip(
+        (out, *gradients),
+        (expected.permute(0, 3, 1, 2), dx.permute(0, 3, 1, 2), *expected_gradients),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-5)
 
 
 @ON_BOTH

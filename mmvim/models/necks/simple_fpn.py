@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mmvim._checks import check_number, check_positive
 from mmvim.layers import LayerNorm2d
+from mmvim.layers.norm import AutocastLayerNorm2d
 
 
 class SimpleFPN(BaseModule):
@@ -76,7 +77,7 @@ class SimpleFPN(BaseModule):
         self.outputs = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(channels, out_channels, 1, bias=False),
-                LayerNorm2d(out_channels, eps=norm_eps),
+                AutocastLayerNorm2d(out_channels, eps=norm_eps),
                 nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
                 LayerNorm2d(out_channels, eps=norm_eps),
             )
