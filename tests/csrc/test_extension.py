@@ -364,6 +364,7 @@ def test_what_is_loaded():
         'mixer',
         'mixer_backward',
         'branch',
+        'ss2d_blocks',
         'cross_scan_fused',
         'cross_scan_fused_backward',
     }

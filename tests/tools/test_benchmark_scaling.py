@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_a_run_that_fails_says_why_and_keeps_the_other_rows(
 def test_every_config_with_every_options(scaling, fake_training, capsys, tmp_path):
     """Also the milliseconds of kernels, where there is a GPU."""
     fake_training(
-        'python - $1 $2 <<"EOF"\n'
+        f'{sys.executable} - $1 $2 <<"EOF"\n'
         'import json, sys\n'
         'from mmengine.config import Config\n'
         'cfg = Config.fromfile(sys.argv[1], import_custom_modules=False)\n'
