@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmvim.ops._library import as_compute_dtype
+from mmvim.ops.backend import is_exporting
 
 RESIZE_MODES = ('bicubic', 'bilinear', 'nearest', 'nearest-exact', 'area')
 CLS_TOKEN_PLACES = ('middle', 'head', 'tail', 'double', 'none')
@@ -88,11 +89,37 @@ def resize_pos_embed(
     if tuple(source) == tuple(target):
         return pos_embed
     patches, tokens = split_tokens(pos_embed, token_positions(place, source[0] * source[1]))
-    grid = patches.transpose(1, 2).reshape(1, -1, *source)
-    align = None if mode in ('nearest', 'nearest-exact', 'area') else False
-    grid = F.interpolate(as_compute_dtype(grid), size=tuple(target), mode=mode, align_corners=align)
-    patches = grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_exporting()
+    if pos_embed.is_cuda and not is_traced:
+        patches = _multiplied(patches, source, target, mode)
+    else:
+        grid = as_compute_dtype(patches.transpose(1, 2).reshape(1, -1, *source))
+        patches = _interpolated(grid, target, mode).flatten(2).transpose(1, 2)
+    patches = patches.to(pos_embed.dtype)
     return insert_tokens(patches, tokens, token_positions(place, target[0] * target[1]))
+
+
+def _interpolated(grid: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    align = None if mode in ('nearest', 'nearest-exact', 'area') else False
+    return F.interpolate(grid, size=tuple(size), mode=mode, align_corners=align)
+
+
+def _multiplied(patches: Tensor, source: Sequence[int], target: Sequence[int], mode: str) -> Tensor:
+    """Resize ``patches`` (1, rows * columns, dim) by a matrix for either direction.
+
+    torch's CUDA kernels have a thread for each position of ``target``, a block or a few in all,
+    which runs through the channels alone and, for the gradient, adds to memory that it shares.
+    float64 is exempt from autocast and TF32.
+    """
+    rows, columns = (
+        _interpolated(torch.eye(n, device=patches.device).view(1, n, n, 1), (size, 1), mode)
+        .view(n, size)
+        .t()
+        .double()
+        for n, size in zip(source, target, strict=True)
+    )
+    wide = columns @ patches.double().unflatten(1, tuple(source))
+    return (rows @ wide.flatten(2)).unflatten(2, (target[1], -1)).flatten(1, 2)
 
 
 def rotary_table_2d(

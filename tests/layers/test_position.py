@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from mmvim.layers import (
     split_tokens,
     token_positions,
 )
+from mmvim.layers.position import RESIZE_MODES, _multiplied
 
 
 @pytest.mark.parametrize('place', CLS_TOKEN_PLACES)
@@ -47,6 +50,45 @@ def test_resize_keeps_tokens_and_interpolates_patches(place):
     torch.testing.assert_close(got, expected.permute(0, 2, 3, 1).reshape(1, 30, 8))
     assert all(torch.equal(a, b) for a, b in zip(tokens, got_tokens, strict=True))
     assert resize_pos_embed(pos, (3, 4), (3, 4), place) is pos
+
+
+RESIZES = pytest.mark.parametrize(
+    ('source', 'target'),
+    [((3, 4), (6, 5)), ((14, 14), (64, 64)), ((8, 6), (3, 6)), ((5, 7), (5, 9))],
+)
+
+
+@pytest.mark.parametrize('mode', RESIZE_MODES)
+@RESIZES
+def test_resizing_is_two_products(source, target, mode):
+    torch.manual_seed(0)
+    pos = torch.randn(1, math.prod(source), 8, requires_grad=True)
+    grad = torch.randn(1, math.prod(target), 8)
+    expected = resize_pos_embed(pos, source, target, mode=mode)
+    (expected_gradient,) = torch.autograd.grad(expected, pos, grad)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = _multiplied(pos, source, target, mode).float()
+    torch.testing.assert_close(got, expected)
+    (gradient,) = torch.autograd.grad(got, pos, grad)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('mode', RESIZE_MODES)
+@RESIZES
+def test_a_gpu_resizes_like_a_cpu(source, target, mode):
+    torch.manual_seed(0)
+    results = []
+    pos = torch.randn(1, math.prod(source) + 1, 8)
+    grad = torch.randn(1, math.prod(target) + 1, 8)
+    for device in ('cpu', 'cuda'):
+        x = pos.to(device).requires_grad_()
+        with torch.autocast(device, torch.bfloat16):
+            out = resize_pos_embed(x, source, target, 'middle', mode)
+        results.append((out.cpu(), torch.autograd.grad(out, x, grad.to(device))[0].cpu()))
+    for one, two in zip(*results, strict=True):
+        assert one.dtype == two.dtype == torch.float32
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize('grid', [(3, 3), (2, 5)])
