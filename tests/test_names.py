@@ -111,6 +111,15 @@ def test_listings():
         _ = mmvim.models.necks.Vim
 
 
+def test_hooks_are_registered():
+    """Each under its name, and nothing besides."""
+    from mmvim.engine import hooks
+    from mmvim.registry import HOOKS
+
+    own = [name for name in hooks.__all__ if name.endswith('Hook')]
+    assert {name: getattr(hooks, name) for name in own} == HOOKS.module_dict
+
+
 def test_star_import_needs_no_task_library():
     program = """
 from mmvim import *

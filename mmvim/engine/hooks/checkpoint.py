@@ -48,7 +48,6 @@ def _has(metrics: dict, prefix: str) -> bool:
     return any(key.startswith(f'{prefix}/') for key in metrics)
 
 
-@HOOKS.register_module()
 def _other_schedules(own: Any, saved: Any) -> list[str]:
     """What the schedulers of a config set otherwise than the states that replace theirs."""
     if isinstance(own, dict) and isinstance(saved, dict):
@@ -66,6 +65,7 @@ def _other_schedules(own: Any, saved: Any) -> list[str]:
     return changed
 
 
+@HOOKS.register_module()
 class CheckpointHook(MMEngineCheckpointHook):
     """mmengine's ``CheckpointHook``, safe against a crash or a full disk during a save.
 
