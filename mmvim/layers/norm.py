@@ -149,9 +149,11 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each position of ``x`` (batch, channels, height, width) over its channels."""
-        x = layer_norm(
-            x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps, keep_float32=self._keep_float32
-        )
+        x = x.permute(0, 2, 3, 1)
+        if self.weight is None:
+            x = super().forward(x)
+        else:
+            x = layer_norm(x, self.weight, self.bias, self.eps, keep_float32=self._keep_float32)
         return x.permute(0, 3, 1, 2)
 
 

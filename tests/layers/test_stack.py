@@ -126,9 +126,13 @@ def test_eps_reaches_every_norm(norm):
     assert [m.eps for m in norms] == [0.5] * 3
 
 
-def test_layer_norm_2d():
-    layer = LayerNorm2d(6)
-    torch.nn.init.normal_(layer.weight)
+@pytest.mark.parametrize('options', [{}, {'bias': False}, {'elementwise_affine': False}], ids=str)
+def test_layer_norm_2d(options):
+    layer = LayerNorm2d(6, **options)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
     x = torch.randn(2, 6, 3, 5)
     expected = F.layer_norm(x.permute(0, 2, 3, 1), (6,), layer.weight, layer.bias)
     torch.testing.assert_close(layer(x), expected.permute(0, 3, 1, 2))
+    with pytest.raises(RuntimeError, match='6'):
+        layer(x[:, 1:])
