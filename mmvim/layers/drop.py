@@ -96,7 +96,12 @@ def factors_of(keep: tuple[float, ...], x: Tensor) -> Tensor | None:
     if min(keep, default=1.0) == 1:
         return None
     dtype = autocast_dtype(x) or x.dtype
-    kept = _on_device(keep, x.device, compute_dtype(dtype))
+    # What is made under modes and transforms is theirs alone.
+    transformed = (
+        torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
+    )
+    made = _on_device.__wrapped__ if transformed else _on_device
+    kept = made(keep, x.device, compute_dtype(dtype))
     return x.new_empty((len(keep), x.shape[0]), dtype=dtype).bernoulli_(kept).div_(kept)
 
 

@@ -28,12 +28,13 @@ def calls_are_watched() -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module would call hooks of its own, too."""
+    """Whether a call of the module means hooks of its own, or compiled code, instead."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or module._compiled_call_impl
     )
 
 
@@ -47,8 +48,8 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = tuple(modules)
-        self._kinds = [type(module) for module in self._modules]
-        self._forwards = [(kind, kind.forward) for kind in set(self._kinds)]
+        kinds = {type(module) for module in self._modules}
+        self._forwards = [(kind, kind.forward) for kind in kinds]
         self._attributes = [vars(module) for module in self._modules]
         self._before = [dict(attributes) for attributes in self._attributes]
         self._hooks = [
@@ -65,6 +66,9 @@ class Snapshot:
             parts for module in self._modules for parts in (module._parameters, module._modules)
         ]
         self._parts_before = self._now()
+        tensors = (t for module in self._modules for t in module._parameters.values())
+        self._members = (*self._modules, *tensors)
+        self._kinds = list(map(type, self._members))
 
     def _now(self) -> list[Tensor | nn.Module | None]:
         return list(itertools.chain.from_iterable(map(dict.values, self._parts)))
@@ -75,11 +79,18 @@ class Snapshot:
         return (
             len(now) == len(before)
             and all(map(operator.is_, now, before))
-            and self._attributes == self._before
+            and self._same_attributes()
             and not any(self._hooks)
-            and list(map(type, self._modules)) == self._kinds
+            and list(map(type, self._members)) == self._kinds
             and all(kind.forward is forward for kind, forward in self._forwards)
         )
+
+    def _same_attributes(self) -> bool:
+        try:
+            return self._attributes == self._before
+        except Exception:
+            # Equality of others, such as tensors, is no bool; what is the same is not compared.
+            return False
 
 
 class Fusable(nn.Module):

@@ -273,7 +273,11 @@ def _call_of(
     calls = _calls.setdefault(layers, {})
     call = calls.get((first, last))
     if call is None or call.blocks != blocks or not call.snapshot.holds():
-        calls.pop((first, last), None)
+        # Others would keep what is no longer there.
+        present = list(layers._modules.values())
+        for (start, end), other in list(calls.items()):
+            if other.blocks != present[start : end + 1] or not other.snapshot.holds():
+                calls.pop((start, end), None)
         call = _Call.of(blocks, x)
         if call is None:
             return None

@@ -12,10 +12,11 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.layers import SS2D, BiMamba, Mamba, MambaBlock, MambaStack, MambaVisionMixer, Mlp
-from mmvim.layers.drop import drawn_together
+from mmvim.layers.drop import drawn_together, factors_of
 from mmvim.layers.fusion import Fusable
 from mmvim.layers.patch_embed import _matrix_product
 from mmvim.models.backbones.vmamba import VSSBlock
@@ -601,6 +602,69 @@ def test_a_stack_is_one_call():
     with intercept_ops():
         assert calls() == 0
     assert copy.deepcopy(stack)(x).equal(stack(x))
+
+
+class Watched(torch.Tensor):
+    """Remembers the functions that it is given to."""
+
+    functions: list = []  # noqa: RUF012
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.functions.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.usefixtures('compiled')
+def test_a_stack_notices_changes_of_any_kind():
+    """Of attributes that cannot be compared, of the class of a parameter, of the dictionaries."""
+    stack, x = make_stack(bidirectional='v2').requires_grad_(False), torch.randn(2, 5, 12)
+    first, norm = stack.layers[0], stack.layers[1].norm
+    for value in (torch.zeros(3), torch.ones(3), torch.ones(3).numpy(), [torch.ones(2)]):
+        first.mixer.note = value
+        stack(x)
+    norm._parameters = {'weight': nn.Parameter(2 * norm.weight)}
+    found = stack(x)
+    with block_by_block():
+        torch.testing.assert_close(found, stack(x), rtol=0, atol=0)
+    weight = first.mixer.out_proj.weight
+    watched = nn.Parameter(weight.detach().clone().as_subclass(Watched))
+    torch.utils.swap_tensors(weight, watched)
+    Watched.functions.clear()
+    stack(x)
+    assert nn.functional.linear in Watched.functions
+
+
+@pytest.mark.usefixtures('compiled')
+@pytest.mark.parametrize('name', ['layers.1', 'layers.1.norm', 'layers.1.mixer.out_proj'])
+def test_a_compiled_part_is_called(name):
+    stack, x = make_stack(bidirectional='v2'), torch.randn(2, 5, 12)
+    stack(x)
+    graphs = []
+    stack.get_submodule(name).compile(
+        backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    stack(x)
+    assert graphs
+
+
+@pytest.mark.usefixtures('compiled')
+def test_a_stack_does_not_keep_blocks_that_were_taken_out():
+    stack, x = make_stack(bidirectional='v2'), torch.randn(2, 5, 12)
+    stack(x)
+    removed = weakref.ref(stack.layers[2])
+    del stack.layers[2]
+    stack(x)
+    gc.collect()
+    assert removed() is None
+
+
+def test_transforms_and_modes_leave_no_probabilities_behind():
+    x, keep = torch.randn(2, 5, 12), (0.125, 0.375)
+    torch.func.functionalize(lambda t: factors_of(keep, t))(x)
+    with FakeTensorMode() as mode:
+        factors_of(keep, mode.from_tensor(x))
+    assert type(factors_of(keep, x)) is torch.Tensor
 
 
 @pytest.mark.usefixtures('compiled')
