@@ -604,6 +604,7 @@ Tensor differentiable(const Tensor& x, const OptTensor& keep, const Parameters& 
                         bias_scale, discretization, recompute, gelu_in_product,
                         routes,     round_steps,    inner_eps, gradient ? checkpoint_interval : 0};
   if (!gradient) {
+    check_no_tangents(x, parameters);
     Kept kept;
     return branch::forward(x, keep, parameters, options, kept);
   }

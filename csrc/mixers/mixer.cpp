@@ -982,7 +982,11 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> differentiable(
                   &residual,
                   &keep,
                   &parameters};
-  if (!wanted) return call.run();
+  if (!wanted) {
+    check_no_tangents(x, parameters);
+    check_no_tangent(residual);
+    return call.run();
+  }
   const auto results = Function::apply(at::TensorList(all), call);
   const bool has_norm = results.size() == 2;
   return {results[0], has_norm ? results[1] : fresh({0}, results[0]), std::vector<Tensor>()};

@@ -5,6 +5,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <optional>
+
 namespace mmvim {
 namespace mixers {
 
@@ -16,6 +18,17 @@ struct Plain {
 
   explicit Plain(const at::Tensor& t) : device(t.device()) {}
 };
+
+// Refuses what has a tangent (forward-mode differentiation), which would be lost.
+inline void check_no_tangent(const std::optional<at::Tensor>& t) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!t.has_value() || !t->_fw_grad(/*level=*/0).defined(),
+                              "mmvim's fused layers have no forward-mode derivative");
+}
+template <class Parameters>
+void check_no_tangents(const at::Tensor& x, const Parameters& parameters) {
+  check_no_tangent(x);
+  for (size_t i = 0; i < parameters.size(); ++i) check_no_tangent(parameters.get(i));
+}
 
 }  // namespace mixers
 }  // namespace mmvim

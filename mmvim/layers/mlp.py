@@ -74,9 +74,13 @@ class Mlp(Fusable):
 _SHORT = (torch.bfloat16, torch.float16)
 
 
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
 def _first_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The first layer and the GELU in one matrix product."""
-    out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    out = torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -98,16 +102,16 @@ class _Mlp(torch.autograd.Function):
             hidden = F.linear(x, weight1.to(x.dtype), bias1)
         needed = ctx.needs_input_grad
         dy = dy.to(x.dtype)
-        rows = dy.flatten(0, -2)
+        rows = _rows(dy)
         dweight1 = dbias1 = dweight2 = dbias2 = dx = None
         if needed[3]:
-            dweight2 = rows.t() @ F.gelu(hidden).flatten(0, -2)
+            dweight2 = rows.t() @ _rows(F.gelu(hidden))
         if needed[4]:
             dbias2 = rows.sum(0)
         dhidden = torch.ops.aten.gelu_backward(dy @ weight2.to(dy.dtype), hidden)
-        rows = dhidden.flatten(0, -2)
+        rows = _rows(dhidden)
         if needed[1]:
-            dweight1 = rows.t() @ x.flatten(0, -2)
+            dweight1 = rows.t() @ _rows(x)
         if needed[2]:
             dbias1 = rows.sum(0)
         if needed[0]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 NAMESPACES = ('mmvim', 'mmvim_torch')
 # Queried once: torch.compile of torch 2.11 cannot trace the query.
@@ -97,7 +98,10 @@ def _differentiable(
     function = type(f'{op._opname}_autograd', (torch.autograd.Function,), members)
 
     def kernel(*inputs):
-        if torch.is_grad_enabled() and _any_requires_grad(*inputs):
+        # A tangent (forward-mode differentiation) would be lost below: autograd refuses it.
+        if (
+            torch.is_grad_enabled() and _any_requires_grad(*inputs)
+        ) or forward_ad._current_level >= 0:
             return function.apply(*inputs, *(None,) * (arguments - len(inputs)))
         return below(*inputs)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.layers import SS2D, BiMamba, Mamba, MambaBlock, MambaStack, MambaVisionMixer, Mlp
@@ -648,6 +649,18 @@ def test_a_compiled_part_is_called(name):
     assert graphs
 
 
+@pytest.mark.parametrize('backend', ['auto', 'torch'])
+def test_tangents_are_refused(backend):
+    """They would be lost, also where no parameter wants a gradient."""
+    stack, x = make_stack(bidirectional='v2').requires_grad_(False), torch.randn(2, 5, 12)
+    with (
+        use_backend(backend),
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match='forward'),
+    ):
+        stack(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
 @pytest.mark.usefixtures('compiled')
 def test_a_stack_does_not_keep_blocks_that_were_taken_out():
     stack, x = make_stack(bidirectional='v2'), torch.randn(2, 5, 12)
@@ -808,10 +821,11 @@ def test_a_graph_sees_new_parameters():
         torch.testing.assert_close(y, mixer(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('shape', [(2, 3, 6), (6,), (2, 0, 6)])
 @pytest.mark.parametrize('recompute', [True, False])
-def test_mlp(recompute):
+def test_mlp(shape, recompute):
     torch.manual_seed(0)
-    mlp, x = Mlp(6, 20, recompute).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    mlp, x = Mlp(6, 20, recompute).double(), torch.randn(shape, dtype=torch.float64)
     y, dx, grads = run(mlp, x)
     with step_by_step(mlp):
         expected_y, expected_dx, expected = run(mlp, x)
@@ -820,7 +834,7 @@ def test_mlp(recompute):
     for name in expected:
         torch.testing.assert_close(grads[name], expected[name])
     # Its input and the input of the GELU.
-    assert kept_bytes(mlp, x.clone()) == 8 * 2 * 3 * (6 + (0 if recompute else 20))
+    assert kept_bytes(mlp, x.clone()) == 8 * x.numel() // 6 * (6 + (0 if recompute else 20))
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_fused import kept_bytes, moved, run, step_by_step
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -237,6 +238,15 @@ def test_second_derivatives_are_refused(kind):
     (dx,) = torch.autograd.grad(block(x.requires_grad_()).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r'a second time|derivative for'):
         dx.sum().backward()
+
+
+def test_tangents_are_refused(kind):
+    """They would be lost, also where no parameter wants a gradient."""
+    block, x = make(kind)
+    for wanted in (True, False):
+        block.requires_grad_(wanted)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r'jvp|forward'):
+            block(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
 def test_whatever_is_changed_is_called(kind):

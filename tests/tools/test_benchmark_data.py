@@ -52,12 +52,14 @@ def test_rates_and_shares(config):
     [
         (('--split', 'val'), 'config.py has no val_dataloader'),
         (('--cfg-options', 'train_dataloader.batch_size=6'), 'make batch_size smaller'),
+        (('--cfg-options', 'train_dataloader.batch_size.of=6'), '--cfg-options cannot be merged'),
     ],
 )
 def test_bad_configs(config, option, message):
     done = run_script('benchmark/data.py', config, '--workers', 0, *option)
     assert done.returncode == 2
     assert message in done.stderr
+    assert 'Traceback' not in done.stderr
 
 
 class Slow(Dataset):

@@ -89,6 +89,16 @@ def test_a_run_that_fails_says_why_and_keeps_the_other_rows(
     assert len(table.read_text().splitlines()) == 4
 
 
+def test_a_file_that_is_no_config_does_not_end_the_others(scaling, fake_training, capsys, tmp_path):
+    fake_training(': # never ready\n')
+    text, broken = tmp_path / 'notes.txt', tmp_path / 'broken.py'
+    text.write_text('a = 1')
+    broken.write_text('a = (')
+    with pytest.raises(SystemExit):
+        scaling.main(['--config', str(text), str(broken), str(tmp_path / 'none.py')])
+    assert capsys.readouterr().err.count('the config file') == 3
+
+
 def test_every_config_with_every_options(scaling, fake_training, capsys, tmp_path):
     """Also the milliseconds of kernels, where there is a GPU."""
     fake_training(

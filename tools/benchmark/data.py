@@ -20,13 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
 import mmvim  # noqa: F401
-from mmvim._configs import settle_scope
+from mmvim._configs import merge_options, read_config
 from mmvim.cli.diagnosis import reported_errors
 from mmvim.cli.options import ConfigOptions
 from mmvim.errors import UserError
@@ -36,9 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     args = parse_args(argv)
     with reported_errors() as context:
-        cfg = Config.fromfile(args.config)
-        settle_scope(cfg)
-        cfg.merge_from_dict(args.cfg_options or {})
+        cfg = read_config(args.config)
+        merge_options(cfg, args.cfg_options or {})
         context.cfg = cfg
         init_default_scope(cfg.get('default_scope') or 'mmengine')
         key = f'{args.split}_dataloader'

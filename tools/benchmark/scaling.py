@@ -44,7 +44,7 @@ import torch
 from common import describe, open_rows, positive
 from mmengine.config import Config
 
-from mmvim._configs import settle_scope, type_name
+from mmvim._configs import read_config, type_name
 from mmvim.cli import flags
 from mmvim.cli.config_keys import walk_dicts
 from mmvim.cli.diagnosis import EXIT_CODE, reported_errors
@@ -115,8 +115,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def read(config: Path, options: dict) -> Config:
     """A config, changed as ``--cfg-options`` of tools/train.py would."""
-    cfg = Config.fromfile(config)
-    settle_scope(cfg)
+    cfg = read_config(config)
     flags.apply_options(cfg, argparse.Namespace(cfg_options=options, no_pin_memory=False))
     return cfg
 

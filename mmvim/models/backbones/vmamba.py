@@ -181,7 +181,7 @@ class ScanStage(Stage):
             options.append([(eps, body._replace(parameters=())) for _, eps, body in branches])
             for norm, _, body in branches:
                 parameters += [*norm, *body.parameters]
-        if any(others != options[0] for others in options):
+        if not options or any(others != options[0] for others in options):
             return None
         (eps, scan), *rest = options[0]
         if any(other != eps for other, _ in rest):
