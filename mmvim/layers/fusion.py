@@ -28,13 +28,14 @@ def calls_are_watched() -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module means hooks of its own, or compiled code, instead."""
+    """Whether a call of the module itself means more than its forward pass."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or module._compiled_call_impl
+        or type(module).__call__ is not _CALL
     )
 
 
@@ -82,7 +83,10 @@ class Snapshot:
             and self._same_attributes()
             and not any(self._hooks)
             and list(map(type, self._members)) == self._kinds
-            and all(kind.forward is forward for kind, forward in self._forwards)
+            and all(
+                kind.forward is forward and kind.__call__ is _CALL
+                for kind, forward in self._forwards
+            )
         )
 
     def _same_attributes(self) -> bool:

@@ -199,6 +199,7 @@ class SS2D(Fusable):
             or x.numel() == 0
             or self.gated
             or self._modules['conv2d'] is None
+            or self._modules['out_norm']._parameters['bias'] is None
             or not self._may_fuse(x)
             or not _is_plain_depthwise(self._modules['conv2d'], self.d_inner)
             or not serves(self.ops_backend, x)

@@ -638,6 +638,22 @@ def test_a_stack_notices_changes_of_any_kind():
 
 @pytest.mark.usefixtures('compiled')
 @pytest.mark.parametrize('name', ['layers.1', 'layers.1.norm', 'layers.1.mixer.out_proj'])
+def test_a_call_that_is_replaced_is_called(name, monkeypatch):
+    stack, x = make_stack(bidirectional='v2'), torch.randn(2, 5, 12)
+    stack(x)
+    part, called = stack.get_submodule(name), []
+
+    def call(self, *args, **kwargs):
+        called.append(self)
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(part), '__call__', call)
+    stack(x)
+    assert part in called
+
+
+@pytest.mark.usefixtures('compiled')
+@pytest.mark.parametrize('name', ['layers.1', 'layers.1.norm', 'layers.1.mixer.out_proj'])
 def test_a_compiled_part_is_called(name):
     stack, x = make_stack(bidirectional='v2'), torch.randn(2, 5, 12)
     stack(x)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from mmvim.layers import SS2D, Attention, MambaVisionMixer, residual
+from mmvim.layers.norm import AutocastLayerNorm
 from mmvim.models.backbones.mambavision import TokenBlock
 from mmvim.models.backbones.vmamba import VSSBlock
 from mmvim.ops import backend_info, intercept_ops, use_backend
@@ -30,9 +31,9 @@ def mixer_block(layer_scale=None, drop_path=0.0, **options):
     return TokenBlock(DIM, mixer, 2, drop_path, layer_scale)
 
 
-def scan_block(layer_scale=None, drop_path=0.0, **options):
+def scan_block(layer_scale=None, drop_path=0.0, dim=DIM, **options):
     # The GPU kernels of one state want pairs of ranks.
-    block = VSSBlock(DIM, SS2D(DIM, **{'d_state': 1, 'dt_rank': 2, **options}), 2, drop_path)
+    block = VSSBlock(dim, SS2D(dim, **{'d_state': 1, 'dt_rank': 2, **options}), 2, drop_path)
     block.mlp.recompute = 'routes' in options
     return block
 
@@ -57,8 +58,10 @@ KINDS = {
     ),
     # More columns than the kernels of the norm behind the scans take.
     'wide scan': functools.partial(scan_block, ssm_ratio=66.0),
+    # And columns that none of these kernels takes.
+    'odd scan': functools.partial(scan_block, dim=18, ssm_ratio=1.5),
 }
-SCANS = 'scan', 'two routes', 'wide scan'
+SCANS = 'scan', 'two routes', 'wide scan', 'odd scan'
 # Ops that a step makes with each branch fused.
 BRANCHES = dict.fromkeys(KINDS, 2)
 
@@ -66,7 +69,7 @@ BRANCHES = dict.fromkeys(KINDS, 2)
 def make(kind, dtype=torch.float64, **options):
     torch.manual_seed(0)
     block = KINDS[kind](**options).to(dtype)
-    shape = (3, 5, 4, DIM) if kind in SCANS else (3, 7, DIM)
+    shape = (3, 5, 4, block.op.d_model) if kind in SCANS else (3, 7, DIM)
     return moved(block), torch.randn(shape, dtype=dtype)
 
 
@@ -342,3 +345,31 @@ def test_on_cuda(kind, backend, given, autocast, monkeypatch):
         assert a.dtype == b.dtype
         error, allowed = ((t.cpu().double() - right).norm() / right.norm() for t in (a, b))
         assert error <= 2 * allowed + (1e-4 if autocast is None else 5e-3)
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
+def test_models_of_other_dtypes(kind, dtype, device):
+    """At most twice the error of the steps, against float64."""
+    if device == 'cuda' and dtype == torch.float64:
+        pytest.skip('GPUs have no kernels of float64')
+    block, x = make(kind, torch.float32)
+    exact = run(copy.deepcopy(block).double(), x.double())
+    block, x = block.to(device, dtype), x.to(device, dtype)
+    found = run(block, x)
+    with step_by_step(block):
+        steps = run(block, x)
+    assert found[2].keys() == steps[2].keys()
+    outcomes = zip(*([*r[:2], *r[2].values()] for r in (found, steps, exact)), strict=True)
+    for a, b, right in outcomes:
+        assert a.dtype == b.dtype == dtype
+        error, allowed = ((t.cpu().double() - right).norm() / right.norm() for t in (a, b))
+        assert error <= 2 * allowed + 8 * torch.finfo(dtype).eps
+
+
+def test_a_norm_without_bias_behind_the_scans():
+    block, x = make('scan')
+    block.op.out_norm = AutocastLayerNorm(DIM * 2, bias=False).double()
+    found = block(x)
+    with step_by_step(block):
+        torch.testing.assert_close(found, block(x))
