@@ -104,7 +104,8 @@ def _check_gpus(launcher: str, local_rank: int, count: int) -> None:
 def _choose_port(launcher: str, settings: dict) -> None:
     """Give each Slurm job a port of its own: two jobs may share a node."""
     if launcher == 'slurm' and 'port' not in settings and 'MASTER_PORT' not in os.environ:
-        number = int(os.environ.get('SLURM_JOB_ID', 0)) + int(os.environ.get('SLURM_STEP_ID', 0))
+        ids = (os.environ.get(name, '') for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
+        number = sum(int(text) for text in ids if text.isdecimal())
         # Below the ports that Linux hands out itself.
         os.environ['MASTER_PORT'] = str(15000 + number % 17000)
 

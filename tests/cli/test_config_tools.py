@@ -265,7 +265,7 @@ def on_gpus(monkeypatch, count):
 def test_every_slurm_job_has_a_port_of_its_own(slurm, monkeypatch):
     on_gpus(monkeypatch, 8)
     ports = []
-    for job, step in (('4711', '0'), ('4711', '1'), ('4712', '1'), ('999999999', '0')):
+    for job, step in (('4711', '0'), ('4711', '1'), ('4712', '1'), ('999999999', 'batch')):
         monkeypatch.delenv('MASTER_PORT', raising=False)
         slurm(JOB_ID=job, STEP_ID=step)
         distributed.prepare(Config({'model': {}}), 'slurm', [])
