@@ -89,3 +89,9 @@ def test_on_cuda(model, autocast):
         assert a.dtype == b.dtype
         error, allowed = ((t.cpu().double() - right).norm() / right.norm() for t in (a, b))
         assert error <= 1.2 * allowed + 1e-5
+
+
+@torch.no_grad()
+def test_a_stage_without_blocks():
+    x = torch.randn(1, 2, 3, 8)
+    assert vmamba.ScanStage([], None, False).eval()(x).equal(x)
