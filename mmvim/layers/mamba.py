@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.ops._library import as_compute_dtype, compute_dtype
+from mmvim.ops._validation import MAX_STATES
 from mmvim.ops.backend import BACKENDS
 from mmvim.ops.mixer import AddNorm, mixer, serves
 
@@ -125,6 +126,7 @@ class MixerBase(Fusable):
     ) -> None:
         super().__init__()
         check_positive(d_model=d_model, d_state=d_state)
+        check_number('d_state', d_state, 1, MAX_STATES + 1)
         check_choice('discretization', discretization, tuple(ops.DISCRETIZATIONS))
         check_choice('dt_init', dt_init, ('proper', 'official'))
         check_number('expand', expand, 0)

@@ -14,6 +14,7 @@ from mmvim import ops
 from mmvim._checks import check_choice, check_flags, check_number, check_positive
 from mmvim.ops._autocast import autocast_dtype
 from mmvim.ops._library import as_compute_dtype
+from mmvim.ops._validation import MAX_STATES
 from mmvim.ops.backend import BACKENDS
 from mmvim.ops.branch import Body
 from mmvim.ops.cross_scan import ROUTES, round_steps
@@ -90,6 +91,7 @@ class SS2D(Fusable):
     ) -> None:
         super().__init__()
         check_positive(d_model=d_model, d_state=d_state, d_conv=d_conv)
+        check_number('d_state', d_state, 1, MAX_STATES + 1)
         check_number('ssm_ratio', ssm_ratio, 0)
         check_flags(conv_bias=conv_bias, bias=bias)
         check_choice('forward_type', forward_type, FORWARD_TYPES)

@@ -235,6 +235,7 @@ def test_compiles_without_graph_break():
         ({'d_conv': 7}, 'd_conv=7'),
         ({'ops_backend': 'cuda'}, 'ops_backend'),
         ({'d_state': 0}, 'd_state=0'),
+        ({'d_state': 257}, 'd_state=257'),
         ({'dt_init': 'random'}, 'dt_init'),
     ],
 )

@@ -81,6 +81,7 @@ def test_initial_values():
     [
         ({'d_model': 0}, 'd_model=0'),
         ({'ssm_ratio': 0}, 'd_inner=0'),
+        ({'d_state': 257}, 'd_state=257'),
         ({'d_conv': 2}, 'd_conv=2 must be odd'),
         ({'forward_type': 'v2'}, "forward_type='v2' is unknown; allowed: 'v05_noz', 'v0'"),
         ({'routes': 'rows'}, "routes='rows'"),

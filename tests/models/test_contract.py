@@ -330,6 +330,8 @@ def test_bad_input(row):
     for shape in ((2, channels + 1, *rest), (channels, *rest), (2, *row.shape, 1)):
         with pytest.raises(ValueError, match=r'must be \(batch, 3, .*height, width\), got'):
             model(torch.randn(shape, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r'pixels'):
+        model(torch.randn(2, *row.shape[:-1], 0, dtype=torch.float64))
 
 
 WRONG = ([2j], {'a': 7}, 2j)

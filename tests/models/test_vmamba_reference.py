@@ -90,3 +90,8 @@ def test_without_a_convolution():
     x = torch.randn(1, 5, 4, 8)
     assert VSSBlock(8, SS2D(8, d_conv=1), 2.0, 0.0)(x).shape == x.shape
     assert VMamba({**SMALL, 'd_conv': 1})(torch.randn(1, 3, 32, 32))[0].shape == (1, 128)
+
+
+def test_a_stem_of_patches_needs_one():
+    with pytest.raises(ValueError, match='at least 4x4 pixels'):
+        VMamba(VANILLA)(torch.randn(1, 3, 3, 9))

@@ -132,6 +132,8 @@ class Backbone(BaseModule):
     _stem: tuple[str, ...] = ('patch_embed',)
     # The stages.
     _stages = 'layers'
+    # Pixels that the stem needs in either direction.
+    _least_side = 1
     # The classification head of official checkpoints.
     _head_keys: tuple[str, ...] = ('head.weight', 'head.bias')
     # A parameter that each block has.
@@ -518,6 +520,11 @@ class HierarchicalBackbone(Backbone):
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f'images must be (batch, {self.in_channels}, height, width), got {tuple(x.shape)}'
+            )
+        if min(x.shape[2:]) < self._least_side:
+            raise ValueError(
+                f'images must be of at least {self._least_side}x{self._least_side} pixels, '
+                f'got {tuple(x.shape)}'
             )
         if x.is_cuda:
             # All convolutions and norms behind them then work in the layout that is fast there.

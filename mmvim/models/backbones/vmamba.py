@@ -326,6 +326,8 @@ class VMamba(HierarchicalBackbone):
             if i + 1 < self.num_stages:
                 downsample = _downsample(self.arch['downsample_version'], dim)
             self.layers.append(ScanStage(blocks, downsample, with_cp))
+        if self.arch['patchembed_version'] == 'v1':
+            self._least_side = 4
         self._finish(StreamLayerNorm, StreamLayerNorm)
 
     def _parse_arch(self, arch: str | dict) -> dict:
