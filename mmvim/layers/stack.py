@@ -177,9 +177,8 @@ class _Call:
         )
 
     def run(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        kind, *options = self.options[0]
         keep = factors_of(self.keep, x)
-        return mixer_stack(x, self.parameters, residual, keep, kind, *options)
+        return mixer_stack(x, self.parameters, residual, keep, self.options[0])
 
 
 # By the list that the blocks are in, and by the first and last of them.

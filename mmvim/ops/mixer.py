@@ -6,7 +6,7 @@ separate passes, and each step costs the host more than the GPU. The op exists o
 used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,37 +93,17 @@ def mixer(
         x.requires_grad
         or any(p is not None and p.requires_grad for p in (weight, residual, *parameters))
     )
-    out, stream, _ = torch.ops.mmvim.mixer.default(
-        x,
-        residual,
-        keep,
-        (*parameters, weight),
-        kind,
-        reverse,
-        scale,
-        bias_scale,
-        discretization,
-        x.is_cuda if recompute is None else recompute,
-        eps,
-        residual_in_fp32,
-        default_checkpoint_interval(x) if gradient else 0,
+    out, stream, _ = _call(
+        torch.ops.mmvim.mixer.default,
+        (x, residual, keep, (*parameters, weight)),
+        (kind, reverse, scale, bias_scale, discretization, recompute, eps, residual_in_fp32),
+        gradient,
     )
     return out if norm is None else (out, stream)
 
 
 def mixer_stack(
-    x: Tensor,
-    parameters: Parameters,
-    residual: Tensor | None,
-    keep: Tensor | None,
-    kind: str,
-    reverse: bool,
-    scale: float,
-    bias_scale: float,
-    discretization: str,
-    recompute: bool | None,
-    eps: float,
-    residual_in_fp32: bool,
+    x: Tensor, parameters: Parameters, residual: Tensor | None, keep: Tensor | None, options: tuple
 ) -> tuple[Tensor, Tensor]:
     """Run pre-norm blocks of equal mixers, each of which reads what the one before it has made.
 
@@ -132,25 +112,22 @@ def mixer_stack(
     Args:
         parameters: Of all blocks, 19 of each: those of its mixer and the weight of its norm.
         keep: (blocks - 1, batch), factors of the samples of the inputs of all blocks but the first.
+        options: ``kind`` to ``recompute``, and ``eps`` and ``residual_in_fp32`` of the norms.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
         x = x.to(dtype)
-    return torch.ops.mmvim.mixer_stack.default(
-        x,
-        residual,
-        keep,
-        parameters,
-        kind,
-        reverse,
-        scale,
-        bias_scale,
-        discretization,
-        x.is_cuda if recompute is None else recompute,
-        eps,
-        residual_in_fp32,
-        default_checkpoint_interval(x) if torch.is_grad_enabled() else 0,
-    )
+    op = torch.ops.mmvim.mixer_stack.default
+    return _call(op, (x, residual, keep, parameters), options, torch.is_grad_enabled())
+
+
+def _call(op: Callable, tensors: tuple, options: tuple, gradient: bool) -> tuple:
+    """Call an op, on GPUs with ``recompute`` unless the options say otherwise."""
+    x = tensors[0]
+    *of_mixer, recompute, eps, residual_in_fp32 = options
+    recompute = x.is_cuda if recompute is None else recompute
+    interval = default_checkpoint_interval(x) if gradient else 0
+    return op(*tensors, *of_mixer, recompute, eps, residual_in_fp32, interval)
 
 
 _NO_NORM = (None, None, None, 0.0, False)
