@@ -11,9 +11,9 @@ from mmvim.ops.mixer import serves
 
 from .fusion import Fusable, parts
 
-# Whether the first matrix product makes the GELU where no gradient is wanted, of 16 bits on GPUs.
-# cuBLAS has the tanh formula, which is off by at most 5e-4, but applies it to sums that are not
-# rounded: the result is nearer to the exact one.
+# Whether a branch that wants no gradient makes the GELU in its first matrix product, of 16 bits on
+# GPUs. cuBLAS has the tanh formula, which is off by at most 5e-4, but applies it to sums that are
+# not rounded: the result is nearer to the exact one.
 GELU_IN_PRODUCT = True
 
 
@@ -44,14 +44,11 @@ class Mlp(Fusable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (..., dim)."""
-        if self._may_fuse(x):
+        if torch.is_grad_enabled() and self._may_fuse(x):
             tensors = x, *(p for m in (self.fc1, self.fc2) for p in (m.weight, m.bias))
-            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            if any(t.requires_grad for t in tensors):
                 again = x.is_cuda if self.recompute is None else self.recompute
                 return _Mlp.apply(*tensors, again)
-            dtype = autocast_dtype(x) or x.dtype
-            if GELU_IN_PRODUCT and x.is_cuda and dtype in _SHORT and x.numel() > 0:
-                return self.fc2(_first_layer(*(t.to(dtype) for t in tensors[:3])))
         return self.fc2(self.act(self.fc1(x)))
 
     def _body(self, x: Tensor) -> Body | None:
@@ -71,17 +68,8 @@ class Mlp(Fusable):
         )
 
 
-_SHORT = (torch.bfloat16, torch.float16)
-
-
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _first_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The first layer and the GELU in one matrix product."""
-    out = torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True)
-    return out.view(*x.shape[:-1], -1)
 
 
 class _Mlp(torch.autograd.Function):
