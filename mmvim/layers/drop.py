@@ -102,14 +102,20 @@ def factors_of(keep: tuple[float, ...], x: Tensor) -> Tensor | None:
     )
     made = _on_device.__wrapped__ if transformed else _on_device
     kept = made(keep, x.device, compute_dtype(dtype))
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        _read_by_graphs.add(kept)
     return x.new_empty((len(keep), x.shape[0]), dtype=dtype).bernoulli_(kept).div_(kept)
 
 
-# Once, as the host waits for a copy to a GPU, and for ever, as captured graphs read it.
-@functools.cache
+# Once, as the host waits for a copy to a GPU. Rates that a schedule changes are forgotten again.
+@functools.lru_cache(maxsize=64)
 def _on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, device=device, dtype=dtype).unsqueeze(1)
+
+
+# A captured graph does not keep what it reads.
+_read_by_graphs: set[Tensor] = set()
 
 
 def add_dropped(drop_path: nn.Module, x: Tensor, branch: Tensor) -> Tensor:
